@@ -1,0 +1,35 @@
+# make demo   train, test, predict and check a submission on the embedded set
+# make test   the quick tests
+# make check  all that .ci/run does: tests, lint, types, slow tests, tests on real data
+PYTHON ?= python3
+BIN := .venv/bin
+NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
+RUN := runs/demo/$(NAME)
+
+.PHONY: demo test check
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/python train.py fit --config configs/demo.yaml --run $(NAME)
+	$(BIN)/python train.py test --run $(RUN)
+	@$(BIN)/python -c "from datamodules.demo import linear_baseline as f; \
+	  print(f'test accuracy of a linear classifier on the same pixels: {f():.4f}')"
+	$(BIN)/python predict.py $(RUN)
+	$(BIN)/python submit.py $(RUN) --dry_run
+	@echo "Pictures, metrics and the W&B run are in $(RUN); look at learning_curves.png first."
+	@echo "Next, on CIFAR-10: $(BIN)/python train.py fit --config configs/cifar10_cpu.yaml --data.download=true"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	.ci/run
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""One script per published number; run it as ``python -m benchmarks.<name>``."""

@@ -1,0 +1,21 @@
+"""Callbacks, one per file, and what keeps a run folder whole."""
+
+from callbacks.confusion_matrix import ConfusionMatrix
+from callbacks.learning_curves import LearningCurves
+from callbacks.mistakes import Mistakes
+from callbacks.progress import ProgressBar
+from callbacks.run_folder import AtomicCheckpointIO, MetricsCSV, RunRecord
+from callbacks.sample_sheet import SampleSheet
+from callbacks.wandb_logger import ResumableWandbLogger
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "ConfusionMatrix",
+    "LearningCurves",
+    "MetricsCSV",
+    "Mistakes",
+    "ProgressBar",
+    "ResumableWandbLogger",
+    "RunRecord",
+    "SampleSheet",
+]

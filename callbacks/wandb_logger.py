@@ -1,0 +1,77 @@
+"""A W&B logger whose offline runs can be interrupted and resumed without a gap or a double row."""
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+STEP = "trainer/global_step"
+
+
+class ResumableWandbLogger(WandbLogger):
+    """Lightning's logger, which leaves out what an earlier folder of the same run already holds.
+
+    Offline, W&B continues a run in a second folder with the same id, and a killed process leaves
+    the first one with its last seconds missing. Whoever resumes the run logs its metrics again from
+    the start; only what is missing is written, so the second folder begins where the first ended.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # W&B warns of this argument, which Lightning always gives (wandb/wandb#10909)
+        self._wandb_init.pop("anonymous", None)
+        self._held: set[tuple[int, str]] | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._held is None:
+            folder = Path(self.save_dir or ".") / "wandb"
+            current = Path(self.experiment.dir).parent
+            earlier = [f for f in folder.glob(f"*-{self.experiment.id}") if f != current]
+            self._held = {pair for f in earlier for pair in held_metrics(f)}
+        missing = {k: v for k, v in metrics.items() if (step, k) not in self._held}
+        if missing.keys() - {"epoch"}:
+            super().log_metrics(missing, step)
+
+
+def held_metrics(folder: Path) -> Iterator[tuple[int, str]]:
+    """Every (optimizer step, metric) in an offline run's folder, as far as it was written."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    for path in folder.glob("run-*.wandb"):
+        for payload in leveldb_records(path.read_bytes()[7:]):  # behind ":W&B", magic and version
+            record = Record.FromString(payload)
+            items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
+            if STEP in items:
+                step = int(float(items.pop(STEP)))
+                yield from ((step, name) for name in items)
+
+
+def leveldb_records(log: bytes, offset: int = 7, block: int = 32 * 1024) -> Iterator[bytes]:
+    """The records of a LevelDB log, up to the first that a crash cut short.
+
+    Blocks of 32 KiB hold fragments, each with a header of checksum (4 bytes), length (2) and type
+    (1: whole, 2: first, 3: middle, 4: last part of a record).
+
+    Args:
+        log: The file's bytes behind its own header.
+        offset: Length of that header; blocks are counted from the start of the file.
+        block: Size of a block in bytes.
+    """
+    record, position = b"", 0
+    while position + 7 <= len(log):
+        left = block - (position + offset) % block
+        if left < 7:  # the rest of a block that has no room for a header
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, position)
+        fragment = log[position + 7 : position + 7 + length]
+        if kind == 0 or len(fragment) < length:
+            return
+        record = fragment if kind in (1, 2) else record + fragment
+        position += 7 + length
+        if kind in (1, 4):
+            yield record

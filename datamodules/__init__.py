@@ -1,0 +1,13 @@
+"""Data sets, one per file: what is read, how it is served, and how predictions are handed in."""
+
+from datamodules.cifar10 import CIFAR10DataModule
+from datamodules.demo import DemoDataModule
+from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
+from datamodules.ucsb_cifar10 import UCSBCIFAR10DataModule
+
+__all__ = [
+    "CIFAR10DataModule",
+    "DemoDataModule",
+    "KaggleCIFAR10DataModule",
+    "UCSBCIFAR10DataModule",
+]

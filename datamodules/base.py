@@ -1,0 +1,133 @@
+"""What every data set has: loaders for each stage, a fixed split, and a submission format."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from datamodules.resident import ResidentLoader, Stage
+from datamodules.submission import Submission
+from errors import UserError
+
+Tensors = tuple[Tensor, ...]  # (*inputs, target) or (*inputs, id), each (N, ...)
+
+
+class BaseDataModule(LightningDataModule):
+    """Keeps each split as tensors and serves them from the training device.
+
+    A subclass fills in the three readers ``read_train``, ``read_test`` and ``read_predict``; each
+    is called only by the stage that needs it, so the test split is touched by ``test`` alone.
+
+    Args:
+        data_dir: Root folder of all data sets.
+        batch_size: Samples in a training batch of one process.
+        eval_batch_size: Samples in a batch of validation, test and prediction.
+        val_size: Training samples kept for validation by one fixed split; 0 trains on all of them.
+    """
+
+    class_names: tuple[str, ...]
+    competition: str | None = None  # Kaggle's name of the competition these predictions are for
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 512,
+        eval_batch_size: int = 1000,
+        val_size: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        if val_size < 0:
+            raise UserError(f"val_size must not be negative, got {val_size}; 0 trains on all.")
+        self.data_dir = Path(data_dir)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
+        self.splits: dict[str, Tensors] = {}
+        self._train_loader: ResidentLoader | None = None
+        if val_size == 0:  # an empty loader would be warned of; no loader means no validation
+            setattr(self, "val_dataloader", None)  # noqa: B010  a method, to the type checker
+        self.digest = ""  # SHA-256 of what the last stage read, for the records
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def read_train(self) -> Tensors:
+        """All training samples with their targets, (*inputs, target)."""
+        raise UserError(f"{type(self).__name__} has no training data; train on another set.")
+
+    def read_test(self) -> Tensors:
+        """The test samples with their targets, (*inputs, target)."""
+        raise UserError(f"{type(self).__name__} has no labelled test set; use predict.py on it.")
+
+    def read_predict(self) -> Tensors:
+        """The samples to predict with their ids, (*inputs, id)."""
+        raise UserError(f"{type(self).__name__} has nothing to predict.")
+
+    def submission(self) -> Submission:
+        """The form in which predictions are handed in."""
+        return Submission(labels=self.class_names)
+
+    def setup(self, stage: str) -> None:
+        if stage in ("fit", "validate"):
+            self.splits["train"], self.splits["val"] = self.split(self.read_train())
+            self._train_loader = None
+        elif stage == "test":
+            self.splits["test"] = self.read_test()
+        else:
+            self.splits["predict"] = self.read_predict()
+
+    def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        """The training and the validation part, by a split that no seed changes."""
+        samples = len(tensors[-1])
+        if self.val_size >= samples:
+            raise UserError(f"val_size is {self.val_size}, but there are {samples} samples in all.")
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+        cut = samples - self.val_size
+        return tuple(t[order[:cut]] for t in tensors), tuple(t[order[cut:]] for t in tensors)
+
+    def loader_arguments(self, stage: Stage) -> dict[str, Any]:
+        size = self.batch_size if stage == "train" else self.eval_batch_size
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return {
+            "batch_size": size,
+            "stage": stage,
+            "seed": self.seed,
+            "rank": rank,
+            "world_size": world_size,
+        }
+
+    def make_loader(self, tensors: Tensors, stage: Stage) -> ResidentLoader:
+        """Hook: the loader of one split whose tensors are on the device."""
+        return ResidentLoader(tensors, **self.loader_arguments(stage))
+
+    def resident(self, split: str, stage: Stage) -> ResidentLoader:
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        return self.make_loader(tuple(t.to(device) for t in self.splits[split]), stage)
+
+    def training_inputs(self, count: int) -> list[Tensor]:
+        """The first ``count`` training inputs as the network sees them, without augmentation."""
+        head = tuple(t[:count] for t in self.splits["train"])
+        loader = self.make_loader(head, "predict")
+        return loader.batch(torch.arange(len(head[-1])))[:-1]
+
+    def train_dataloader(self) -> ResidentLoader:
+        if self._train_loader is None:  # one copy on the device, however often it is asked for
+            self._train_loader = self.resident("train", "train")
+        return self._train_loader
+
+    def val_dataloader(self) -> ResidentLoader:
+        return self.resident("val", "evaluate")
+
+    def test_dataloader(self) -> ResidentLoader:
+        return self.resident("test", "evaluate")
+
+    def predict_dataloader(self) -> ResidentLoader:
+        return self.resident("predict", "predict")

@@ -1,0 +1,126 @@
+"""A loader for data sets that fit on the training device. Dimensions: N samples, B batch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+Stage = Literal["train", "evaluate", "predict"]
+
+
+class ResidentLoader:
+    """Batches cut from tensors that already live on the training device.
+
+    There are no workers, no collation and no transfer: a batch is an index into resident tensors.
+    The order of an epoch depends on (seed, epoch) alone, and the position inside it is saved with
+    the checkpoint, so a resumed epoch goes on where it stopped, bit for bit.
+
+    Several processes share the batches by ``stage``:
+
+    - ``train``: every process takes its rows of each global batch of ``batch_size * world_size``
+      samples. Only full batches are made; the few samples left over fall to other epochs.
+    - ``evaluate``: likewise, but every sample comes exactly once and none is repeated.
+    - ``predict``: rank r takes the whole batches r, r + world_size, ...; only the last may be
+      short. Batches are the same for any number of processes, and so are the results.
+
+    Args:
+        tensors: Equally long tensors (N, ...) on one device; the last one is the target or the id.
+        batch_size: Samples in a batch of one process.
+        stage: What the batches are for.
+        seed: Seed of the order and of all random draws.
+        rank: Which process this is.
+        world_size: How many processes there are.
+
+    Raises:
+        UserError: There are fewer samples than processes.
+    """
+
+    # Lightning tells the epoch to `loader.sampler`, never to the loader itself.
+    batch_sampler = None
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        batch_size: int,
+        stage: Stage,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.tensors = list(tensors)
+        self.samples = len(self.tensors[-1])
+        self.stage = stage
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        if stage != "predict" and self.samples < world_size:
+            raise UserError(
+                f"{self.samples} samples cannot be shared by {world_size} processes; "
+                "use fewer with --trainer.devices."
+            )
+        self.batch_size = batch_size
+        if stage == "train":  # few samples make a small batch rather than none
+            self.batch_size = min(batch_size, self.samples // world_size)
+        self.sampler = self
+        self.epoch = 0
+        self._position = 0  # batches handed out in this epoch
+        self._resume_at = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[-1].device
+
+    def __len__(self) -> int:
+        if self.stage == "train":
+            return self.samples // (self.batch_size * self.world_size)
+        if self.stage == "evaluate":
+            batches = -(-self.samples // (self.batch_size * self.world_size))
+            return min(batches, self.samples // self.world_size)  # no process gets an empty one
+        return len(range(self.rank, -(-self.samples // self.batch_size), self.world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resume_at = state["batches"] % len(self)  # a finished epoch starts the next one
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        # Lightning stops at len() and never runs code behind the last yield: reset here, not there.
+        start, self._resume_at = self._resume_at, 0
+        for position, index in enumerate(self.shares()[start : len(self)], start + 1):
+            self._position = position
+            yield self.batch(index)
+
+    def shares(self) -> Sequence[Tensor]:
+        """Indices (B,) of this process's part of every batch of the epoch, on the device."""
+        if self.stage == "predict":
+            order = torch.arange(self.samples, device=self.device)
+            return order.split(self.batch_size)[self.rank :: self.world_size]
+        if self.stage == "evaluate":
+            order = torch.arange(self.samples, device=self.device)
+            # equal numbers of batches, so that collectives meet, without a padding sample
+            return [part[self.rank :: self.world_size] for part in order.tensor_split(len(self))]
+        generator = self.generator()
+        order = torch.randperm(self.samples, generator=generator).to(self.device)
+        self.begin_epoch(generator)
+        together = self.batch_size * self.world_size
+        return [part[self.rank :: self.world_size] for part in order.split(together)]
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of this epoch; on the CPU, so that every device sees the same ones."""
+        key = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(key))
+
+    def begin_epoch(self, generator: torch.Generator) -> None:
+        """Hook: draw what the epoch needs at random."""
+
+    def batch(self, index: Tensor) -> list[Tensor]:
+        """Hook: the samples ``index`` (B,) as ``[*inputs, target]``."""
+        return [tensor.index_select(0, index) for tensor in self.tensors]

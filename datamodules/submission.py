@@ -1,0 +1,136 @@
+"""The prediction file of a competition: how it is written, and what a valid one looks like."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from files import atomic_write
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The form of a submission: two columns, an id and a label, one row a sample.
+
+    Args:
+        labels: What is written for class 0, 1, ...: names, or digits where integers are asked for.
+        sample: The competition's sample file, which gives header, ids and their order.
+    """
+
+    labels: tuple[str, ...]
+    sample: Path | None = None
+
+    def write(self, path: Path, ids: np.ndarray, classes: np.ndarray) -> None:
+        """Write the classes (N,) of the samples ``ids`` (N,) in the sample file's order.
+
+        Raises:
+            UserError: The ids are not those of the sample file.
+        """
+        label_of = dict(zip(ids.tolist(), (self.labels[c] for c in classes.tolist()), strict=True))
+        if self.sample is None:
+            header, order = ("id", "label"), sorted(label_of)
+        else:
+            table = read_table(self.sample)
+            header, order = table.header, table.ids
+            if order_differs := set(order) ^ set(label_of):
+                raise UserError(
+                    f"{len(order_differs)} ids differ between the predictions and {self.sample}, "
+                    f"the first is {min(order_differs)}; check that all test images are there."
+                )
+        rows = "".join(f"{i},{label_of[i]}\n" for i in order)
+        with atomic_write(path, "w", newline="") as file:
+            file.write(f"{','.join(header)}\n{rows}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A submission or sample file as read: the header, and ids and labels in the file's order."""
+
+    header: tuple[str, str]
+    ids: list[int]
+    labels: list[str]
+
+
+def read_table(path: Path) -> Table:
+    """Read a two-column file of ids and labels.
+
+    A byte-order mark and CRLF line ends are accepted: the courses' own files have them.
+
+    Raises:
+        UserError: The file is missing, empty, not UTF-8, or a row is not an integer and a label.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file.") from None
+    rows = csv.reader(io.StringIO(text, newline=""))
+    header = next(rows, None)
+    if not header:
+        raise UserError(f"{path} is empty.")
+    if len(header) != 2:
+        raise UserError(f"{path}: the header must name two columns, got {','.join(header)!r}.")
+    ids, labels = [], []
+    try:
+        for row in rows:
+            if len(row) != 2 or not row[0].isdecimal():
+                raise UserError(
+                    f"{path}, line {rows.line_num}: expected an integer id and a label, "
+                    f"got {','.join(row)!r}."
+                )
+            ids.append(int(row[0]))
+            labels.append(row[1])
+    except csv.Error as error:  # a quote that is never closed
+        raise UserError(f"{path}, line {rows.line_num}: {error}.") from None
+    if not ids:
+        raise UserError(f"{path} has a header but no rows.")
+    return Table((header[0], header[1]), ids, labels)
+
+
+def check_submission(path: Path, sample: Path, labels: Collection[str] | None = None) -> Table:
+    """Read a submission and make sure that it is what the competition asks for.
+
+    It has the header of the sample file and each of its ids once, in any order, hence as many rows.
+
+    Args:
+        path: The file to be sent.
+        sample: The competition's sample file.
+        labels: The labels that may occur; None if they are not known.
+
+    Raises:
+        UserError: What differs, how often, and where first.
+    """
+    table, expected = read_table(path), read_table(sample)
+    if table.header != expected.header:
+        raise UserError(
+            f"{path}: the header is {','.join(table.header)}, but {sample} has "
+            f"{','.join(expected.header)}; write the first line like that."
+        )
+    ids, expected_ids = set(table.ids), set(expected.ids)
+    if doubled := [i for i, times in Counter(table.ids).items() if times > 1]:
+        raise UserError(
+            f"{path}: {len(doubled)} ids come more than once, the first is {min(doubled)}; "
+            "keep one row of each."
+        )
+    if missing := expected_ids - ids:
+        raise UserError(
+            f"{path}: {len(missing)} of the {len(expected_ids)} ids in {sample} are missing, "
+            f"the first is {min(missing)}; predict all test samples."
+        )
+    if foreign := ids - expected_ids:
+        raise UserError(
+            f"{path}: {len(foreign)} ids are not in {sample}, the first is {min(foreign)}; "
+            "is that the sample file of this competition?"
+        )
+    for i, label in zip(table.ids, table.labels, strict=True):
+        if labels is not None and label not in labels:
+            raise UserError(
+                f"{path}: id {i} has the unknown label {label!r}; allowed are {', '.join(labels)}."
+            )
+    return table

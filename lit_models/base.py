@@ -1,0 +1,204 @@
+"""What every learning problem shares: metrics, records of each step, optimizer and schedule."""
+
+from abc import abstractmethod
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from datamodules.base import BaseDataModule
+from errors import UserError
+
+
+class LitModel(LightningModule):
+    """A network with its metrics and its optimizer.
+
+    A subclass writes ``training_step`` (with :meth:`record` for what the logger should see) and
+    ``evaluation_step``.
+
+    Values of a training step wait on the device and are read together every
+    ``trainer.log_every_n_steps``, so the loop never stops for a number, and yet each of them
+    reaches the loggers with its own optimizer step, counted from 0.
+
+    Args:
+        network: What is trained. If it has a method ``init_from_data(inputs)``, it is called once
+            before training with a few thousand training inputs.
+        optimizer: Makes the optimizer from the trainable parameters.
+        lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
+            an argument ``total_steps`` that is not set is given the length of training.
+        metrics: Metrics of validation and test, updated with ``(preds, target)``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        metrics: MetricCollection,
+    ) -> None:
+        super().__init__()
+        # image batches arrive in channels_last, the faster layout on CPUs and tensor cores
+        self.network = network.to(memory_format=torch.channels_last)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        metrics.add_metrics({"loss": MeanMetric(nan_strategy="disable")})  # others read the device
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
+        self.trained_steps = 0  # optimizer steps in the checkpoint this model was read from
+        self.latest: dict[str, float] = {}  # last values read, for the progress bar
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.network(*inputs)
+
+    @property
+    def data(self) -> BaseDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def setup(self, stage: str) -> None:
+        init_from_data = getattr(self.network, "init_from_data", None)
+        if stage == "fit" and init_from_data:
+            init_from_data(*self.data.training_inputs(5000))
+
+    # Training
+
+    def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
+        # Dropout is keyed by the step: a resumed run draws what an uninterrupted one would.
+        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def record(self, **values: Tensor) -> None:
+        """Keep scalars of this training step for the loggers, as ``train/<name>``."""
+        self._pending.append((self.global_step, values))
+
+    def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.global_step % every == 0 or self.trainer.is_last_batch:
+            self.flush_records()
+
+    def on_train_epoch_end(self) -> None:
+        self.flush_records()  # max_steps may end an epoch before its last batch
+
+    def flush_records(self, *, alone: bool = False) -> None:
+        """Write the kept values; the one device read of all these steps.
+
+        Args:
+            alone: Do not average over the processes, because the others may not be listening.
+        """
+        now = self.global_step  # a step whose batches are still being accumulated waits for them
+        pending = [(step, values) for step, values in self._pending if alone or step < now]
+        del self._pending[: len(pending)]
+        if not pending:
+            return
+        table = torch.stack([torch.stack(list(v.values())) for _, v in pending]).float()
+        if not alone:
+            table = self.trainer.strategy.reduce(table, reduce_op="mean")
+        rows: dict[int, list[list[float]]] = {}  # accumulated batches share an optimizer step
+        for (step, _), row in zip(pending, table.tolist(), strict=True):
+            rows.setdefault(step, []).append(row)
+        for step, parts in rows.items():
+            means = [sum(column) / len(parts) for column in zip(*parts, strict=True)]
+            values = {f"train/{name}": x for name, x in zip(pending[0][1], means, strict=True)}
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**values, "epoch": self.current_epoch}, step)
+            self.latest = values
+
+    # Validation and test
+
+    @abstractmethod
+    def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        """Outputs of one batch without gradient: ``loss``, ``preds`` and what callbacks may use."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, self.test_metrics)
+
+    def _evaluate(self, batch: list[Tensor], metrics: MetricCollection) -> dict[str, Tensor]:
+        outputs = self.evaluation_step(batch)
+        target = batch[-1]
+        # MeanMetric ignores weights under nan_strategy="disable": one value for each sample instead
+        losses = outputs["loss"].expand(len(target))
+        # each metric takes from these what its update() names
+        metrics.update(preds=outputs["preds"], target=target, value=losses)
+        return outputs
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self._computed(self.val_metrics))
+
+    def on_test_epoch_end(self) -> None:
+        values = self._computed(self.test_metrics)
+        self.log_dict(values, logger=False)
+        # A test has no step of its own: its result belongs to the step of the checkpoint.
+        for logger in self.trainer.loggers:
+            logger.log_metrics({k: v.item() for k, v in values.items()}, self.trained_steps)
+
+    def _computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
+        values = metrics.compute()
+        metrics.reset()
+        return values
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.flush_records()  # what the checkpoint has seen, the loggers have seen
+        metrics = self.trainer.callback_metrics
+        checkpoint["metrics"] = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_steps = max(0, checkpoint["global_step"] - 1)  # steps are counted from 0
+        if self.trainer.state.fn != "fit":
+            return
+        for schedule in checkpoint["lr_schedulers"]:
+            planned = schedule.get("total_steps", self.total_steps)
+            if planned != self.total_steps:
+                raise UserError(
+                    f"the run's schedule is planned for {planned} steps, not for "
+                    f"{self.total_steps}; train a new run, or restore epochs and batch size."
+                )
+
+    # Optimizer
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        length = {"total_steps": self.total_steps} if wants_total_steps(self.lr_scheduler) else {}
+        scheduler = self.lr_scheduler(optimizer, **length)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training.
+
+        ``trainer.estimated_stepping_batches`` would say the same, but it drops the loader's state
+        when a run is resumed (Lightning-AI/pytorch-lightning#20550).
+        """
+        trainer = self.trainer
+        if trainer.max_epochs in (None, -1):
+            return trainer.max_steps
+        batches = len(self.data.train_dataloader())
+        limit = trainer.limit_train_batches  # a number of batches or a share of them
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def wants_total_steps(lr_scheduler: LRSchedulerCallable) -> bool:
+    """Whether a schedule has an argument ``total_steps`` that is still open."""
+    bound = lr_scheduler.keywords if isinstance(lr_scheduler, partial) else {}
+    if "total_steps" in bound:  # the command line binds all arguments of the class
+        return bound["total_steps"] is None
+    return "total_steps" in signature(lr_scheduler).parameters

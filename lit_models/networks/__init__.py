@@ -1,0 +1,6 @@
+"""Networks in plain PyTorch; nothing here knows Lightning or a data set."""
+
+from lit_models.networks.lenet import LeNet5
+from lit_models.networks.whitened_cnn import WhitenedCNN
+
+__all__ = ["LeNet5", "WhitenedCNN"]

@@ -1,0 +1,226 @@
+"""Predict with one run or an ensemble:  python predict.py runs/cifar10_cpu/NAME"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import yaml
+from lightning import Trainer
+
+from callbacks import ProgressBar
+from datamodules.base import BaseDataModule
+from errors import UserError, told_in_one_sentence
+from files import atomic_write, sha256
+from lit_models.base import LitModel
+from lit_models.classification import TTA
+from runs import Run, load_checkpoint, provenance
+from train import Parser, link_facts, quiet_libraries
+
+SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
+
+# A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
+UNUSED: dict[str, Any] = {"optimizer": "torch.optim.SGD", "lr_scheduler": None}
+
+
+@dataclass
+class Member:
+    """One checkpoint, rebuilt from itself alone."""
+
+    source: Path  # run folder, or the checkpoint itself
+    path: Path
+    checkpoint: dict[str, Any]
+    config: dict[str, Any]
+    model: LitModel
+    data: BaseDataModule
+
+    @classmethod
+    def load(cls, source: str, which: str, overrides: list[str]) -> "Member":
+        """Read a run or a .ckpt file and build its model and data.
+
+        Only a LitModel and a BaseDataModule are built, and nothing in the file is executed.
+
+        Raises:
+            UserError: The checkpoint is missing or damaged, an override does not fit, or the
+                weights are those of another network.
+        """
+        is_file = Path(source).suffix == ".ckpt"
+        path = Path(source) if is_file else Run.find(source).checkpoint(which)
+        checkpoint = load_checkpoint(path)
+        config = yaml.safe_load(checkpoint["config"])
+        model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
+        parser = Parser()
+        parser.add_subclass_arguments(LitModel, "model")
+        parser.add_subclass_arguments(BaseDataModule, "data")
+        link_facts(parser)
+        settings = parser.parse_object({"model": model, "data": config["data"]})
+        built = parser.instantiate(parser.parse_args(overrides, settings))
+        try:
+            built.model.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise UserError(f"{path} holds the weights of another network: {detail}") from error
+        return cls(
+            path if is_file else path.parents[1], path, checkpoint, config, built.model, built.data
+        )
+
+    def describe(self) -> dict[str, Any]:
+        accuracy = self.checkpoint["metrics"].get("val/accuracy")
+        val_size = self.config["data"]["init_args"]["val_size"]
+        return {
+            "run": str(self.source),
+            "checkpoint": str(self.path),
+            "sha256": sha256(self.path),
+            "epoch": self.checkpoint["epoch"],
+            "validation_accuracy": accuracy,
+            "validation_samples": 0 if accuracy is None else val_size,
+            "config": self.config,
+        }
+
+
+def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) in ascending order and class probabilities (N, K), averaged over the members.
+
+    Every process writes its share below ``folder``; the first one puts them together.
+    """
+    shares = []
+    for member in members:
+        batches = trainer.predict(member.model, member.data) or []
+        shares.append([torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)])
+    share = folder / f"rank{trainer.global_rank}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(shares):  # a process may have had no batch
+        ids = shares[0][0]
+        np.savez(share, ids=ids, probabilities=np.mean([p for _, p in shares], axis=0))
+    trainer.strategy.barrier()
+    if not trainer.is_global_zero:
+        return np.empty(0), np.empty(0)
+    parts = [np.load(path) for path in sorted(folder.glob("rank*.npz"))]
+    ids = np.concatenate([part["ids"] for part in parts])
+    probabilities = np.concatenate([part["probabilities"] for part in parts])
+    if len(np.unique(ids)) != len(ids):
+        raise AssertionError("an id was predicted twice")
+    order = ids.argsort()
+    return ids[order], probabilities[order]
+
+
+def write(members: list[Member], ids: np.ndarray, probabilities: np.ndarray, output: Path) -> None:
+    """The submission, the probabilities and the record of where they came from."""
+    data = members[0].data
+    submission = data.submission()
+    with atomic_write(output.with_suffix(".npz")) as file:
+        np.savez(file, ids=ids, probabilities=probabilities, classes=np.array(data.class_names))
+    submission.write(output, ids, probabilities.argmax(1))
+    record = {
+        "csv": output.name,
+        "sha256": sha256(output),
+        "rows": len(ids),
+        "competition": data.competition,
+        "sample": str(submission.sample) if submission.sample else None,
+        "labels": list(submission.labels),
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "tta": getattr(members[0].model, "tta", None),
+        "data": {"class": type(data).__name__, "digest": data.digest},
+        **provenance(),
+        "runs": [member.describe() for member in members],
+    }
+    with atomic_write(output.with_suffix(".json"), "w") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+
+
+def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="predict.py",
+        description="Predict with one run, or average several (ensemble), and write a submission.",
+        epilog="Any setting of the data can be given as --data.NAME=VALUE, of the model likewise.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or .ckpt file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/submission.csv")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--tta", choices=get_args(TTA), help="default: as the run was tested")
+    parser.add_argument("--data", metavar="CLASS", help="predict another set than the run's own")
+    parser.add_argument("--data_dir", metavar="DIR", help="root folder of the data sets")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--devices", default="auto", help="number of processes (default: auto)")
+    parser.add_argument("--precision", help="default: as the run was trained")
+    options, overrides = parser.parse_known_args(join_values(args))
+    if unknown := [a for a in overrides if not SETTING.match(a)]:
+        raise UserError(f"unknown argument {unknown[0]}; see predict.py --help.")
+    if options.output is None and len(options.runs) > 1:
+        raise UserError("several runs make one file: name it with --output FILE.")
+    if options.tta:
+        overrides = [f"--model.tta={options.tta}", *overrides]
+    if options.data_dir:
+        overrides = [f"--data.data_dir={options.data_dir}", *overrides]
+    if options.data:  # first: the class decides which settings there are
+        overrides = [f"--data={options.data}", *overrides]
+    return options, overrides
+
+
+def join_values(args: list[str]) -> list[str]:
+    """Write ``--data.NAME VALUE`` as ``--data.NAME=VALUE``, lest the value be taken for a run."""
+    joined: list[str] = []
+    for arg in args:
+        if joined and SETTING.match(joined[-1]) and "=" not in joined[-1]:
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
+def main(args: list[str] | None = None) -> None:
+    with told_in_one_sentence():
+        options, overrides = parse(sys.argv[1:] if args is None else args)
+        quiet_libraries()
+        fix_threads()
+        members = [Member.load(run, options.checkpoint, overrides) for run in options.runs]
+        trainer = Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            strategy="auto" if options.devices in ("auto", "1") else "ddp",
+            precision=options.precision or members[0].config["trainer"]["precision"],
+            callbacks=[ProgressBar()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        single = members[0].source
+        output = (
+            options.output or (single.parent if single.is_file() else single) / "submission.csv"
+        )
+        parts = output.parent / f".{output.name}.parts"
+        try:
+            ids, probabilities = predict(trainer, members, parts)
+            if trainer.is_global_zero:
+                write(members, ids, probabilities, output)
+                print(f"{len(ids):,} predictions in {output}")
+                target = members[0].source if options.output is None else output
+                print(f"Next: python submit.py {target} --dry_run")
+        finally:
+            if trainer.is_global_zero:
+                shutil.rmtree(parts, ignore_errors=True)
+
+
+def fix_threads() -> None:
+    """Use the same number of threads in every process, however many there are.
+
+    A convolution on the CPU rounds differently with another number of threads, and Lightning would
+    divide the cores among the processes.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads or 1)
+
+
+if __name__ == "__main__":
+    main()

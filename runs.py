@@ -1,0 +1,125 @@
+"""What a run is on disk: one folder with its configuration, checkpoints, metrics and results."""
+
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import UserError
+
+ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder ``runs/<config name>/<run name>`` of one training run."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, name: str | Path, root: Path = ROOT) -> "Run":
+        """The run at a path, or at ``root/name``.
+
+        Raises:
+            UserError: There is no such run.
+        """
+        for folder in (Path(name), root / name):
+            if (folder / "config.yaml").is_file():
+                return cls(folder)
+        known = sorted(p.parent.relative_to(root) for p in root.glob("*/*/config.yaml"))
+        listed = ", ".join(map(str, known[-5:])) or "none yet"
+        raise UserError(f"{name} is not a run folder; the newest in {root}/ are: {listed}.")
+
+    @classmethod
+    def claim(cls, parent: Path, name: str | None) -> "Run":
+        """A folder of that name, new or to be continued; without a name a new one by the time.
+
+        ``mkdir`` is exclusive, so two programs started in the same second get two folders.
+        """
+        if name is not None:
+            folder = parent / name
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder)
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+            try:
+                (parent / f"{stamp}{suffix}").mkdir()
+            except FileExistsError:
+                continue
+            return cls(parent / f"{stamp}{suffix}")
+        raise UserError(f"{parent} holds a thousand runs of this second; name yours with --run.")
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def checkpoint(self, which: str = "best") -> Path:
+        """The best checkpoint on the validation part, or the last one.
+
+        A run without a validation part has no best checkpoint; its last one is taken.
+
+        Raises:
+            UserError: The run has no checkpoint.
+        """
+        best = self.folder / "checkpoints" / "best.ckpt"
+        path = best if which == "best" and best.is_file() else self.last_checkpoint
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} holds no checkpoint; train it first with the command in "
+                f"{self.config.name}, or name another run."
+            )
+        return path
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the W&B run that was started in this folder, if any."""
+        for folder in sorted(self.folder.glob("wandb/*run-*-*")):
+            if match := re.fullmatch(r"(?:offline-)?run-\d+_\d+-(\w+)", folder.name):
+                return match[1]
+        return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        UserError: The file is missing, damaged, or not one of this project's checkpoints.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a run folder or a .ckpt file.") from None
+    except Exception as error:  # torch raises many types on damaged or unsafe files
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+        raise UserError(f"{path} carries no configuration; only runs of train.py can be used.")
+    return checkpoint
+
+
+def provenance() -> dict[str, Any]:
+    """What a result came from: the commit of this project and the versions of its libraries."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        origin = {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        origin = None
+    libraries = ("torch", "torchvision", "lightning", "torchmetrics")
+    versions = {name: version(name) for name in libraries}
+    return {"git": origin, "versions": {"python": platform.python_version(), **versions}}

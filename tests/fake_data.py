@@ -1,0 +1,91 @@
+"""Miniature data sets, written in the formats in which the real ones lie on disk.
+
+Images of a class share a colour, so a network learns them within a few steps.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+COLORS = np.array([
+    [0, 90, 255], [255, 0, 0], [0, 200, 0], [255, 255, 0], [130, 70, 0],
+    [255, 0, 255], [0, 80, 40], [255, 140, 0], [0, 255, 255], [110, 110, 110],
+])  # fmt: skip
+
+
+def draw(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Noisy images (N, 32, 32, 3) uint8 in the colours of their classes (N,)."""
+    noise = np.random.default_rng(seed).normal(0, 40, (len(labels), 32, 32, 3))
+    return (COLORS[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8)
+
+
+def labels_of(count: int, seed: int = 0) -> np.ndarray:
+    """Classes (N,), equally many of each, shuffled."""
+    return np.random.default_rng(seed).permutation(np.arange(count) % len(CLASSES))
+
+
+def python2_pickle(data: np.ndarray, labels: np.ndarray) -> bytes:
+    """``{"data": data, "labels": labels}`` in the very opcodes of the official batches.
+
+    Python 2 wrote byte strings (T), which Python 3 cannot write any more, and numpy 1 had its
+    arrays made by ``numpy.core``.
+    """
+
+    def string(content: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(content)) + content
+
+    dtype = b"cnumpy\ndtype\n" + string(b"u1") + b"K\x00K\x01\x87R"
+    dtype += b"(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + string(b"b")
+    array += b"\x87R(K\x01" + struct.pack("<cici", b"J", len(data), b"J", data.shape[1]) + b"\x86"
+    array += dtype + b"\x89" + string(data.tobytes()) + b"tb"
+    integers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + integers + b"u."
+
+
+def write_batch(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """One CIFAR-10 batch as its authors pickled it: planes of red, green and blue."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(python2_pickle(images.transpose(0, 3, 1, 2).reshape(-1, 3072), labels))
+
+
+def write_cifar10(root: Path, batch: int = 40, test: int = 40) -> Path:
+    """Five training batches and a test batch; read them with ``verify=False``."""
+    folder = root / "cifar-10-batches-py"
+    sizes = {**{f"data_batch_{n}": batch for n in range(1, 6)}, "test_batch": test}
+    for seed, (name, size) in enumerate(sizes.items()):
+        labels = labels_of(size, seed)
+        write_batch(folder / name, draw(labels, seed), labels)
+    return folder
+
+
+def write_csv(path: Path, rows: list[tuple[int, str]], newline: str = "\n") -> None:
+    lines = ["id,label", *(f"{i},{label}" for i, label in rows)]
+    path.write_text("".join(line + newline for line in lines), newline="")
+
+
+def write_kaggle_cifar10(root: Path, train: int = 60, test: int = 30) -> Path:
+    """PNG folders, ``trainLabels.csv`` and ``sampleSubmission.csv``."""
+    folder = root / "kaggle-cifar10"
+    for seed, (split, count) in enumerate({"train": train, "test": test}.items()):
+        (folder / split).mkdir(parents=True)
+        labels = labels_of(count, seed)
+        for i, image in enumerate(draw(labels, seed), start=1):
+            Image.fromarray(image).save(folder / split / f"{i}.png")
+        if split == "train":
+            names = [(i, CLASSES[label]) for i, label in enumerate(labels, start=1)]
+            write_csv(folder / "trainLabels.csv", names)
+    write_csv(folder / "sampleSubmission.csv", [(i, "cat") for i in range(1, test + 1)])
+    return folder
+
+
+def write_ucsb(root: Path, images: int = 20) -> Path:
+    """``test.npy`` and a sample file with the CRLF line ends of the course's own."""
+    folder = root / "ucsb"
+    folder.mkdir(parents=True)
+    np.save(folder / "test.npy", draw(labels_of(images)))
+    write_csv(folder / "sample_submission.csv", [(i, "0") for i in range(images)], newline="\r\n")
+    return folder

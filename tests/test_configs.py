@@ -1,0 +1,42 @@
+"""Every shipped configuration trains, validates and tests."""
+
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+
+from train import main
+
+EXPERIMENTS = sorted(p for p in CONFIGS.glob("*.yaml") if p.stem != "defaults")
+OVERLAYS = sorted((CONFIGS / "hardware").glob("*.yaml"))
+
+
+def fake(config: Path, data_dir: Path) -> list[str]:
+    data = ["--data.verify=false"] if "CIFAR10DataModule" in config.read_text() else []
+    return [f"--data.data_dir={data_dir}", "--data.val_size=40", "--data.batch_size=20", *data]
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_fit_runs_and_leaves_nothing_behind(
+    config: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu"]
+    main(["fit", f"--config={config}", *fake(config, data_dir), *args])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_config_opens_with_the_command_that_runs_it(config: Path) -> None:
+    assert f"#   python train.py fit --config configs/{config.name}" in config.read_text()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_overlay_parses_over_an_experiment(
+    overlay: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIGS / "cifar10_cpu.yaml"
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={config}", f"--config={overlay}", "--print_config"])
+    printed = capsys.readouterr().out
+    assert "accelerator: cpu" in printed or "accelerator: gpu" in printed

@@ -1,0 +1,481 @@
+"""The pictures of a run: they show what they should, land in the run folder, and cost no reads."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from callbacks import ConfusionMatrix, LearningCurves, Mistakes, SampleSheet
+from callbacks.confusion_matrix import ConfusionCounts, confusion_matrix
+from callbacks.learning_curves import learning_curves
+from callbacks.mistakes import MostConfident, mistakes_sheet
+from callbacks.pictures import PictureCallback
+from callbacks.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
+from datamodules.images import ImageDataModule
+from errors import UserError
+
+NAMES = ("ant", "bee", "cow")
+TEST_SIZE = 23  # three batches of ten, or two processes with unequal shares
+
+
+class PlantedData(ImageDataModule):
+    """Grey images whose first pixel says what :class:`Reader` will predict, and how surely."""
+
+    class_names = NAMES
+    image_size = (8, 8, 3)
+
+    def __init__(self, **options: Any) -> None:
+        defaults = {"batch_size": 8, "eval_batch_size": 10, "val_size": 6}
+        plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        super().__init__(**{**defaults, **plain, **options})
+
+    def read_train(self) -> tuple[Tensor, ...]:
+        return planted(30, seed=1)
+
+    def read_test(self) -> tuple[Tensor, ...]:
+        return planted(TEST_SIZE, seed=2)
+
+
+def planted(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(100, 140, (count, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(count) % 3  # the class that is predicted
+    images[:, 0, 0, 1] = 2 * torch.randperm(100, generator=generator)[:count]  # all different
+    targets = torch.randint(3, (count,), generator=generator)
+    return images, targets
+
+
+class Reader(LightningModule):
+    """Predicts what the first pixel says."""
+
+    def __init__(self, fails_at: int = 1000) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.fails_at = fails_at
+
+    def forward(self, images: Tensor) -> Tensor:
+        preds = (images[:, 0, 0, 0] * 255).round().long()
+        return F.one_hot(preds, 3) * images[:, 1, 0, 0, None] * self.scale
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.global_step == self.fails_at:
+            raise RuntimeError("planted failure")
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        logits = self(batch[0])
+        self.log("val/loss", F.cross_entropy(logits, batch[1]))
+        return {"logits": logits}
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"logits": self(batch[0])}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    return Trainer(
+        **{"logger": False, "max_epochs": 1, "log_every_n_steps": 1, **options},
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return np.asarray(Image.open(file).convert("L"))
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder; whatever appears in it was written by surprise."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# The run folder
+
+
+def test_all_pictures_land_in_the_run_folder(tmp_path: Path, empty_folder: Path) -> None:
+    logger = CSVLogger(tmp_path, name="run", version="")
+    pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
+    trainer = make_trainer(tmp_path, *pictures, logger=logger)
+    model, data = Reader(), PlantedData()
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    trainer.test(model, data, verbose=False)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "metrics.csv",
+        "sample_sheet.png",
+        "learning_curves.png",
+        "confusion_matrix_val.csv",
+        "confusion_matrix_val.png",
+        "confusion_matrix_test.csv",
+        "confusion_matrix_test.png",
+        "mistakes.png",
+    }
+    for path in (tmp_path / "run").glob("*.png"):
+        grey = np.asarray(Image.open(path).convert("L"))
+        assert grey.shape[0] > 100
+        assert (grey < 128).mean() > 0.005, f"{path.name} is blank"
+    assert not list(empty_folder.iterdir())
+
+
+def test_without_a_logger_the_root_folder_is_the_run_folder(
+    tmp_path: Path, empty_folder: Path
+) -> None:
+    run = tmp_path / "run"
+    pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
+    trainer = make_trainer(run, *pictures)
+    trainer.fit(Reader(), PlantedData())
+    trainer.test(Reader(), PlantedData(), verbose=False)
+    names = {path.name for path in run.iterdir()}
+    expected = {"confusion_matrix_test.csv", "confusion_matrix_test.png"}
+    assert names == {"sample_sheet.png", "mistakes.png", *expected}
+    assert not list(empty_folder.iterdir())
+
+
+def test_a_fast_dev_run_leaves_nothing_behind(tmp_path: Path, empty_folder: Path) -> None:
+    pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
+    logger = CSVLogger(tmp_path / "run")
+    trainer = make_trainer(tmp_path / "run", *pictures, logger=logger, fast_dev_run=2)
+    trainer.fit(Reader(), PlantedData())
+    trainer.test(Reader(), PlantedData(), verbose=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["current"]
+    assert not list(empty_folder.iterdir())
+
+
+def test_data_without_classes_or_images_is_left_alone(tmp_path: Path) -> None:
+    """Without a datamodule nothing is known of classes or images."""
+    pictures = [SampleSheet(), ConfusionMatrix(), Mistakes()]
+    trainer = make_trainer(tmp_path / "run", *pictures)
+    data = PlantedData()
+    data.setup("fit")
+    data.setup("test")
+    trainer.fit(Reader(), data.train_dataloader(), data.val_dataloader())
+    trainer.test(Reader(), data.test_dataloader(), verbose=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_is_shown_on_the_wandb_run(tmp_path: Path) -> None:
+    class Recorder(WandbLogger):
+        def __init__(self) -> None:
+            self.shown: list[tuple[Any, ...]] = []
+
+        def log_image(self, *args: Any, **kwargs: Any) -> None:
+            self.shown.append((*args, kwargs))
+
+    callback, logger = PictureCallback(), Recorder()
+    callback.folder = tmp_path
+    trainer: Any = SimpleNamespace(loggers=[CSVLogger(tmp_path), logger])
+    callback.save(trainer, "it", Figure())
+    assert logger.shown == [("pictures/it", [str(tmp_path / "it.png")], {})]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
+    for run, options in (("one", {}), ("two", {"strategy": "ddp_fork", "devices": 2})):
+        trainer = make_trainer(tmp_path / run, ConfusionMatrix(), Mistakes(), **options)
+        trainer.test(Reader(), PlantedData(), verbose=False)
+    for name in ("confusion_matrix_test.csv", "confusion_matrix_test.png", "mistakes.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+# The sample sheet
+
+
+def test_samples_are_of_their_class_and_spread_over_the_set() -> None:
+    targets = torch.tensor([2, 0, 0, 2, 0, 0, 5])
+    classes, index = from_each_class(targets, 2)
+    assert classes.tolist() == [0, 2, 5]
+    assert index.tolist() == [[1, 4], [0, 3], [6, 6]]
+
+
+def test_augmented_samples_are_what_the_loader_makes_of_the_stored_ones() -> None:
+    data = PlantedData(flip="random", cutout=2)
+    data.setup("fit")
+    stored, augmented = seen_by_network(data, torch.tensor([[4, 9, 11], [2, 7, 0]]))
+    assert torch.equal(stored[1, 0], data.splits["train"][0][2])
+    assert stored.shape == augmented.shape == (2, 3, 8, 8, 3)
+    for one, other in zip(stored.flatten(0, 1), augmented.flatten(0, 1), strict=True):
+        cut = (other == 0).all(2)
+        assert 0 < cut.sum() <= 4
+        assert ((one == other).all(2) | cut).all() or ((one.flip(1) == other).all(2) | cut).all()
+
+
+def test_the_sheet_disturbs_neither_random_numbers_nor_the_loader() -> None:
+    data = PlantedData(crop=2, flip="random")
+    data.setup("fit")
+    first = [images.clone() for images, _ in data.train_dataloader()]
+    state = torch.get_rng_state()
+    seen_by_network(data, torch.arange(6).reshape(3, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert data.train_dataloader().state_dict() == {"batches": len(first)}
+    assert all(map(torch.equal, first, (images for images, _ in data.train_dataloader())))
+
+
+def test_the_sheet_shows_the_images_under_the_names_of_their_classes() -> None:
+    stored, augmented = torch.randint(256, (2, 2, 3, 8, 8, 1), dtype=torch.uint8)
+    left, right = sample_sheet(stored, augmented, ["ant", "bee"]).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["ant", "bee"]
+    for axes, images in ((left, stored), (right, augmented)):
+        shown = np.asarray(axes.images[0].get_array())
+        np.testing.assert_array_equal(shown, mosaic(images))
+        np.testing.assert_array_equal(shown[10:18, 20:28, 2], images[1, 2, :, :, 0])
+
+
+# Learning curves
+
+
+def metrics_table(steps: int = 100) -> pd.DataFrame:
+    """As a logger writes it: validation and learning rate in rows of their own."""
+    loss = 2 / (1 + np.arange(steps))
+    train = pd.DataFrame({"step": range(steps), "train/loss": loss, "train/accuracy": 1 - loss / 2})
+    val = pd.DataFrame({"step": [49, 99], "val/loss": [0.5, 0.4], "val/accuracy": [0.7, 0.8]})
+    rates = pd.DataFrame({"step": [0, 50], "lr-SGD": [0.1, 0.2]})
+    return pd.concat([train, val, rates], ignore_index=True)
+
+
+def test_curves_show_the_logged_values() -> None:
+    metrics = metrics_table()
+    loss, accuracy, rate = learning_curves(metrics).axes
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        each, _, val = axes.lines
+        np.testing.assert_array_equal(each.get_xdata(), range(100))
+        np.testing.assert_array_equal(each.get_ydata(), metrics[f"train/{name}"][:100])
+        np.testing.assert_array_equal(val.get_xdata(), [49, 99])
+        np.testing.assert_array_equal(val.get_ydata(), metrics[f"val/{name}"].dropna())
+    np.testing.assert_array_equal(rate.lines[0].get_xydata(), [[0, 0.1], [50, 0.2]])
+    assert [axes.get_ylabel() for axes in (loss, accuracy, rate)] == [
+        "loss",
+        "accuracy",
+        "learning rate",
+    ]
+    assert rate.get_xlabel() == "optimizer step"
+    assert loss.get_yscale() == "log"  # from 2 to 0.02
+    assert accuracy.get_title(loc="right") == "last validation: 80.00%"
+
+
+def test_a_spike_stands_out_of_the_smooth_line() -> None:
+    metrics = pd.DataFrame({"step": range(200), "train/loss": 1.0})
+    metrics.loc[100, "train/loss"] = 50.0
+    each, smooth = learning_curves(metrics).axes[0].lines
+    assert np.argmax(each.get_ydata()) == 100
+    np.testing.assert_array_equal(smooth.get_ydata(), 1)
+
+
+def nothing_finite(metrics: pd.DataFrame) -> pd.DataFrame:
+    return metrics.assign(**{"train/loss": np.nan, "val/loss": np.inf})
+
+
+def diverged(metrics: pd.DataFrame) -> pd.DataFrame:
+    metrics.loc[40:50, "train/loss"] = np.inf
+    metrics.loc[51:99, "train/loss"] = np.nan
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "panels"),
+    [
+        (lambda metrics: metrics.iloc[:1], 3),
+        (lambda metrics: metrics.drop(columns=["val/loss", "val/accuracy"]), 3),
+        (lambda metrics: metrics[["step", "val/loss"]], 1),
+        (lambda metrics: metrics[["step", "lr-SGD"]], 2),
+        (lambda metrics: metrics[["step", "train/loss"]] * -1, 1),
+        (nothing_finite, 3),
+        (diverged, 3),
+    ],
+    ids=[
+        "one row",
+        "no validation",
+        "no training",
+        "rate",
+        "negative",
+        "nothing finite",
+        "diverged",
+    ],
+)
+def test_curves_of_odd_metrics_can_be_drawn(
+    change: Callable[[pd.DataFrame], pd.DataFrame], panels: int
+) -> None:
+    figure = learning_curves(change(metrics_table()))
+    assert len(figure.axes) == panels
+    assert (rendered(figure) < 128).any()
+
+
+def test_curves_are_drawn_no_more_often_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        LearningCurves,
+        "save",
+        lambda self, trainer, name, figure: drawn.append(trainer.global_step),
+    )
+    for min_interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [3, 6])):
+        drawn.clear()
+        logger = CSVLogger(tmp_path, version=f"{min_interval}")
+        curves = LearningCurves(min_interval)
+        make_trainer(tmp_path, curves, logger=logger, max_epochs=2).fit(Reader(), PlantedData())
+        assert drawn == expected  # at validation, at the end of each epoch, and at the very end
+
+
+def test_curves_show_how_far_a_failed_run_came(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="run", version="")
+    trainer = make_trainer(tmp_path, LearningCurves(), logger=logger)
+    with pytest.raises(RuntimeError, match="planted failure"):
+        trainer.fit(Reader(fails_at=2), PlantedData())
+    assert (tmp_path / "run" / "learning_curves.png").exists()
+    assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == 2
+
+
+# The confusion matrix
+
+
+def test_counts_equal_a_few_lines_of_numpy(tmp_path: Path) -> None:
+    make_trainer(tmp_path, ConfusionMatrix()).test(Reader(), PlantedData(), verbose=False)
+    images, target = planted(TEST_SIZE, seed=2)
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (target.numpy(), images[:, 0, 0, 0].numpy()), 1)
+    header, *rows = csv.reader((tmp_path / "confusion_matrix_test.csv").read_text().splitlines())
+    assert header == ["true/predicted", *NAMES]
+    assert [row[0] for row in rows] == list(NAMES)
+    assert np.array_equal(np.array([row[1:] for row in rows], int), expected)
+
+
+def test_a_second_test_starts_from_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, ConfusionMatrix())
+    for _ in range(2):
+        trainer.test(Reader(), PlantedData(), verbose=False)
+    table = pd.read_csv(tmp_path / "confusion_matrix_test.csv", index_col=0)
+    assert table.to_numpy().sum() == TEST_SIZE
+
+
+def test_the_matrix_shows_counts_coloured_by_their_share_of_the_row() -> None:
+    counts = np.array([[9, 1, 0], [0, 0, 0], [5, 0, 15]])
+    axes, _ = confusion_matrix(counts, NAMES).axes
+    shares = np.array([[0.9, 0.1, 0], [0, 0, 0], [0.25, 0, 0.75]])
+    np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), shares)
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(0, 0): "9", (1, 0): "1", (0, 2): "5", (2, 2): "15"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    assert axes.get_title() == "24 of 30 right"
+
+
+def test_a_hundred_classes_are_drawn_without_numbers() -> None:
+    figure = confusion_matrix(np.eye(100, dtype=int), [f"class {k}" for k in range(100)])
+    assert not figure.axes[0].texts
+    assert (rendered(figure) < 128).any()
+
+
+# Mistakes
+
+
+def test_planted_mistakes_are_found_in_order(tmp_path: Path) -> None:
+    callback = Mistakes(count=5)
+    make_trainer(tmp_path, callback).test(Reader(), PlantedData(), verbose=False)
+    images, target, preds, probability = callback.mistakes.found()
+    stored, all_targets = planted(TEST_SIZE, seed=2)
+    sureness = stored[:, 0, 0, 1].float()
+    wrong = stored[:, 0, 0, 0] != all_targets
+    expected = torch.where(wrong, sureness, -1.0).argsort(descending=True)[:5]
+    assert torch.equal(PlantedData().denormalize(images), stored[expected])
+    assert torch.equal(target, all_targets[expected])
+    assert torch.equal(preds, stored[expected, 0, 0, 0].long())
+    logit = 10 * sureness[expected] / 255
+    torch.testing.assert_close(probability, logit.exp() / (logit.exp() + 2))
+
+
+def test_right_answers_are_never_shown() -> None:
+    mistakes = MostConfident(4)
+    logits = torch.tensor([[5.0, 0.0], [0.0, 1.0], [0.0, 9.0]])
+    mistakes.update(torch.rand(3, 3, 8, 8), logits, target=torch.tensor([0, 0, 1]))
+    _, target, preds, _ = mistakes.found()
+    assert (target.tolist(), preds.tolist()) == ([0], [1])
+
+
+def test_a_diverged_network_is_unsure_of_its_mistakes() -> None:
+    mistakes = MostConfident(2)
+    logits = torch.tensor([[torch.nan, torch.nan], [3.0, 0.0]])
+    mistakes.update(torch.rand(2, 3, 8, 8), logits, target=torch.tensor([1, 1]))
+    probability = mistakes.found()[-1]
+    torch.testing.assert_close(
+        probability, torch.tensor([torch.tensor([3.0, 0.0]).softmax(0)[0], 0])
+    )
+
+
+def test_the_mistakes_sheet_names_prediction_and_truth() -> None:
+    images = np.random.default_rng(0).integers(256, size=(7, 8, 8, 3), dtype=np.uint8)
+    figure = mistakes_sheet(images, ["ant"] * 7, ["bee"] * 7, np.linspace(0.999, 0.5, 7).tolist())
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == 7
+    assert shown[0].get_title() == "99.9% bee\ntrue: ant"
+    np.testing.assert_array_equal(shown[6].images[0].get_array(), images[6])
+
+
+def test_no_mistakes_are_called_so() -> None:
+    figure = mistakes_sheet(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
+    assert figure.get_suptitle() == "no mistakes"
+
+
+# Cost and arguments
+
+
+def test_a_test_batch_is_never_read_from_the_device() -> None:
+    """Tensors on the meta device have no values: whatever would read one fails."""
+    images, target = torch.empty(10, 3, 8, 8, device="meta"), torch.empty(10, device="meta").long()
+    outputs = {"logits": torch.empty(10, 3, device="meta")}
+    model: Any = SimpleNamespace(device=torch.device("meta"))
+    trainer: Any = None  # is not asked
+    for callback in (ConfusionMatrix(), Mistakes()):
+        callback.data = PlantedData()
+        callback.on_test_start(trainer, model)
+        for batch_idx in range(2):
+            callback.on_test_batch_end(trainer, model, outputs, [images, target], batch_idx)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        target.max().item()
+
+
+def test_counts_are_kept_where_they_are_made() -> None:
+    confusion = ConfusionCounts(3, "meta")
+    confusion.update(torch.empty(5, device="meta").long(), torch.empty(5, device="meta").long())
+    assert confusion.table().device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SampleSheet(per_class=0), "per_class must be at least 1, got 0"),
+        (lambda: Mistakes(count=0), "count must be at least 1, got 0"),
+        (lambda: LearningCurves(min_interval=-1), "min_interval must not be negative, got -1"),
+    ],
+    ids=["SampleSheet", "Mistakes", "LearningCurves"],
+)
+def test_arguments_are_checked_there_and_then(make: Callable[[], Callback], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,204 @@
+"""Predictions from runs alone, and the files they end in."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import on_full_disk
+
+import predict
+from datamodules.images import ImageDataModule
+from files import sha256
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the trained run that a test may change."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/cifar10_cpu/first", symlinks=True)
+    return Path("runs/cifar10_cpu/first")
+
+
+def predict_csv(*args: str | Path) -> bytes:
+    predict.main([str(arg) for arg in args])
+    output = next((a for a in map(str, args) if a.endswith(".csv")), None)
+    return Path(output or f"{args[0]}/submission.csv").read_bytes()
+
+
+def sentence(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        predict.main([str(arg) for arg in args])
+    assert stop.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    return said
+
+
+def change_config(path: Path, **data: object) -> None:
+    """Write other settings of the data into a checkpoint."""
+    checkpoint = torch.load(path, weights_only=True)
+    config = yaml.safe_load(checkpoint["config"])
+    config["data"]["init_args"] |= data
+    checkpoint["config"] = yaml.safe_dump(config)
+    torch.save(checkpoint, path)
+
+
+def test_files_of_a_prediction(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(csv.reader(predict_csv(run).decode().splitlines()))
+    assert rows[0] == ["id", "label"]
+    assert [int(i) for i, _ in rows[1:]] == list(range(1, 41))
+    assert f"Next: python submit.py {run} --dry_run" in capsys.readouterr().out
+    record = json.loads((run / "submission.json").read_text())
+    assert record["sha256"] == sha256(run / "submission.csv")
+    assert record["runs"][0]["sha256"] == sha256(run / "checkpoints" / "best.ckpt")
+    assert record["runs"][0]["validation_samples"] == 40
+    assert 0 < record["runs"][0]["validation_accuracy"] <= 1
+    assert record["tta"] == "mirror_translate"
+    saved = np.load(run / "submission.npz")
+    np.testing.assert_allclose(saved["probabilities"].sum(1), 1, rtol=1e-5)
+    labels = [str(saved["classes"][k]) for k in saved["probabilities"].argmax(1)]
+    assert labels == [label for _, label in rows[1:]]
+
+
+def test_predictions_are_those_of_the_test(run: Path, trained: Path) -> None:
+    """The classes agree with the labels as often as ``test`` counted."""
+    predict_csv(run)
+    saved = np.load(run / "submission.npz")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    from datamodules import CIFAR10DataModule
+
+    settings = config["data"]["init_args"]
+    data = CIFAR10DataModule(data_dir=settings["data_dir"], verify=False)
+    targets = data.read_test()[1].numpy()
+    accuracy = (saved["probabilities"].argmax(1) == targets).mean()
+    import train
+
+    train.main(["test", f"--run={run}", "--trainer.logger=[{class_path: callbacks.MetricsCSV}]"])
+    with (run / "metrics.csv").open(newline="") as file:
+        (tested,) = [r["test/accuracy"] for r in csv.DictReader(file) if r["test/accuracy"]]
+    assert accuracy == pytest.approx(float(tested))
+
+
+def test_same_bytes_again_and_for_another_batch_size(run: Path) -> None:
+    first = predict_csv(run)
+    assert predict_csv(run) == first
+    assert predict_csv(run, "--data.eval_batch_size", "7") == first
+    assert json.loads((run / "submission.json").read_text())["rows"] == 40
+
+
+def test_ensemble_is_the_mean_of_the_probabilities(run: Path) -> None:
+    other = Path("runs/cifar10_cpu/other")
+    shutil.copytree(run, other)
+    path = other / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["network.head.weight"] *= -1
+    torch.save(checkpoint, path)
+    single = []
+    for source in (run, other):
+        predict_csv(source)
+        single.append(np.load(source / "submission.npz")["probabilities"])
+    predict_csv(run, other, "--output", "both.csv")
+    both = np.load("both.npz")["probabilities"]
+    np.testing.assert_allclose(both, np.mean(single, axis=0), rtol=1e-6)
+    assert len(json.loads(Path("both.json").read_text())["runs"]) == 2
+
+
+def test_test_time_augmentation_can_be_chosen(run: Path) -> None:
+    probabilities = {}
+    for tta in ("none", "mirror", "mirror_translate"):
+        predict_csv(run, "--tta", tta)
+        probabilities[tta] = np.load(run / "submission.npz")["probabilities"]
+        assert json.loads((run / "submission.json").read_text())["tta"] == tta
+    assert not np.allclose(probabilities["none"], probabilities["mirror"])
+    assert not np.allclose(probabilities["mirror"], probabilities["mirror_translate"])
+
+
+def test_other_set_with_the_normalisation_of_the_run(run: Path, data_dir: Path) -> None:
+    path = run / "checkpoints" / "best.ckpt"
+    change_config(path, mean=[0.1, 0.2, 0.3])
+    written = predict_csv(path, "--data", "UCSBCIFAR10DataModule", "--output", "ucsb.csv")
+    rows = list(csv.reader(written.decode().splitlines()))
+    assert rows[0] == ["id", "label"]
+    assert [int(i) for i, _ in rows[1:]] == list(range(20))
+    assert all(label.isdecimal() for _, label in rows[1:])
+    member = predict.Member.load(str(path), "best", ["--data=UCSBCIFAR10DataModule"])
+    assert isinstance(member.data, ImageDataModule)
+    assert member.data.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert json.loads(Path("ucsb.json").read_text())["competition"] == "ucsb-cs291k-hw2-2022-fall"
+
+
+def test_kaggle_form_follows_the_sample_file(run: Path) -> None:
+    written = predict_csv(run, "--data", "KaggleCIFAR10DataModule", "--output", "kaggle.csv")
+    rows = list(csv.reader(written.decode().splitlines()))
+    assert [int(i) for i, _ in rows[1:]] == list(range(1, 31))
+    assert {label for _, label in rows[1:]} <= set(np.load("kaggle.npz")["classes"].tolist())
+
+
+def test_mistakes_are_told_in_one_sentence(
+    run: Path, capsys: pytest.CaptureFixture[str], data_dir: Path
+) -> None:
+    assert "none is not a run folder" in sentence(capsys, "none")
+    assert "none.ckpt does not exist" in sentence(capsys, "none.ckpt")
+    assert "several runs make one file" in sentence(capsys, run, run)
+    assert "unknown argument --foo" in sentence(capsys, run, "--foo=3")
+    assert "Option 'foo' is not accepted" in sentence(capsys, run, "--data.foo=3")
+    assert "missing" in sentence(capsys, run, "--data_dir=missing")
+    assert "NoSuch is neither a class" in sentence(capsys, run, "--data=NoSuch")
+    assert not (run / "submission.csv").exists()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    assert "holds no checkpoint; train it first" in sentence(capsys, run)
+
+
+def test_weights_of_another_network(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predict_csv(run)
+    before = (run / "submission.csv").read_bytes()
+    said = sentence(capsys, run, "--model.network.widths=[8,8,16]")
+    assert "holds the weights of another network" in said
+    assert (run / "submission.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_stranger_cannot_have_other_classes_built(
+    key: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    config = yaml.safe_load(checkpoint["config"])
+    config[key] = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "trapped"]}}
+    checkpoint["config"] = yaml.safe_dump(config)
+    torch.save(checkpoint, path)
+    assert "subprocess.Popen" in sentence(capsys, run)
+    assert not Path("trapped").exists()
+
+
+def test_full_disk_keeps_the_former_prediction(run: Path) -> None:
+    predict_csv(run)
+    before = {p.name: p.read_bytes() for p in run.glob("submission.*")}
+    # the probabilities fit in no more
+    result = on_full_disk(2500, f"import predict; predict.main(['{run}', '--tta=none'])")
+    assert result.returncode == 1
+    assert "could not be written" in result.stderr.splitlines()[-1]
+    assert {p.name: p.read_bytes() for p in run.glob("submission.*")} == before
+    assert not list(run.glob(".submission*"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(run: Path) -> None:
+    first = predict_csv(run, "--data.eval_batch_size=9")
+    script = Path(predict.__file__)
+    command = [sys.executable, str(script), str(run), "--data.eval_batch_size=9", "--devices=2"]
+    command += ["--accelerator=cpu", "--output=two.csv"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert Path("two.csv").read_bytes() == first
+    ids = np.load("two.npz")["ids"]
+    assert ids.tolist() == list(range(1, 41))
+    assert not list(Path().glob(".two*"))

@@ -1,0 +1,77 @@
+"""The whole job on the real sets: train, test, predict for each competition, score with its key."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CONFIGS, end_wandb
+
+import predict
+import submit
+import train
+
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.filterwarnings("ignore:.*test_batch"),  # twenty of its images are not lossless
+]
+
+
+@pytest.fixture(scope="module")
+def short_run(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of a narrow network, trained and tested."""
+    home = tmp_path_factory.mktemp("short")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        flags = ["--model.network.widths=[16,32,32]", "--trainer.max_epochs=2", "--run=short"]
+        config = f"--config={CONFIGS / 'cifar10_cpu.yaml'}"
+        train.main(["fit", config, f"--data.data_dir={real_data}", *flags])
+        end_wandb()
+        train.main(["test", "--run=cifar10_cpu/short", "--model.tta=none"])
+        end_wandb()
+        return home / "runs" / "cifar10_cpu" / "short"
+
+
+def accuracy_of(csv_file: Path, key: Path) -> tuple[int, float]:
+    """Rows of a submission, and the share of the scored ids that it has right."""
+    rows, truth = (dict(csv.reader(p.read_text().splitlines())) for p in (csv_file, key))
+    del rows["id"], truth["id"]
+    return len(rows), float(np.mean([rows[i] == label for i, label in truth.items()]))
+
+
+def test_real_images_are_learned(short_run: Path) -> None:
+    assert recorded_accuracy(short_run) > 0.55
+
+
+def recorded_accuracy(run: Path) -> float:
+    with (run / "metrics.csv").open(newline="") as file:
+        (value,) = [r["test/accuracy"] for r in csv.DictReader(file) if r["test/accuracy"]]
+    return float(value)
+
+
+def test_kaggle_score_is_the_test_accuracy(
+    short_run: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (real_data / "kaggle-cifar10").is_dir():
+        pytest.skip("REAL_DATA has no kaggle-cifar10")
+    monkeypatch.chdir(short_run.parents[2])
+    output = ["--tta=none", "--data=KaggleCIFAR10DataModule", "--output=kaggle.csv"]
+    predict.main([str(short_run), *output])
+    count, score = accuracy_of(Path("kaggle.csv"), real_data / "kaggle-cifar10-key.csv")
+    assert count == 12_000
+    assert score == pytest.approx(recorded_accuracy(short_run), abs=0.0005)
+    submit.main(["kaggle.csv", "--dry_run"])
+
+
+def test_ucsb_score(short_run: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (real_data / "ucsb").is_dir():
+        pytest.skip("REAL_DATA has no ucsb")
+    monkeypatch.chdir(short_run.parents[2])
+    output = ["--tta=none", "--data=UCSBCIFAR10DataModule", "--output=ucsb.csv"]
+    predict.main([str(short_run), *output])
+    count, score = accuracy_of(Path("ucsb.csv"), real_data / "ucsb-key.csv")
+    assert count == 2_000
+    assert score == pytest.approx(
+        recorded_accuracy(short_run), abs=0.03
+    )  # 2,000 of the 10,000 test images
+    submit.main(["ucsb.csv", "--dry_run"])

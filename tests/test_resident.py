@@ -1,0 +1,305 @@
+"""The resident loader and the augmentation on it: which samples come, when, and how they look."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from datamodules.base import BaseDataModule
+from datamodules.images import ImageDataModule, ImageLoader, cutout, reflect_pad
+from datamodules.resident import ResidentLoader, Stage
+from errors import UserError
+
+MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+
+
+def ranks(samples: int, batch: int, world: int, stage: Stage, epoch: int = 0) -> list[list[Tensor]]:
+    """The sample numbers in the batches of every process."""
+    loaders = [
+        ResidentLoader([torch.arange(samples)], batch, stage, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    for loader in loaders:
+        loader.set_epoch(epoch)
+    return [[numbers for (numbers,) in loader] for loader in loaders]
+
+
+def image_loader(images: Tensor, batch_size: int = 8, **options: Any) -> ImageLoader:
+    """A loader whose targets are the numbers of the images."""
+    arguments: dict[str, Any] = {"stage": "train", "mean": MEAN, "std": STD, **options}
+    return ImageLoader(images, torch.arange(len(images)), batch_size=batch_size, **arguments)
+
+
+def as_stored(images: Tensor) -> Tensor:
+    """All images as the network sees them without augmentation (N, C, H, W)."""
+    [(batch, _)] = image_loader(images, len(images), stage="predict")
+    return batch
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(
+        256, (24, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+shapes = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5))
+
+
+@given(shapes)
+def test_evaluation_shows_every_sample_once(shape: tuple[int, int, int]) -> None:
+    samples, batch, world = shape
+    if samples < world:
+        return
+    shares = ranks(samples, batch, world, "evaluate")
+    assert sorted(torch.cat([*chain(*shares)]).tolist()) == list(range(samples))
+    assert len({len(share) for share in shares}) == 1  # collectives meet
+    assert all(len(numbers) > 0 for share in shares for numbers in share)
+
+
+@given(shapes)
+def test_prediction_batches_do_not_depend_on_the_number_of_processes(
+    shape: tuple[int, int, int],
+) -> None:
+    samples, batch, world = shape
+    [alone] = ranks(samples, batch, 1, "predict")
+    shares = ranks(samples, batch, world, "predict")
+    assert torch.equal(torch.cat(alone), torch.arange(samples))
+    for number, expected in enumerate(alone):
+        assert torch.equal(shares[number % world][number // world], expected)
+    assert sum(map(len, shares)) == len(alone)
+
+
+@given(shapes, st.integers(0, 3))
+def test_training_batches_of_the_processes_make_up_one_global_batch(
+    shape: tuple[int, int, int], epoch: int
+) -> None:
+    samples, batch, world = shape
+    if samples < world:
+        return
+    batch = min(batch, samples // world)  # few samples make a small batch rather than none
+    shares = ranks(samples, batch, world, "train", epoch)
+    [alone] = ranks(samples, batch * world, 1, "train", epoch)
+    assert [len(share) for share in shares] == [samples // (batch * world)] * world
+    for step, expected in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert all(len(part) == batch for part in parts)
+        assert sorted(torch.cat(parts).tolist()) == sorted(expected.tolist())
+    seen = torch.cat([*chain(*shares)]).tolist()
+    assert len(seen) == len(set(seen))  # shards are disjoint
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        torch.rand(3)  # the global generator plays no part
+        loader = ResidentLoader([torch.arange(100)], 10, "train", seed=seed)
+        loader.set_epoch(epoch)
+        return torch.cat([numbers for (numbers,) in loader]).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
+    assert len({tuple(o) for o in orders}) == 4
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped(images: Tensor) -> None:
+    options: dict[str, Any] = {"crop": 2, "flip": "random", "cutout": 6}
+    whole = image_loader(images, **options)
+    whole.set_epoch(3)
+    expected = list(whole)
+    for stop in (1, 2):
+        first = image_loader(images, **options)
+        first.set_epoch(3)
+        batches = iter(first)
+        before = [next(batches) for _ in range(stop)]
+        second = image_loader(images, **options)
+        second.load_state_dict(first.state_dict())
+        second.set_epoch(3)
+        for got, wanted in zip([*before, *second], expected, strict=True):
+            assert torch.equal(got[0], wanted[0])
+            assert torch.equal(got[1], wanted[1])
+
+
+def test_a_finished_epoch_resumes_with_the_next_one() -> None:
+    loader = ResidentLoader([torch.arange(20)], 5, "train")
+    assert len(list(loader)) == 4
+    other = ResidentLoader([torch.arange(20)], 5, "train")
+    other.load_state_dict(loader.state_dict())
+    assert len(list(other)) == 4
+    assert len(list(other)) == 4  # a resume shortens one epoch, not those after it
+
+
+class Recorder(LightningModule):
+    """Learns nothing and remembers what it saw."""
+
+    def __init__(self, save: Path | None) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: list[list[int]] = []
+        self.save = save
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        self.seen.append(batch[0].tolist())
+        return self.layer(batch[0][:, None].float()).sum() * 0
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        """Validate between the epochs, as real runs do."""
+
+    def on_train_batch_end(self, *args: object) -> None:
+        if self.save:
+            self.trainer.save_checkpoint(self.save)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Numbers(BaseDataModule):
+    class_names = ("one",)
+
+    def read_train(self) -> tuple[Tensor, ...]:
+        return (torch.arange(40),)
+
+
+def fit(max_steps: int, save: Path | None = None, resume: Path | None = None) -> list[list[int]]:
+    """Train up to ``max_steps``, which end in mid-epoch or not; returns the batches seen."""
+    model = Recorder(save)
+    trainer = Trainer(
+        max_steps=max_steps,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, Numbers(batch_size=8, val_size=8), ckpt_path=resume)
+    return model.seen
+
+
+@pytest.mark.parametrize("stop", [4, 6], ids=["between epochs", "in mid-epoch"])
+def test_resumed_training_sees_what_the_uninterrupted_one_saw(stop: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = fit(10)  # 4 steps an epoch
+    interrupted = fit(stop, save=tmp_path / "last.ckpt")
+    resumed = fit(10, resume=tmp_path / "last.ckpt")
+    assert interrupted + resumed == whole
+
+
+def test_two_processes_augment_as_one_does(images: Tensor) -> None:
+    options: dict[str, Any] = {"crop": 3, "flip": "random", "cutout": 8}
+    alone = list(image_loader(images, 8, **options))
+    pair = [list(image_loader(images, 4, rank=r, world_size=2, **options)) for r in range(2)]
+    for step, (batch, numbers) in enumerate(alone):
+        parts = torch.cat([pair[0][step][0], pair[1][step][0]])
+        order = torch.cat([pair[0][step][1], pair[1][step][1]]).argsort()
+        assert torch.equal(batch[numbers.argsort()], parts[order])
+
+
+@given(st.integers(0, 4), st.integers(0, 2**16))
+def test_flip_and_crop_equal_a_slow_reference(crop: int, seed: int) -> None:
+    images = torch.randint(256, (6, 8, 5, 3), dtype=torch.uint8)
+    loader = image_loader(images, 6, crop=crop, flip="random", seed=seed)
+    [(batch, numbers)] = loader
+    generator = loader.generator()
+    torch.randperm(6, generator=generator)  # the order of the epoch comes first
+    draws = torch.rand(6, 5, generator=generator)
+    for image, number in zip(batch, numbers.tolist(), strict=True):
+        mirror, row, column = draws[number, :3].tolist()
+        expected = images[number].numpy()[:, :: -1 if mirror < 0.5 else 1]
+        expected = np.pad(expected, ((crop, crop), (crop, crop), (0, 0)), mode="reflect")
+        top, left = int(row * (2 * crop + 1)), int(column * (2 * crop + 1))
+        expected = expected[top : top + 8, left : left + 5]
+        floats = (expected / 255 - MEAN.numpy()) / STD.numpy()
+        np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), floats, atol=1e-5)
+
+
+def test_every_offset_comes_about_equally_often() -> None:
+    """An image of distinct pixels tells from its corner which window was cut."""
+    rows = torch.arange(8)[:, None].expand(8, 8)
+    image = torch.stack([rows, rows.T, torch.zeros(8, 8)], -1).to(torch.uint8)
+    loader = image_loader(image.expand(9000, 8, 8, 3).contiguous(), 9000, crop=1)
+    [(batch, _)] = loader
+    pixels = batch * STD[:, None, None] + MEAN[:, None, None]
+    inner = (pixels[:, :2, 1, 1] * 255).round().long()  # 0, 1 or 2 rows and columns further
+    counts = torch.bincount(inner[:, 0] * 3 + inner[:, 1], minlength=9)
+    assert counts.sum() == 9000
+    assert ((counts - 1000).abs() < 150).all()  # five standard deviations
+
+
+def test_alternating_flip_turns_every_image_every_epoch(images: Tensor) -> None:
+    loader = image_loader(images, len(images), flip="alternating")
+    mirrored = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        [(batch, numbers)] = loader
+        plain = as_stored(images)[numbers]
+        flipped = (batch == plain.flip(3)).all(3).all(2).all(1)
+        assert torch.equal(batch[~flipped], plain[~flipped])
+        mirrored.append(flipped[numbers.argsort()])
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3])
+    assert 0 < mirrored[0].sum() < len(images)
+
+
+@given(st.integers(1, 12), st.integers(0, 2**16))
+def test_cutout_equals_a_slow_reference(size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(5, 3, 9, 7, generator=generator) + 1
+    centers = torch.rand(5, 2, generator=generator)
+    expected = images.clone()
+    for image, (y, x) in zip(expected, centers.tolist(), strict=True):
+        top, left = int(y * 9) - size // 2, int(x * 7) - size // 2
+        image[:, max(0, top) : max(0, top + size), max(0, left) : max(0, left + size)] = 0
+    assert torch.equal(cutout(images.clone(), size, centers), expected)
+
+
+def test_reflect_pad_equals_numpy(images: Tensor) -> None:
+    border = ((0, 0), (4, 4), (4, 4), (0, 0))
+    assert np.array_equal(reflect_pad(images, 4), np.pad(images, border, mode="reflect"))
+
+
+def test_normalized_images_come_back_exactly_and_are_channels_last(images: Tensor) -> None:
+    batch = as_stored(images)
+    assert batch.shape == (24, 3, 32, 32)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    expected = (images.double() / 255 - MEAN) / STD
+    torch.testing.assert_close(batch.permute(0, 2, 3, 1).double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(ImageDataModule().denormalize(batch), images)
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "predict"])
+def test_only_training_images_are_augmented(images: Tensor, stage: Stage) -> None:
+    datamodule = ImageDataModule(crop=4, flip="random", cutout=8)
+    [(batch, numbers)] = datamodule.make_loader((images, torch.arange(24)), stage)
+    assert torch.equal(batch, as_stored(images))
+    assert torch.equal(numbers, torch.arange(24))
+
+
+def test_fewer_samples_than_processes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"3 samples cannot be shared by 4 processes; use fewer"):
+        ranks(3, 1, 4, "evaluate")
+    assert sum(map(len, ranks(3, 1, 4, "predict"))) == 3  # a process may have nothing to predict
+
+
+def test_few_samples_make_a_small_training_batch() -> None:
+    [[batch]] = ranks(5, 512, 1, "train")
+    assert len(batch) == 5
+
+
+@pytest.mark.parametrize(
+    ("stage", "complaint"),
+    [
+        ("fit", "has no training data; train on another set"),
+        ("test", "has no labelled test set; use predict.py on it"),
+        ("predict", "has nothing to predict"),
+    ],
+)
+def test_a_data_set_says_what_it_does_not_have(stage: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"BaseDataModule {complaint}"):
+        BaseDataModule().setup(stage)

@@ -1,0 +1,188 @@
+"""A run that is killed and started again ends as if nothing had happened."""
+
+import csv
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, SMALL
+
+import predict
+import train
+from callbacks.wandb_logger import held_metrics
+
+pytestmark = pytest.mark.slow
+
+STEPS = 240  # 4 epochs of 960 / 16 steps
+SCRIPT = Path(train.__file__)
+
+# Ends the process in the middle of writing its second checkpoint file named last.ckpt.
+KILLED_WHILE_SAVING = """
+import io, os, signal, sys, torch, train
+save, written = torch.save, []
+def dying_save(checkpoint, file, *args, **kwargs):
+    name = getattr(file, "name", "")
+    written.append(name)
+    buffer = io.BytesIO()
+    save(checkpoint, buffer)
+    if len(written) == 4:
+        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    file.write(buffer.getvalue())
+torch.save = dying_save
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Training with augmented data, long enough to be killed inside an epoch."""
+    import fake_data
+
+    root = tmp_path_factory.mktemp("data")
+    fake_data.write_cifar10(root, batch=200)
+    config = CONFIGS / "cifar10_cpu.yaml"
+    flags = ["--trainer.max_epochs=4", "--trainer.log_every_n_steps=7", *SMALL]
+    return [f"--config={config}", f"--data.data_dir={root}", *flags]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("whole")
+    fit(arguments, home)
+    return home / "runs" / "cifar10_cpu" / "x"
+
+
+def fit(arguments: list[str], home: Path, *, program: str | None = None) -> subprocess.Popen[bytes]:
+    """Train in a process of its own to its end; one thread, so that busy machines take no harm."""
+    process = start(arguments, home, program=program)
+    process.wait(timeout=300)
+    return process
+
+
+def start(
+    arguments: list[str], home: Path, *, program: str | None = None
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT)] if program is None else [sys.executable, "-c", program]
+    environment = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "HOME": str(home)}
+    with (home / "output.txt").open("ab") as output:
+        return subprocess.Popen(
+            [*command, "fit", *arguments, "--run=x"],
+            cwd=home,
+            env=environment,
+            stdout=output,
+            stderr=output,
+        )
+
+
+def steps_of(folder: Path) -> list[int]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def assert_same(resumed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, optimizer, metrics and submission are those of the uninterrupted run."""
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (
+            torch.load(run / "checkpoints" / name, weights_only=True) for run in (resumed, whole)
+        )
+        assert a["global_step"] == b["global_step"]
+        assert a["state_dict"].keys() == b["state_dict"].keys()
+        assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+        assert a["metrics"] == b["metrics"]
+    assert steps_of(resumed) == list(range(STEPS))
+    assert (resumed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    for run in (resumed, whole):
+        monkeypatch.chdir(run.parents[2])
+        predict.main([str(run)])
+    assert (resumed / "submission.csv").read_bytes() == (whole / "submission.csv").read_bytes()
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_killed_at_a_random_step(
+    trial: int,
+    arguments: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = start(arguments, tmp_path)
+    run = tmp_path / "runs" / "cifar10_cpu" / "x"
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, "training ended before its first checkpoint"
+        time.sleep(0.02)
+    time.sleep(random.Random().uniform(0, 4))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert fit(arguments, tmp_path).returncode == 0
+    assert_same(run, uninterrupted, monkeypatch)
+    recorded = [
+        {step for step, name in held_metrics(folder) if name == "train/loss"}
+        for folder in sorted((run / "wandb").glob("offline-run-*"))
+    ]
+    assert sorted(step for steps in recorded for step in steps) == list(range(STEPS))
+    assert len({folder.name[-8:] for folder in (run / "wandb").glob("offline-run-*")}) == 1
+
+
+def test_killed_while_a_checkpoint_is_written(
+    arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = fit(arguments, tmp_path, program=KILLED_WHILE_SAVING)
+    assert process.returncode == -signal.SIGKILL
+    run = tmp_path / "runs" / "cifar10_cpu" / "x"
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert fit(arguments, tmp_path).returncode == 0
+    assert_same(run, uninterrupted, monkeypatch)
+
+
+def test_killed_before_the_first_checkpoint(
+    arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(arguments, tmp_path)
+    run = tmp_path / "runs" / "cifar10_cpu" / "x"
+    while not (run / "config.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "checkpoints").exists()
+    assert fit(arguments, tmp_path).returncode == 0
+    assert_same(run, uninterrupted, monkeypatch)
+
+
+def test_same_seed_again_gives_the_same_submission(
+    arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(arguments, tmp_path).returncode == 0
+    assert_same(tmp_path / "runs" / "cifar10_cpu" / "x", uninterrupted, monkeypatch)
+
+
+def test_two_processes_train_and_test(arguments: list[str], tmp_path: Path) -> None:
+    """DDP over gloo: one run folder, every step once, a checkpoint that one process can use."""
+    both = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]
+    process = fit([*arguments, *both, "--trainer.max_epochs=1"], tmp_path)
+    assert process.returncode == 0, (tmp_path / "output.txt").read_text()
+    (run,) = (tmp_path / "runs" / "cifar10_cpu").iterdir()
+    assert steps_of(run) == list(range(STEPS // 4))
+    environment = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    accuracies = []
+    for flags in (both[:2], []):
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            "test",
+            f"--run={run}",
+            "--trainer.devices=1",
+            *flags,
+        ]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+        with (run / "metrics.csv").open(newline="") as file:
+            (tested,) = [r["test/accuracy"] for r in csv.DictReader(file) if r["test/accuracy"]]
+        accuracies.append(tested)
+    assert accuracies[0] == accuracies[1]

@@ -1,0 +1,207 @@
+"""Run folders, their records, and the files in them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import on_full_disk
+
+from callbacks import AtomicCheckpointIO, MetricsCSV
+from callbacks.wandb_logger import held_metrics, leveldb_records
+from errors import UserError, told_in_one_sentence
+from files import atomic_write, sha256
+from runs import Run, load_checkpoint, provenance
+
+
+def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for text in ("first", "second"):
+        with atomic_write(path, "w") as file:
+            file.write(text)
+    assert path.read_text() == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_write_keeps_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path, "w") as file:
+        file.write("new")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_keeps_the_old_file_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    writing = f"with atomic_write(Path('{path}')) as file: file.write(bytes(5000))"
+    result = on_full_disk(
+        1000, f"from pathlib import Path; from files import atomic_write\n{writing}"
+    )
+    said = result.stderr.splitlines()[-1]
+    assert re.search(r"UserError: .*a\.bin could not be written .*free space", said)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("")
+    with atomic_write(tmp_path / "atomic", "w") as file:
+        file.write("")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_sha256_of_a_known_text(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"config": "x: 1"}, path)
+    result = on_full_disk(
+        2000,
+        "import torch; from callbacks import AtomicCheckpointIO\n"
+        f"AtomicCheckpointIO().save_checkpoint({{'weights': torch.zeros(9999)}}, '{path}')",
+    )
+    assert result.returncode == 1
+    assert load_checkpoint(path) == {"config": "x: 1"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_runs_of_the_same_second_get_their_own_folders(tmp_path: Path) -> None:
+    folders = {Run.claim(tmp_path / "demo", None).folder for _ in range(5)}
+    assert len(folders) == 5
+    assert all(folder.is_dir() for folder in folders)
+    named = Run.claim(tmp_path / "demo", "mine").folder
+    assert Run.claim(tmp_path / "demo", "mine").folder == named
+
+
+def test_unknown_run_lists_the_newest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"demo/x is not a run folder; .*: none yet"):
+        Run.find("demo/x", tmp_path)
+    run = Run.claim(tmp_path / "demo", "there")
+    run.config.write_text("")
+    with pytest.raises(UserError, match=r"demo/x is not a run folder; .*: demo/there\."):
+        Run.find("demo/x", tmp_path)
+    assert Run.find("demo/there", tmp_path) == run
+    assert Run.find(run.folder) == run
+
+
+def test_run_without_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint; train it first"):
+        Run(tmp_path).checkpoint()
+
+
+def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    with pytest.raises(UserError, match=r"x\.ckpt does not exist"):
+        load_checkpoint(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError, match="carries no configuration"):
+        load_checkpoint(path)
+
+
+class Trap:
+    """Something that would run a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("open('trapped', 'w')",)
+
+
+def test_checkpoint_that_would_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": Trap()}, "x.ckpt")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_checkpoint(Path("x.ckpt"))
+    assert not Path("trapped").exists()
+
+
+def test_provenance_names_commit_and_versions() -> None:
+    origin = provenance()
+    assert origin["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert origin["git"] is None or len(origin["git"]["commit"]) == 40
+
+
+def test_metrics_of_a_step_share_a_row_and_new_columns_are_added(tmp_path: Path) -> None:
+    log = MetricsCSV(str(tmp_path))
+    log.log_metrics({"train/loss": 0.5, "epoch": 0}, 0)
+    log.log_metrics({"train/loss": 0.25, "epoch": 0}, 1)
+    log.log_metrics({"val/loss": 1 / 3}, 1)
+    log.finalize("success")
+    assert log.path.read_text() == (
+        "step,epoch,train/loss,val/loss\n0,0,0.5,\n1,0,0.25,0.333333333\n"
+    )
+
+
+def test_metrics_go_on_behind_the_checkpoint(tmp_path: Path) -> None:
+    first = MetricsCSV(str(tmp_path))
+    for step in range(10):
+        first.log_metrics({"train/loss": step / 7}, step)
+    first.save()
+    whole = first.path.read_bytes()
+    second = MetricsCSV(str(tmp_path))
+    second.restart_from(4)
+    for step in range(4, 10):
+        second.log_metrics({"train/loss": step / 7}, step)
+    second.save()
+    assert second.path.read_bytes() == whole
+
+
+def test_result_of_a_test_joins_the_row_of_its_checkpoint(tmp_path: Path) -> None:
+    log = MetricsCSV(str(tmp_path))
+    for step in range(3):
+        log.log_metrics({"train/loss": 1.0}, step)
+    log.save()
+    late = MetricsCSV(str(tmp_path))
+    late.log_metrics({"test/accuracy": 0.9}, 1)
+    late.save()
+    assert late.path.read_text().splitlines()[2] == "1,0.9,1"
+
+
+def test_unfinished_file_is_read_up_to_its_last_whole_record() -> None:
+    """Fragments over block borders, a block's unused end, and a record that was cut short."""
+    header = 7
+    big = bytes(range(256)) * 300  # reaches over three blocks
+
+    def fragment(kind: int, data: bytes) -> bytes:
+        return bytes(4) + len(data).to_bytes(2, "little") + bytes([kind]) + data
+
+    log = fragment(1, b"small")
+    room = 32768 - header - len(log) - 7
+    log += fragment(2, big[:room])
+    log += fragment(3, big[room : room + 32761]) + fragment(4, big[room + 32761 :])
+    fill = 32768 - (header + len(log)) % 32768 - 7 - 3  # leaves 3 bytes, too few for a header
+    log += fragment(1, bytes(fill)) + bytes(3) + fragment(1, b"next block")
+    whole = [b"small", big, bytes(fill), b"next block"]
+    assert list(leveldb_records(log)) == whole
+    assert list(leveldb_records(log + fragment(1, b"cut short")[:-1])) == whole
+
+
+def test_held_metrics_of_a_real_offline_run(trained: Path) -> None:
+    (folder,) = sorted((trained / "wandb").glob("offline-run-*"))[:1]
+    held = set(held_metrics(folder))
+    assert {(step, "train/loss") for step in range(60)} <= held
+    assert {(step, "val/accuracy") for step in (9, 19, 29, 39, 49, 59)} <= held
+
+
+def test_only_user_errors_are_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, told_in_one_sentence():
+        raise UserError("take another file.")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: take another file.\n"
+    with pytest.raises(KeyError), told_in_one_sentence():
+        raise KeyError("a bug keeps its traceback")
+    wrapped = ValueError("a library wrapped it")
+    wrapped.__cause__ = UserError("inner.")
+    with pytest.raises(SystemExit), told_in_one_sentence():
+        raise wrapped
+    assert capsys.readouterr().err == "error: inner.\n"

@@ -1,0 +1,544 @@
+"""``submit.py`` against the real Kaggle client and a Kaggle that lives on this machine."""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wandb
+from hypothesis import given
+from hypothesis import strategies as st
+from kaggle_server import KEY, USERNAME, KaggleServer
+
+import submit
+from datamodules import kaggle_client
+from datamodules.submission import Submission, check_submission
+from errors import UserError
+from submit import main, wilson_interval
+
+RUN = "runs/digits/first"
+SAMPLE = "id,label\n1,cat\n2,cat\n3,cat\n4,cat\n"
+GOOD = "id,label\n1,cat\n2,dog\n3,dog\n4,dog\n"
+CONFIG = """
+trainer:
+  logger:
+  - class_path: callbacks.MetricsCSV
+  - class_path: lightning.pytorch.loggers.WandbLogger
+    init_args: {project: steadyfit}
+"""
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, without an account and with offline W&B."""
+    for name in [name for name in os.environ if name.startswith(("KAGGLE_", "WANDB_"))]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("COLUMNS", "200")  # tables are not folded
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    monkeypatch.chdir(tmp_path)
+    Path("sample.csv").write_text(SAMPLE)
+    return tmp_path
+
+
+@pytest.fixture
+def kaggle(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KaggleServer]:
+    """A Kaggle of this machine, and the user's account there."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
+        monkeypatch.delitem(sys.modules, name)  # the client reads its settings when imported
+    with KaggleServer().running() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+    for path in workplace.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """The one sentence with which ``submit.py`` refuses."""
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(args))
+        message = capsys.readouterr().err
+        assert end.value.code == 1
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
+
+    return run
+
+
+def make_run(text: str = GOOD, folder: str = RUN, **changes: Any) -> str:
+    """A run folder as ``train.py`` and ``predict.py`` leave it; returns its name."""
+    path = Path(folder, "submission.csv")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    (path.parent / "config.yaml").write_text(CONFIG)
+    made = {
+        "csv": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "competition": "cifar-10",
+        "sample": "sample.csv",
+        "labels": ["bird", "cat", "dog"],
+        "runs": [{"run": folder, "validation_accuracy": 0.91, "validation_samples": 5000}],
+    }
+    path.with_suffix(".json").write_text(json.dumps(made | changes))
+    return folder
+
+
+def records() -> list[dict[str, str]]:
+    with open("runs/submissions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- sending
+
+
+def test_score_comes_back(kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]) -> None:
+    main([make_run(), "--wait"])
+    out = capsys.readouterr().out
+    assert kaggle.uploads == [GOOD.encode()]
+    assert kaggle.calls == [
+        *("StartSubmissionUpload", "PUT", "CreateSubmission"),
+        *("ListSubmissions", "ListSubmissions"),
+    ]
+    assert "validation accuracy 91.00% (95% interval 90.17% to 91.76%, 5000 samples)" in out
+    assert "Public score 0.91230; validation accuracy was 0.9100." in out
+    [record] = records()
+    assert record["ref"] == "4711"
+    assert record["status"] == "COMPLETE"
+    assert record["public_score"] == "0.91230"
+    assert record["message"] == kaggle.submissions[0]["description"]
+    score = json.loads(Path(RUN, "score.json").read_text())
+    assert (score["ref"], score["public_score"], score["val_accuracy"]) == (4711, 0.9123, 0.91)
+
+
+def test_printed_command_is_the_one_that_was_sent(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([make_run(), "--message", "it's better"])
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("The same by hand")]
+    command = shlex.split(line.split(": ", 1)[1])
+    assert command[:3] == ["kaggle", "competitions", "submit"]
+    assert command[3:] == ["-c", "cifar-10", "-f", f"{RUN}/submission.csv", "-m", "it's better"]
+    assert kaggle.submissions[0]["description"] == "it's better"
+
+
+def test_histogram_shows_classes_that_are_never_predicted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([make_run(), "--dry_run"])
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["bird", "0", "0.0%"] in rows
+    assert ["dog", "3", "75.0%"] in rows
+
+
+def test_dry_run_needs_no_account(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KAGGLE_KEY")
+    main([make_run(), "--dry_run"])
+    assert "nothing was sent" in capsys.readouterr().out
+    assert kaggle.calls == []
+    assert not Path("runs/submissions.csv").exists()
+
+
+def test_same_bytes_are_sent_once(kaggle: KaggleServer, refusal: Refusal) -> None:
+    main([make_run(), "--wait"])
+    assert "as submission 4711 (0.91230); add --again" in refusal(RUN)
+    assert "add --again" in refusal(RUN, "--dry_run")
+    assert len(kaggle.uploads) == 1
+    main([RUN, "--competition", "another"])
+    main([RUN, "--again"])
+    assert [record["ref"] for record in records()] == ["4711", "4712", "4713"]
+
+
+@pytest.mark.parametrize("method", ["StartSubmissionUpload", "CreateSubmission"])
+@pytest.mark.parametrize(
+    ("status", "said", "remedy"),
+    [
+        (400, "You have used all 5 submissions for today.", "the limits and the deadline are at"),
+        (401, "Unauthenticated", "make a new token at https://www.kaggle.com/settings/api"),
+        (403, "You must accept the rules", "https://www.kaggle.com/competitions/cifar-10/rules"),
+        (404, "Not found", "is 'cifar-10' the last part of the competition's address"),
+        (429, "Too many requests", "run the same command again in 7 seconds"),
+        (503, "Unavailable", "run the same command again in a few minutes"),
+    ],
+)
+def test_what_kaggle_refuses_can_be_sent_again(
+    kaggle: KaggleServer, refusal: Refusal, method: str, status: int, said: str, remedy: str
+) -> None:
+    kaggle.failures[method] = (status, said)
+    message = refusal(make_run(), "--wait")
+    assert f"Kaggle refused ({status}): {said.rstrip('.')}; " in message
+    assert remedy in message
+    assert not Path("runs/submissions.csv").exists()
+    kaggle.failures.clear()
+    main([RUN, "--wait"])
+    assert records()[0]["public_score"] == "0.91230"
+
+
+def test_failed_upload_is_an_error(kaggle: KaggleServer, refusal: Refusal) -> None:
+    """The client does not raise: it answers "Could not submit to competition", without a ref."""
+    kaggle.failures["PUT"] = (403, "Forbidden")
+    message = refusal(make_run())
+    assert "Kaggle took no submission" in message
+    assert "Could not submit to competition; run the same command again" in message
+    assert "CreateSubmission" not in kaggle.calls
+    assert not Path("runs/submissions.csv").exists()
+
+
+def test_unreachable(
+    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KaggleServer().running() as gone:
+        nobody = gone.environment["http_proxy"]
+    monkeypatch.setenv("http_proxy", nobody)
+    assert "Kaggle could not be reached (ProxyError)" in refusal(make_run())
+
+
+def test_failed_scoring_is_an_error(kaggle: KaggleServer, refusal: Refusal) -> None:
+    kaggle.verdicts = [{"status": "ERROR", "errorDescription": "ID column not found"}]
+    message = refusal(make_run(), "--wait")
+    assert "could not score submission 4711: ID column not found" in message
+    assert records()[0]["status"] == "ERROR"
+
+
+def test_interrupted_waiting_goes_on(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    make_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(submit.time, "sleep", interrupt)
+        with pytest.raises(SystemExit) as end:
+            main([RUN, "--wait"])
+    assert end.value.code == 130
+    assert records()[0]["status"] == "PENDING"
+    assert json.loads(Path(RUN, "score.json").read_text())["public_score"] is None
+    main([RUN, "--wait"])
+    assert len(kaggle.uploads) == 1
+    assert "Public score 0.91230" in capsys.readouterr().out
+
+
+def test_trouble_while_waiting_loses_nothing(kaggle: KaggleServer, refusal: Refusal) -> None:
+    kaggle.failures["ListSubmissions"] = (503, "Unavailable")
+    assert "run the same command again" in refusal(make_run(), "--wait")
+    kaggle.failures.clear()
+    main([RUN, "--wait"])
+    assert len(kaggle.uploads) == 1
+    assert records()[0]["public_score"] == "0.91230"
+
+
+def test_reference_is_told_when_it_cannot_be_written(
+    kaggle: KaggleServer, refusal: Refusal
+) -> None:
+    Path(make_run()).joinpath("score.json").mkdir()
+    message = refusal(RUN)
+    assert "submission 4711 is at Kaggle, do not send it again; but" in message
+    assert "score.json could not be written" in message
+
+
+def test_command_never_shows_the_key(kaggle: KaggleServer) -> None:
+    """With VERBOSE=1 the client prints its request headers."""
+    kaggle.verdicts = kaggle.verdicts[1:]
+    command = [sys.executable, submit.__file__, make_run(), "--wait"]
+    environment = os.environ | {"VERBOSE": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "Public score 0.91230" in ended.stdout
+    for secret in (KEY, base64.b64encode(f"{USERNAME}:{KEY}".encode()).decode()):
+        assert secret not in ended.stdout + ended.stderr
+
+
+# ---- logging in
+
+
+def test_no_credentials(
+    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KAGGLE_KEY")
+    assert "no valid Kaggle credentials were found; run `kaggle auth login`" in refusal(make_run())
+    assert not kaggle_client.has_credentials()
+
+
+def test_token(kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
+    assert kaggle_client.has_credentials()
+    kaggle.failures["IntrospectToken"] = (404, "Not found")
+    assert "no valid Kaggle credentials" in refusal(make_run())
+    kaggle.failures["IntrospectToken"] = (503, "Unavailable")
+    assert "Kaggle refused (503): Unavailable" in refusal(RUN)
+
+
+# ---- the file
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "submission.csv is empty."),
+        ("id,label\n", "submission.csv has a header but no rows."),
+        (GOOD.replace("id,", "Id,"), "the header is Id,label, but sample.csv has id,label"),
+        (GOOD.replace(",label", ""), "the header must name two columns, got 'id'"),
+        (GOOD.replace("1,cat\n", ""), "1 of the 4 ids in sample.csv are missing, the first is 1"),
+        (GOOD + "4,dog\n", "1 ids come more than once, the first is 4"),
+        (GOOD + "5,dog\n", "1 ids are not in sample.csv, the first is 5"),
+        (GOOD.replace("2,dog", "2,frog"), "id 2 has the unknown label 'frog'; allowed are bird"),
+        (GOOD.replace("2,dog", "two,dog"), "line 3: expected an integer id and a label"),
+        (GOOD.replace("2,dog", '2,"' + 200_000 * "x"), "line 3: field larger than field limit"),
+    ],
+)
+def test_wrong_file(refusal: Refusal, text: str, complaint: str) -> None:
+    assert complaint in refusal(make_run(text), "--dry_run")
+
+
+@given(
+    ids=st.lists(st.integers(0, 10**6), min_size=2, unique=True),
+    labels=st.lists(st.text(min_size=1), min_size=1, unique=True),
+    mistake=st.sampled_from([None, "drop", "double", "add", "label"]),
+    data=st.data(),
+)
+def test_any_order_is_right_and_any_mistake_is_seen(
+    tmp_path_factory: pytest.TempPathFactory,
+    ids: list[int],
+    labels: list[str],
+    mistake: str | None,
+    data: st.DataObject,
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    sample, path = folder / "sample.csv", folder / "submission.csv"
+    rows = [(i, data.draw(st.sampled_from(labels))) for i in data.draw(st.permutations(ids))]
+    right = list(rows)
+    match mistake:
+        case "drop":
+            rows.pop()
+        case "double":
+            rows.append(rows[0])
+        case "add":
+            rows.append((max(ids) + 1, labels[0]))
+        case "label":
+            rows[-1] = (rows[-1][0], "".join(labels) + "!")
+    for where, content in (sample, [(i, labels[0]) for i in ids]), (path, rows):
+        with where.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("id", "label"), *content])
+    if mistake:
+        with pytest.raises(UserError, match=r"missing|more than once|not in|unknown label"):
+            check_submission(path, sample, labels)
+    else:
+        table = check_submission(path, sample, labels)
+        assert list(zip(table.ids, table.labels, strict=True)) == right
+
+
+def test_written_file_is_in_the_order_of_the_sample_and_passes() -> None:
+    Path("sample.csv").write_text("id,label\n3,cat\n1,cat\n2,cat\n")
+    form = Submission(labels=("cat", "dog"), sample=Path("sample.csv"))
+    path = Path("new", "submission.csv")
+    form.write(path, np.array([1, 2, 3]), np.array([0, 1, 1]))
+    assert path.read_bytes() == b"id,label\n3,dog\n1,cat\n2,dog\n"
+    assert check_submission(path, Path("sample.csv"), form.labels).ids == [3, 1, 2]
+    with pytest.raises(UserError, match=r"2 ids differ .* sample.csv, the first is 3; check"):
+        form.write(path, np.array([1, 2, 4]), np.array([0, 1, 1]))
+
+
+def test_crlf_and_byte_order_mark_are_accepted_and_told(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode()
+    Path("mine.csv").write_bytes(sent)
+    main(["mine.csv", "--competition", "cifar-10", "--sample", "sample.csv"])
+    out = capsys.readouterr().out
+    assert "note: the file starts with a byte-order mark" in out
+    assert "note: the lines end in CRLF" in out
+    assert "note: predict.py did not make this file" in out
+    assert kaggle.uploads == [sent]
+    assert not Path("score.json").exists()
+    assert records()[0]["file"] == "mine.csv"
+
+
+def test_file_must_be_the_one_that_was_made(refusal: Refusal) -> None:
+    Path(make_run(), "submission.csv").write_text(GOOD.replace("1,cat", "1,dog"))
+    assert "is not the file that runs/digits/first/submission.json records" in refusal(RUN)
+    Path(RUN, "submission.json").write_text('{"sha256": "0"}')
+    assert "submission.json is not whole; run predict.py again" in refusal(RUN)
+
+
+def test_what_is_not_known_is_asked_for(refusal: Refusal) -> None:
+    Path("mine.csv").write_text(GOOD)
+    assert "say which with --competition NAME and --sample FILE" in refusal("mine.csv")
+    assert "say which" in refusal("mine.csv", "--competition", "cifar-10")
+    assert "none.csv does not exist; make it with predict.py" in refusal("none.csv")
+    made = make_run(sample="data/gone.csv")
+    assert "data/gone.csv does not exist; name the competition's file: --sample" in refusal(made)
+    main([made, "--sample", "sample.csv", "--dry_run"])
+    Path(made, "submission.csv").unlink()
+    assert "has no submission.csv; make it: python predict.py runs/digits/first" in refusal(made)
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    Path("binary.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"binary.csv is not a UTF-8 text file"):
+        check_submission(Path("binary.csv"), Path("sample.csv"))
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        check_submission(tmp_path, Path("sample.csv"))
+
+
+@pytest.mark.parametrize(("right", "samples"), [(4550, 5000), (1, 7)])
+def test_wilson_interval_ends_where_the_score_test_does(right: int, samples: int) -> None:
+    """At its ends the observed fraction is z standard deviations of the end away."""
+    fraction = right / samples
+    for end in wilson_interval(fraction, samples):
+        deviation = math.sqrt(end * (1 - end) / samples)
+        assert abs(fraction - end) == pytest.approx(1.96 * deviation)
+
+
+def test_wilson_interval_stays_within_zero_and_one() -> None:
+    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+def test_ensemble_and_run_without_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"run": "runs/digits/first", "validation_accuracy": 0.5, "validation_samples": 4}
+    two = {"run": "runs/digits/second", "validation_accuracy": None, "validation_samples": 0}
+    main([make_run(runs=[one, two]), "--dry_run"])
+    out = capsys.readouterr().out
+    assert "runs/digits/second: no validation part" in out
+    assert "'runs/digits/first + runs/digits/second, sha256" in out
+
+
+# ---- the list
+
+
+def test_list_fetches_scores_that_were_out(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--list"])
+    assert "Nothing was sent yet." in capsys.readouterr().out
+    main([make_run()])
+    main(["--list"])
+    assert "PENDING" in capsys.readouterr().out
+    main(["--list"])
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if RUN in line]
+    assert row[2:] == [RUN, "cifar-10", "4711", "0.9100", "0.91230", "COMPLETE"]
+    calls = len(kaggle.calls)
+    main(["--list"])
+    assert len(kaggle.calls) == calls  # nothing is out any more
+    assert json.loads(Path(RUN, "score.json").read_text())["public_score"] == 0.9123
+
+
+def test_list_shows_what_is_known_without_an_account(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([make_run()])
+    monkeypatch.delenv("KAGGLE_KEY")
+    main(["--list"])
+    out = capsys.readouterr().out
+    assert "note: scores still out were not fetched: no valid Kaggle credentials" in out
+    assert "4711" in out.splitlines()[-1]
+
+
+def test_list_of_somebody_else(refusal: Refusal) -> None:
+    Path(make_run()).parents[1].joinpath("submissions.csv").write_text("a,b\n1,2\n")
+    assert "is not a list of submissions; move it away" in refusal("--list")
+    assert "is not a list of submissions" in refusal(RUN, "--dry_run")
+
+
+# ---- W&B
+
+
+@pytest.fixture
+def wandb_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The W&B folder of a run that was trained offline a while ago."""
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(workplace / "home"))
+    folder = Path(make_run(), "wandb")
+    (folder / "offline-run-20260101_000000-abc123").mkdir(parents=True)
+    yield folder
+    wandb.teardown()  # it reads its settings once in a process
+
+
+def test_score_is_on_the_offline_wandb_run(kaggle: KaggleServer, wandb_run: Path) -> None:
+    main([RUN, "--wait"])
+    _, folder = sorted(wandb_run.glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(folder)]
+    seen = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert (seen["run_id"], seen["project"]) == ("abc123", "steadyfit")
+    assert seen["summary"]["kaggle/ref"] == 4711
+    assert seen["summary"]["kaggle/public_score"] == 0.9123
+
+
+def test_score_is_kept_when_wandb_refuses(
+    kaggle: KaggleServer,
+    wandb_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")  # without a key
+    main([RUN, "--wait"])
+    out = capsys.readouterr().out
+    assert "note: the score is not on the W&B run: " in out
+    assert "Public score 0.91230" in out
+    assert records()[0]["public_score"] == "0.91230"
+
+
+# ---- downloading
+
+
+def zipped(**files: str) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for name, text in files.items():
+            bundle.writestr(name.replace("__", "/"), text)
+    return archive.getvalue()
+
+
+def test_download(kaggle: KaggleServer) -> None:
+    kaggle.archive = zipped(labels="id,label\n", train__1="png")
+    folder = Path("data", "kaggle-cifar10")
+    kaggle_client.download_competition("cifar-10", folder)
+    assert (folder / "labels").read_text() == "id,label\n"
+    assert (folder / "train" / "1").read_text() == "png"
+    assert list(Path("data").iterdir()) == [folder]
+    with pytest.raises(UserError, match="is already there; move it away"):
+        kaggle_client.download_competition("cifar-10", folder)
+
+
+def test_download_that_climbs_out(kaggle: KaggleServer) -> None:
+    kaggle.archive = zipped(good="x", **{"..__..__evil": "x"})
+    with pytest.raises(UserError, match=r"'../../evil', which would be written outside"):
+        kaggle_client.download_competition("cifar-10", Path("data", "set"))
+    assert list(Path("data").iterdir()) == []
+
+
+def test_download_that_fails(kaggle: KaggleServer) -> None:
+    kaggle.archive = b"<html>"
+    with pytest.raises(UserError, match="is not a whole zip archive; run the same"):
+        kaggle_client.download_competition("cifar-10", Path("data", "set"))
+    kaggle.failures["DownloadDataFiles"] = (403, "You must accept the rules")
+    with pytest.raises(UserError, match="competitions/cifar-10/rules"):
+        kaggle_client.download_competition("cifar-10", Path("data", "set"))
+    assert list(Path("data").iterdir()) == []
+    with pytest.raises(UserError, match=r"could not be written \(.*\); free space or choose"):
+        kaggle_client.download_competition("cifar-10", Path("sample.csv", "set"))

@@ -1,0 +1,249 @@
+"""What a user types at train.py, and what is in the run folder afterwards."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS
+
+import train
+from runs import Run, load_checkpoint
+
+
+def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a failing command says; it must be one sentence and a non-zero exit status."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(args)
+    assert stop.value.code == 1
+    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("Seed set")]
+    assert len(said) == 1
+    return said[0]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folder_holds_the_whole_run(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"config.yaml", "checkpoints", "metrics.csv", "wandb", "learning_curves.png"}
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert [p.name for p in trained.parents[2].iterdir()] == ["runs"]
+
+
+def test_metrics_have_every_step_once(trained: Path) -> None:
+    table = rows(trained)
+    assert [int(row["step"]) for row in table] == list(range(60))  # 6 epochs of 160 / 16 steps
+    assert all(float(row["train/loss"]) > 0 for row in table)
+    assert [int(row["step"]) for row in table if row["val/accuracy"]] == [9, 19, 29, 39, 49, 59]
+    assert [row["epoch"] for row in table[9:11]] == ["0", "1"]
+
+
+def test_training_learns_the_colours(trained: Path) -> None:
+    table = rows(trained)
+    assert float(table[0]["train/loss"]) == pytest.approx(2.303, abs=0.3)
+    assert float(table[-1]["val/accuracy"]) > 0.5
+
+
+def test_configuration_is_in_the_folder_and_in_every_checkpoint(trained: Path) -> None:
+    text = (trained / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert config["model"]["init_args"]["network"]["init_args"]["widths"] == [8, 8, 8]
+    assert config["trainer"]["precision"] in ("32-true", "bf16-mixed")
+    assert config["seed_everything"] == 0
+    for path in (trained / "checkpoints").iterdir():
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["config"] == text
+        assert "hyper_parameters" not in checkpoint
+        assert 0 <= checkpoint["metrics"]["val/accuracy"] <= 1
+
+
+def test_wandb_run_reads_back(trained: Path) -> None:
+    """Nested configuration, the loss of each step with its own step, epoch metrics, pictures."""
+    (folder,) = (trained / "wandb").glob("offline-run-*")
+    command = [
+        str(Path(sys.executable).with_name("wandb")),
+        "leet",
+        "inspect",
+        "--json",
+        str(folder),
+    ]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    history = [r["history"]["item"] for r in records if r["type"] == "history"]
+    config = json.dumps([r["config"] for r in records if r["type"] == "config"])
+    assert "lit_models.networks.WhitenedCNN" in config
+    assert '"max_epochs' in config or "trainer.max_epochs" in config
+    losses = {
+        row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row
+    }
+    assert sorted(losses) == list(range(60))
+    expected = {int(row["step"]): float(row["train/loss"]) for row in rows(trained)}
+    assert losses == pytest.approx(expected)
+    assert sum("val/accuracy" in row for row in history) == 6
+    assert any(key.startswith("pictures/learning_curves") for row in history for key in row)
+
+
+def test_test_uses_the_run_and_adds_to_its_records(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained.parents[2])
+    train.main(["test", "--run=cifar10_cpu/first"])
+    printed = capsys.readouterr().out
+    assert "test/accuracy" in printed
+    table = rows(trained)
+    assert [int(row["step"]) for row in table] == list(range(60))
+    best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    (tested,) = [row for row in table if row["test/accuracy"]]
+    assert int(tested["step"]) == best["global_step"] - 1
+    assert (trained / "confusion_matrix_test.png").is_file()
+    assert (trained / "mistakes.png").is_file()
+
+
+def test_typed_flag_wins_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "cifar10_cpu.yaml")
+    for args in (
+        ["--data.batch_size=5", "--config", config],
+        ["-c", config, "--data.batch_size", "5"],
+        [f"--config={config}", "--data.init_args.batch_size=5"],
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["fit", *args, "--print_config"])
+        assert "batch_size: 5\n" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it starts from another run
+def test_settings_in_a_checkpoint_do_not_override_what_is_typed(
+    trained: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LightningCLI lays a checkpoint's hyperparameters over the command line (PL#21455)."""
+    monkeypatch.chdir(tmp_path)
+    start = f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"
+    flags = [start, "--model.label_smoothing=0.05", "--run=x", "--trainer.logger=false"]
+    train.main(["fit", *small, *flags, "--trainer.max_epochs=6"])
+    config = yaml.safe_load((tmp_path / "runs" / "cifar10_cpu" / "x" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["label_smoothing"] == 0.05
+
+
+def test_run_without_validation_says_so_and_uses_the_last_checkpoint(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data.val_size=0", "--run=all", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    train.main(["fit", *small, *flags])
+    run = Run.find("cifar10_cpu/all")
+    assert run.checkpoint("best") == run.last_checkpoint
+    assert load_checkpoint(run.last_checkpoint)["metrics"] == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model.lrr=3"], "Option 'lrr' is not accepted"),
+        (["--trainer.max_epoch=3"], "unrecognized arguments: --trainer.max_epoch=3"),
+        (["--data=NoSuch"], "NoSuch is neither a class of this project nor an import path"),
+        (["--model.network=NoNet"], "NoNet is neither a class"),
+        (["--data.batch_size=many"], "batch_size: Expected a <class 'int'>. Got value: many"),
+        (["--data.batch_size=0"], "batch_size must be at least 1, got 0."),
+        (["--data.val_size=-1"], "val_size must not be negative, got -1; 0 trains on all."),
+        (["--data.val_size=200"], "val_size is 200, but there are 200 samples in all."),
+        (["--data.data_dir=nowhere"], "nowhere"),
+        (["--config=nope.yaml"], "File does not exist"),
+    ],
+)
+def test_mistake_is_told_in_one_sentence(
+    args: list[str],
+    said: str,
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [*small, *args, "--trainer.logger=false", "--trainer.max_epochs=1"]
+    assert said in sentence(["fit", *args], capsys)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_wrong_class_in_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text("model: {class_path: LitClassifierr}\n")
+    said = sentence(["fit", f"--config={tmp_path / 'bad.yaml'}"], capsys)
+    assert "LitClassifierr is neither a class" in said
+    (tmp_path / "bad.yaml").write_text("trainer: {max_epoch: 2}\n")
+    assert "trainer.max_epoch" in sentence(["fit", f"--config={tmp_path / 'bad.yaml'}"], capsys)
+
+
+def test_commands_that_need_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "test needs a trained run: add --run RUN." in sentence(["test"], capsys)
+    assert "nothing is not a run folder" in sentence(["validate", "--run=nothing"], capsys)
+
+
+def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["fit", "--help"])
+    assert not stop.value.code
+    assert "name of the run, started or continued" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "accelerator", "expected"),
+    [
+        (None, True, "auto", "bf16-mixed"),
+        (None, False, "auto", "32-true"),
+        ((9, 0), False, "auto", "bf16-mixed"),
+        ((7, 5), True, "gpu", "32-true"),
+        ((9, 0), False, "cpu", "32-true"),
+    ],
+)
+def test_precision_fits_the_processor(
+    gpu: tuple[int, int] | None,
+    bf16: bool,
+    accelerator: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert train.fastest_precision(accelerator) == expected
+
+
+def test_schedule_of_a_finished_run_cannot_be_stretched(
+    trained: Path,
+    small: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    last = Path("runs/cifar10_cpu/first/checkpoints/last.ckpt")
+    last.parent.mkdir(parents=True)
+    last.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
+    flags = ["--run=first", "--trainer.max_epochs=7", "--trainer.logger=false"]
+    said = sentence(["fit", *small, *flags], capsys)
+    assert "planned for 60 steps, not for 70; train a new run" in said
+    assert last.read_bytes() == (trained / "checkpoints" / "last.ckpt").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was moved
+def test_run_goes_on_without_its_config(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``fit --run`` alone takes the run's own configuration and folder, wherever that is."""
+    home = tmp_path / "elsewhere" / "cifar10_cpu" / "first"
+    shutil.copytree(trained, home, symlinks=True)
+    (home / "checkpoints" / "best.ckpt").unlink()
+    monkeypatch.chdir(tmp_path)
+    train.main(["fit", f"--run={home}", "--trainer.logger=false"])
+    assert not (tmp_path / "runs").exists()
+    settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in (trained, home)]
+    assert settings[0]["model"] == settings[1]["model"]
+    assert settings[0]["data"] == settings[1]["data"]

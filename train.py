@@ -1,0 +1,261 @@
+"""Train, validate and test:  python train.py fit --config configs/demo.yaml"""
+
+import argparse
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+import callbacks  # noqa: F401  short class names in configs are those that were imported
+import datamodules  # noqa: F401
+import lit_models  # noqa: F401
+from callbacks.run_folder import RunRecord
+from datamodules.base import BaseDataModule
+from errors import UserError, told_in_one_sentence
+from lit_models.base import LitModel
+from runs import ROOT, Run, provenance
+
+DEFAULTS = Path(__file__).parent / "configs" / "defaults.yaml"
+SUBCOMMANDS = ("fit", "validate", "test")
+SEE_HELP = "; see --help for what is known."
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose complaint is one sentence instead of the whole usage."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        return []  # argparse would take --trainer.max_epoch for --trainer.max_epochs
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(f"{essence(message)}{SEE_HELP}")
+
+
+def essence(message: str) -> str:
+    """The one line of a jsonargparse error that tells what is wrong, after the key it is about.
+
+    The errors of nested classes arrive inside those of the outer ones, already shortened.
+    """
+    lines = [line.strip().removesuffix(SEE_HELP) for line in message.splitlines()]
+    # what is left of "a class, or else a file, or else nothing" is the part about the class
+    causes = [line.removeprefix("- ") for line in lines if line.startswith(("- ", "Expected a"))]
+    causes = [cause for cause in causes if not re.search(r"NoneType|Expected a path|Union", cause)]
+    key = re.match(r'Parser key "([\w.]+)"', message)
+    sentence = f"{key[1]}: {causes[0]}" if key and causes else " ".join(lines)
+    sentence = re.sub(r"Parser key \"([\w.]+)\"", r"\1", sentence)
+    return re.sub(
+        r"Expected a dot import path string: (\S+)",
+        r"\1 is neither a class of this project nor an import path",
+        sentence,
+    )
+
+
+class CLI(LightningCLI):
+    """LightningCLI that gives every run a folder and lets a run explain itself."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}
+        return {name: skipped for name in SUBCOMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            help="fit: name of the run, started or continued; validate, test: the run to use.",
+        )
+        link_facts(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: by default a checkpoint's hyperparameters would override what was typed.
+
+        See Lightning-AI/pytorch-lightning#21455.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        if trainer.precision is None:
+            trainer.precision = fastest_precision(trainer.accelerator)
+        if trainer.logger is False:  # the monitor refuses to run without a logger
+            monitor = "LearningRateMonitor"
+            kept = [c for c in trainer.callbacks or [] if not c.class_path.endswith(monitor)]
+            trainer.callbacks = kept
+        self.record = RunRecord(self.describe(config))
+        if trainer.fast_dev_run:
+            return
+        run = self.run_folder(config)
+        if self.subcommand == "fit":
+            if config.ckpt_path is None and run.last_checkpoint.is_file():
+                config.ckpt_path = str(run.last_checkpoint)
+        elif config.ckpt_path is None:
+            config.ckpt_path = str(run.checkpoint())
+        trainer.default_root_dir = str(run.folder)
+        for logger in trainer.logger if isinstance(trainer.logger, list) else []:
+            settings = logger.init_args
+            settings.save_dir = str(run.folder)
+            if logger.class_path.endswith("WandbLogger"):
+                settings.id = settings.id or run.wandb_id
+                settings.name = settings.name or "/".join(run.folder.parts[-2:])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config_init[self.subcommand].trainer
+        if not trainer.fast_dev_run:  # in front, so that what it flushes reaches the pictures
+            kwargs["callbacks"] = [self.record, *(trainer.callbacks or [])]
+        return super().instantiate_trainer(**kwargs)
+
+    def run_folder(self, config: Namespace) -> Run:
+        root = Path(config.trainer.default_root_dir or ROOT)
+        if self.subcommand != "fit":
+            return Run.find(config.run, root)
+        file = Path(config.config[0].relative) if config.config else Path("unnamed")
+        # a run's own config.yaml goes by the name of the config it was made from
+        name = file.resolve().parents[1].name if file.name == "config.yaml" else file.stem
+        # rank 0 claims the folder; the others learn it from Lightning
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return Run(root / name / Path(config.run or "unknown").name)
+        return Run.claim(root / name, config.run and Path(config.run).name)
+
+    def describe(self, config: Namespace) -> str:
+        """The resolved configuration as YAML, under the command and the versions it came from."""
+        text = self._parser(self.subcommand).dump(config, skip_unset=False)
+        kept = ("seed_everything", "trainer", "model", "data")
+        settings = {key: value for key, value in yaml.safe_load(text).items() if key in kept}
+        origin = yaml.safe_dump(
+            {"command": shlex.join(["python", *sys.argv]), **provenance()}, sort_keys=False
+        )
+        header = "".join(f"# {line}\n" for line in origin.splitlines())
+        return header + yaml.safe_dump(settings, sort_keys=False)
+
+    def before_fit(self) -> None:
+        network = self.model.network
+        count = sum(p.numel() for p in network.parameters())
+        say = rank_zero_only(print)
+        say(f"{type(network).__name__} with {count:,} parameters")
+        if self.datamodule.val_size == 0:
+            say("No validation part: the last checkpoint takes the place of the best.")
+
+    def after_fit(self) -> None:
+        folder = self.trainer.default_root_dir
+        quick = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self.trainer.is_global_zero or quick:
+            return
+        show_metrics(self.trainer.callback_metrics)
+        print(f"The run is in {folder}: metrics.csv, pictures (*.png), checkpoints/")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                offline = logger.experiment.offline
+                place = logger.experiment.dir if offline else logger.experiment.url
+                print(f"W&B run: {Path(place).parent if offline else place}")
+        print(f"Next: python train.py test --run {folder}")
+
+    def after_validate(self) -> None:
+        self.after_test()
+
+    def after_test(self) -> None:
+        if self.trainer.is_global_zero:
+            show_metrics(self.trainer.callback_metrics)
+            print(f"Next: python predict.py {self.trainer.default_root_dir}")
+
+
+def show_metrics(metrics: Mapping[str, Tensor]) -> None:
+    """Print metrics a line each, those of the training batches left out."""
+    for name, value in sorted(metrics.items()):
+        print(f"{name:>24}  {value.item():.4f}")
+
+
+def quiet_libraries() -> None:
+    """Leave on the terminal what a user can act on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    os.environ.setdefault("WANDB_SILENT", "true")  # train.py says itself where the run is
+    # a call of Lightning 2.6 itself, which torch has renamed
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")
+    # train.py says what follows from it
+    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_data")
+    warnings.filterwarnings("ignore", ".*could not find the monitored key")
+    # `fit --run NAME` is meant to go on in its folder
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    # what is recorded is also written at the end of each epoch
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than")
+
+
+def link_facts(parser: LightningArgumentParser) -> None:
+    """What the data knows is typed nowhere else."""
+    for target in ("model.init_args", "model.init_args.network.init_args"):
+        parser.link_arguments("data.num_classes", f"{target}.num_classes", apply_on="instantiate")
+
+
+def fastest_precision(accelerator: str) -> str:
+    """bf16 where the processor multiplies it natively, else float32; fp16 only where asked for."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        native = torch.cuda.get_device_capability()[0] >= 8
+    else:
+        native = accelerator in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def arrange(args: list[str]) -> list[str]:
+    """Put the configuration files in front, so that every typed flag wins over every file.
+
+    ``--run RUN`` brings the configuration of a run that exists, unless another one is given.
+    """
+    if not args or args[0] not in SUBCOMMANDS:
+        return args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--run")
+    known, rest = parser.parse_known_args(args[1:])
+    asks_for_help = {"-h", "--help"} & set(rest)
+    if known.run is None and args[0] != "fit" and not asks_for_help:
+        raise UserError(f"{args[0]} needs a trained run: add --run RUN.")
+    if known.run and not known.config:
+        run = Run.find(known.run)
+        known.config = [str(run.config)]
+        rest = [f"--trainer.default_root_dir={run.folder.parents[1]}", *rest]
+    configs = [f"--config={path}" for path in known.config]
+    named = [f"--run={known.run}"] if known.run else []
+    return [args[0], *configs, *named, *rest]
+
+
+def main(args: list[str] | None = None) -> None:
+    with told_in_one_sentence():
+        os.environ.setdefault("WANDB_MODE", "offline")
+        quiet_libraries()
+        options = {"default_config_files": [str(DEFAULTS)]}
+        CLI(
+            LitModel,
+            BaseDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs={
+                "description": "Train a network, validate it, test it.",
+                **{name: dict(options) for name in SUBCOMMANDS},
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=arrange(sys.argv[1:] if args is None else args),
+        )
+
+
+if __name__ == "__main__":
+    main()
