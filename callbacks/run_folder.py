@@ -118,6 +118,7 @@ class RunRecord(Callback):
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.done = 0  # optimizer steps in the checkpoint that training goes on from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
@@ -130,11 +131,17 @@ class RunRecord(Callback):
                 config = yaml.safe_load(self.text)
                 logger.experiment.config.update(config, allow_val_change=True)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.done = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not on_train_start: a run killed behind its last step has nothing left to train
         history = next((log for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
         if history is None:
             return
-        history.restart_from(trainer.global_step)
+        history.restart_from(self.done)
         for logger in trainer.loggers:
             if isinstance(logger, ResumableWandbLogger):
                 for step, row in history.rows.items():

@@ -39,6 +39,15 @@ torch.save = dying_save
 train.main(sys.argv[1:])
 """
 
+# Ends the process behind its last checkpoint, while W&B still holds the last seconds in memory.
+KILLED_BEHIND_THE_LAST_STEP = """
+import os, signal, sys, train
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+train.RunRecord.on_fit_end = die
+train.main(sys.argv[1:])
+"""
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -122,12 +131,27 @@ def test_killed_at_a_random_step(
     process.wait()
     assert fit(arguments, tmp_path).returncode == 0
     assert_same(run, uninterrupted, monkeypatch)
-    recorded = [
-        {step for step, name in held_metrics(folder) if name == "train/loss"}
-        for folder in sorted((run / "wandb").glob("offline-run-*"))
-    ]
-    assert sorted(step for steps in recorded for step in steps) == list(range(STEPS))
-    assert len({folder.name[-8:] for folder in (run / "wandb").glob("offline-run-*")}) == 1
+    assert_one_wandb_run(run)
+
+
+def assert_one_wandb_run(run: Path) -> None:
+    """The offline folders are parts of one run, which together hold every step once."""
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    recorded = [step for f in folders for step, name in held_metrics(f) if name == "train/loss"]
+    assert sorted(recorded) == list(range(STEPS))
+    assert len({folder.name[-8:] for folder in folders}) == 1
+
+
+def test_killed_behind_the_last_step(
+    arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process killed then left a W&B run without its last steps, since nothing was trained."""
+    process = fit(arguments, tmp_path, program=KILLED_BEHIND_THE_LAST_STEP)
+    assert process.returncode == -signal.SIGKILL
+    run = tmp_path / "runs" / "cifar10_cpu" / "x"
+    assert fit(arguments, tmp_path).returncode == 0
+    assert_same(run, uninterrupted, monkeypatch)
+    assert_one_wandb_run(run)
 
 
 def test_killed_while_a_checkpoint_is_written(
