@@ -3,11 +3,13 @@
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.demo import DemoDataModule
 from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
+from datamodules.temporal_order import TemporalOrderDataModule
 from datamodules.ucsb_cifar10 import UCSBCIFAR10DataModule
 
 __all__ = [
     "CIFAR10DataModule",
     "DemoDataModule",
     "KaggleCIFAR10DataModule",
+    "TemporalOrderDataModule",
     "UCSBCIFAR10DataModule",
 ]

@@ -1,5 +1,6 @@
 """What every data set has: loaders for each stage, a fixed split, and a submission format."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,25 @@ class BaseDataModule(LightningDataModule):
         head = tuple(t[:count] for t in self.splits["train"])
         loader = self.make_loader(head, "predict")
         return loader.batch(torch.arange(len(head[-1])))[:-1]
+
+    def training_batch(self, epoch: int, batch_idx: int) -> list[Tensor]:
+        """Make a training batch of this process again, ``[*inputs, target]`` with its augmentation.
+
+        Args:
+            epoch: Epoch of the batch, counted from 0.
+            batch_idx: Its number in the epoch, counted from 0.
+
+        Raises:
+            UserError: An epoch has no such batch.
+        """
+        loader = copy(self.train_dataloader())  # the loader itself may be in the midst of an epoch
+        if not 0 <= batch_idx < len(loader):
+            raise UserError(
+                f"batch_idx must be from 0 to {len(loader) - 1}, the last batch of an epoch, "
+                f"got {batch_idx}."
+            )
+        loader.set_epoch(epoch)
+        return loader.batch(loader.shares()[batch_idx])
 
     def train_dataloader(self) -> ResidentLoader:
         if self._train_loader is None:  # one copy on the device, however often it is asked for

@@ -108,7 +108,7 @@ class ResidentLoader:
             # equal numbers of batches, so that collectives meet, without a padding sample
             return [part[self.rank :: self.world_size] for part in order.tensor_split(len(self))]
         generator = self.generator()
-        order = torch.randperm(self.samples, generator=generator).to(self.device)
+        order = self.order(generator).to(self.device)
         self.begin_epoch(generator)
         together = self.batch_size * self.world_size
         return [part[self.rank :: self.world_size] for part in order.split(together)]
@@ -117,6 +117,10 @@ class ResidentLoader:
         """Random numbers of this epoch; on the CPU, so that every device sees the same ones."""
         key = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
         return torch.Generator().manual_seed(int(key))
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Hook: the samples (N,) in the order in which this epoch trains on them."""
+        return torch.randperm(self.samples, generator=generator)
 
     def begin_epoch(self, generator: torch.Generator) -> None:
         """Hook: draw what the epoch needs at random."""

@@ -41,7 +41,7 @@ def end_wandb() -> None:
     wandb.teardown()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the miniature networks of the tests only wait for a second one
 
