@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.gradient_spikes import StepCallback
 from callbacks.wandb_logger import ResumableWandbLogger
 from files import atomic_write
 from lit_models.base import LitModel
@@ -155,5 +156,8 @@ class RunRecord(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepCallback):
+                callback.flush(alone=True)  # they add to the rows that the model writes
         if isinstance(pl_module, LitModel):
             pl_module.flush_records(alone=True)

@@ -1,6 +1,7 @@
 """What every learning problem shares: metrics, records of each step, optimizer and schedule."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -54,6 +55,7 @@ class LitModel(LightningModule):
         self.trained_steps = 0  # optimizer steps in the checkpoint this model was read from
         self.latest: dict[str, float] = {}  # last values read, for the progress bar
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._rows: dict[int, dict[str, float]] = {}  # what callbacks add, by optimizer step
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.network(*inputs)
@@ -82,6 +84,14 @@ class LitModel(LightningModule):
         """Keep scalars of this training step for the loggers, as ``train/<name>``."""
         self._pending.append((self.global_step, values))
 
+    def add_to_rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Let values of optimizer steps go to the loggers together with the records of these steps.
+
+        For callbacks: a row costs a logger about as much as all that is in it.
+        """
+        for step, values in rows.items():
+            self._rows.setdefault(step, {}).update(values)
+
     def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.global_step % every == 0 or self.trainer.is_last_batch:
@@ -99,20 +109,24 @@ class LitModel(LightningModule):
         now = self.global_step  # a step whose batches are still being accumulated waits for them
         pending = [(step, values) for step, values in self._pending if alone or step < now]
         del self._pending[: len(pending)]
-        if not pending:
-            return
-        table = torch.stack([torch.stack(list(v.values())) for _, v in pending]).float()
-        if not alone:
-            table = self.trainer.strategy.reduce(table, reduce_op="mean")
-        rows: dict[int, list[list[float]]] = {}  # accumulated batches share an optimizer step
-        for (step, _), row in zip(pending, table.tolist(), strict=True):
-            rows.setdefault(step, []).append(row)
-        for step, parts in rows.items():
-            means = [sum(column) / len(parts) for column in zip(*parts, strict=True)]
-            values = {f"train/{name}": x for name, x in zip(pending[0][1], means, strict=True)}
-            for logger in self.trainer.loggers:
-                logger.log_metrics({**values, "epoch": self.current_epoch}, step)
-            self.latest = values
+        rows, self._rows = self._rows, {}
+        if pending:
+            table = torch.stack([torch.stack(list(v.values())) for _, v in pending]).float()
+            if not alone:
+                table = self.trainer.strategy.reduce(table, reduce_op="mean")
+            means: dict[int, list[list[float]]] = {}  # accumulated batches share an optimizer step
+            for (step, _), row in zip(pending, table.tolist(), strict=True):
+                means.setdefault(step, []).append(row)
+            names = [f"train/{name}" for name in pending[0][1]]
+            for step, parts in means.items():
+                columns = zip(*parts, strict=True)
+                self.latest = {
+                    name: sum(c) / len(c) for name, c in zip(names, columns, strict=True)
+                }
+                rows[step] = {**self.latest, **rows.get(step, {}), "epoch": self.current_epoch}
+        for logger in self.trainer.loggers:
+            for step, values in sorted(rows.items()):
+                logger.log_metrics(values, step)
 
     # Validation and test
 

@@ -13,11 +13,6 @@ from lit_models.networks import LSTM, RNN
 NETWORKS = pytest.mark.parametrize("make_network", [LSTM, RNN])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # predict.py sets more; on a busy machine an LSTM is 100 times slower
-
-
 @pytest.mark.parametrize(
     ("network", "parameters"),
     [

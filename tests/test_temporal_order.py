@@ -32,11 +32,6 @@ RULE = {"XX": "Q", "XY": "R", "YX": "S", "YY": "U"}
 STREAMS: tuple[Stream, ...] = ("clean", "notebook")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # predict.py sets more; on a busy machine an LSTM is 100 times slower
-
-
 def data_module(seed: int = 1, **options: Any) -> TemporalOrderDataModule:
     torch.manual_seed(seed)
     data = TemporalOrderDataModule(**options)
