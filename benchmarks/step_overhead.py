@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -193,6 +194,7 @@ def steadyfit(
     *,
     with_wandb: bool = False,
     lit_model: type[LitClassifier] = LitClassifier,
+    more_callbacks: Callable[[], list[Callback]] = list,
 ) -> None:
     """What ``train.py fit`` runs: the loggers and callbacks of ``configs/defaults.yaml``."""
     settings = yaml.safe_load(DEFAULTS.read_text())["trainer"]
@@ -211,6 +213,7 @@ def steadyfit(
     parts = parser.instantiate(parser.parse_object({"trainer": settings})).trainer
     data = task.make_data(steps)
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
+    parts.callbacks += more_callbacks()
     Trainer(**parts).fit(model, data)
 
 

@@ -1,16 +1,26 @@
 """Callbacks, one per file, and what keeps a run folder whole."""
 
+from callbacks.clipping import (
+    AdaptiveGradientClipping,
+    GradientNormClipping,
+    UpdateClipping,
+)
 from callbacks.confusion_matrix import ConfusionMatrix
+from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.learning_curves import LearningCurves
 from callbacks.mistakes import Mistakes
 from callbacks.progress import ProgressBar
 from callbacks.run_folder import AtomicCheckpointIO, MetricsCSV, RunRecord
 from callbacks.sample_sheet import SampleSheet
+from callbacks.spike_pictures import SpikePictures
 from callbacks.wandb_logger import ResumableWandbLogger
 
 __all__ = [
+    "AdaptiveGradientClipping",
     "AtomicCheckpointIO",
     "ConfusionMatrix",
+    "GradientNormClipping",
+    "GradientSpikeMonitor",
     "LearningCurves",
     "MetricsCSV",
     "Mistakes",
@@ -18,4 +28,6 @@ __all__ = [
     "ResumableWandbLogger",
     "RunRecord",
     "SampleSheet",
+    "SpikePictures",
+    "UpdateClipping",
 ]

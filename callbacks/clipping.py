@@ -1,0 +1,338 @@
+"""Callbacks that shorten updates or gradients, all with one interface.
+
+``UpdateClipping`` is the one to start with; docs/spikes.md compares them. The file needs
+gradient_spikes.py beside it. Dimensions: P parameters (tensors) of one optimizer.
+"""
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from callbacks.gradient_spikes import StepCallback, StepProbe, norms, unscaled_loss
+
+Rule = Literal["zclip", "autoclip"]
+
+
+class Clipping(StepCallback):
+    """Shortens something in every optimizer step, on the device, and logs by how much.
+
+    The smallest factor of each step is logged as ``clip/<name>``; 1 means that it did not act.
+    """
+
+    name: str
+    clips_gradients = False  # whether gradients are other ones behind this callback
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.acted = 0
+        self._pending: list[tuple[int, Tensor]] = []  # (optimizer step, factors (P,) or ())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.clips_gradients:
+            return
+        others = [
+            type(c).__name__
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+            if c is not self and isinstance(c, Clipping) and c.clips_gradients
+        ]
+        if trainer.gradient_clip_val is not None:
+            others.append("gradient_clip_val")
+        if others:
+            rank_zero_warn(
+                f"{type(self).__name__} and {others[0]} both clip the gradients; leave one out."
+            )
+
+    def keep(self, trainer: Trainer, factors: Tensor) -> None:
+        self._pending.append((trainer.global_step, factors))
+
+    def flush(self, *, alone: bool = False) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        smallest = torch.stack([factors.amin() for _, factors in pending]).tolist()
+        self.steps += len(smallest)
+        self.acted += sum(factor < 1 for factor in smallest)
+        assert self.trainer is not None
+        if self.trainer.is_global_zero:
+            steps = [step for step, _ in pending]
+            rows = {s: {f"clip/{self.name}": f} for s, f in zip(steps, smallest, strict=True)}
+            self.log_rows(rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero and self.steps:
+            print(f"{type(self).__name__} acted in {self.acted / self.steps:.1%} of the steps.")
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.steps, "acted": self.acted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.acted = state["steps"], state["acted"]
+
+
+class UpdateClipping(Clipping):
+    """Shortens the updates that spikes are made of; gradients and optimizer stay as they are.
+
+    Two limits, the second applied to what the first leaves:
+
+    - ``max_rms``: of each parameter tensor, ``rms(delta theta) <= max_rms * lr``. An optimizer that
+      normalises (RMSprop, Adam) makes updates of about ``lr``, and larger ones only where its
+      second moment is out of date. This is the update clipping of Adafactor (Shazeer and Stern,
+      arXiv:1804.04235, section 6) and StableAdamW. For SGD it is an absolute limit on the gradient.
+    - ``max_decrease``: to first order a step promises to lower the loss by
+      ``-<gradient, delta theta>``. A loss that cannot fall below zero cannot keep a promise larger
+      than itself; the whole update is shortened until it promises at most ``max_decrease`` times
+      the loss. It is the Polyak step size taken as an upper bound, as in SPS_max (Loizou et al.,
+      arXiv:2002.10542), with any optimizer's direction in place of the gradient.
+
+    It acts on what the optimizer has done to the parameters, so it is exact for every optimizer;
+    decoupled weight decay is left whole. Where it does not act, the run is the one without, bit for
+    bit.
+
+    Args:
+        max_rms: Largest root mean square of an update, in learning rates; None for no limit.
+        max_decrease: Largest share of the loss that a step may promise to remove; None for no
+            limit.
+    """
+
+    name = "update_factor"
+
+    def __init__(self, max_rms: float | None = 1.0, max_decrease: float | None = None) -> None:
+        super().__init__()
+        for name, value in (("max_rms", max_rms), ("max_decrease", max_decrease)):
+            if value is not None and not value > 0:
+                raise MisconfigurationException(
+                    f"{name} must be positive, got {value}; use null for no limit."
+                )
+        if max_rms is None and max_decrease is None:
+            raise MisconfigurationException(
+                "UpdateClipping has no limit; set max_rms, max_decrease, or both."
+            )
+        self.max_rms = max_rms
+        self.max_decrease = max_decrease
+        self._losses: list[Tensor] = []
+        self._loss: Tensor | None = None
+        self._roots: dict[StepProbe, list[Tensor]] = {}  # of the sizes, for each parameter group
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            probe = StepProbe.of(optimizer)
+            probe.limits.append(self.factors)
+            self._roots[probe] = [
+                torch.tensor([float(p.numel()) for p in params], device=pl_module.device).sqrt()
+                for params in probe.groups
+            ]
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        if self.max_decrease is not None:
+            self._losses.append(unscaled_loss(trainer, pl_module, loss))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        StepProbe.of(optimizer).arm()
+        if self._losses:
+            loss = torch.stack(self._losses).mean()
+            # the gradient is that of the mean over all processes
+            self._loss = trainer.strategy.reduce(loss, reduce_op="mean")
+            self._losses = []
+
+    def factors(self, probe: StepProbe) -> Tensor:
+        """By which factor each update of this step has to be shortened (P,)."""
+        assert probe.update.norms is not None
+        assert self.trainer is not None
+        lengths = torch.stack(probe.update.norms)
+        factors = torch.ones_like(lengths)
+        if self.max_rms is not None:
+            rates = [group["lr"] for group in probe.optimizer.param_groups]
+            roots = self._roots[probe]
+            limits = torch.cat(
+                [r * (lr * self.max_rms) for r, lr in zip(roots, rates, strict=True)]
+            )
+            factors = torch.where(lengths > limits, limits / lengths, factors)
+        if self.max_decrease is not None and self._loss is not None:
+            products = torch._foreach_mul(probe.deltas, probe.gradients())
+            promised = -torch.stack([x.sum(dtype=torch.float32) for x in products]).dot(factors)
+            allowed = self.max_decrease * self._loss
+            exceeds = (promised > allowed) & (allowed > 0)
+            factors = factors * torch.where(exceeds, allowed / promised, 1.0)
+        self.keep(self.trainer, factors)
+        return factors
+
+
+class GradientNormClipping(Clipping):
+    """Clips the gradient norm at a limit that follows the norms seen so far.
+
+    Rules:
+
+    - ``zclip``: norms more than ``2.5`` standard deviations above their moving mean are brought
+      back to ``mean + 2.5 / z * 2.5 * std``, and to ``max_norm`` at most (arXiv:2504.02507).
+    - ``autoclip``: the ``percentile`` of the norms seen so far (arXiv:2007.14469), here of the last
+      ``history`` of them.
+
+    Unlike the published code of both it works on the device without a read, sums in float32, keeps
+    its state in checkpoints, and lets neither NaN nor infinity into its statistics.
+
+    Args:
+        rule: Where the limit comes from.
+        max_norm: zclip: largest norm in any case; None for no such limit.
+        decay: zclip: decay of the moving mean and variance.
+        warm_up: zclip: optimizer steps from which mean and variance are first taken.
+        percentile: autoclip: in percent.
+        history: autoclip: number of norms that are kept.
+    """
+
+    name = "gradient_factor"
+    clips_gradients = True
+    Z = 2.5
+
+    def __init__(
+        self,
+        rule: Rule = "zclip",
+        max_norm: float | None = 1.0,
+        decay: float = 0.97,
+        warm_up: int = 25,
+        percentile: float = 10.0,
+        history: int = 1000,
+    ) -> None:
+        super().__init__()
+        if rule not in get_args(Rule):
+            raise MisconfigurationException(
+                f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}."
+            )
+        for name, value in (("warm_up", warm_up), ("history", history)):
+            if value < 1:
+                raise MisconfigurationException(f"{name} must be at least 1, got {value}.")
+        if not 0 < percentile <= 100:
+            raise MisconfigurationException(f"percentile must be in (0, 100], got {percentile}.")
+        if not 0 < decay < 1:
+            raise MisconfigurationException(f"decay must be in (0, 1), got {decay}.")
+        self.rule = rule
+        self.max_norm = math.inf if max_norm is None else max_norm
+        self.decay = decay
+        self.warm_up = warm_up
+        self.percentile = percentile
+        self.history = history
+        self._saved: dict[int, list[float]] = {}
+        self._seen: dict[int, Tensor] = {}  # by optimizer; what the rule remembers
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        index = trainer.optimizers.index(optimizer)
+        gradients = [p.grad for p in StepProbe.of(optimizer).params if p.grad is not None]
+        if not gradients:
+            return
+        with torch.no_grad():
+            norm = torch.stack(norms(gradients)).norm()
+            limit = (
+                self._zclip(index, norm) if self.rule == "zclip" else self._autoclip(index, norm)
+            )
+            # a gradient that is not finite is left to whoever skips such steps
+            factor = torch.where(norm.isfinite() & (norm > limit), limit / norm, 1.0)
+            torch._foreach_mul_(gradients, factor)
+        self.keep(trainer, factor)
+
+    def _zclip(self, index: int, norm: Tensor) -> Tensor:
+        """The largest norm (); remembers count, mean and variance (3,)."""
+        count, mean, variance = self._memory(index, norm, 3).unbind()
+        started = count >= self.warm_up
+        std = variance.clamp(min=1e-12).sqrt()
+        z = (norm - mean) / std
+        shortened = torch.where(z > self.Z, mean + self.Z * std * self.Z / z, norm)
+        used = torch.where(started, shortened, norm).clamp(max=self.max_norm)
+        # until the moving averages start: Welford's mean and variance
+        weight = torch.where(started, 1 - self.decay, 1 / (count + 1))
+        change = used - mean
+        moved = torch.stack(
+            [
+                count + 1,
+                mean + weight * change,
+                (1 - weight) * (variance + weight * change.square()),
+            ]
+        )
+        self._seen[index] = torch.where(norm.isfinite(), moved, self._seen[index])
+        return used
+
+    def _autoclip(self, index: int, norm: Tensor) -> Tensor:
+        """The largest norm (); remembers the last norms (history,), NaN where there is none yet."""
+        kept = self._memory(index, norm, self.history, math.nan)
+        shifted = torch.cat([kept[1:], norm[None]])
+        self._seen[index] = torch.where(norm.isfinite(), shifted, kept)
+        return self._seen[index].nanquantile(self.percentile / 100)
+
+    def _memory(self, index: int, norm: Tensor, size: int, fill: float = 0.0) -> Tensor:
+        if index not in self._seen:
+            saved = self._saved.pop(index, None)
+            self._seen[index] = (
+                norm.new_full((size,), fill) if saved is None else norm.new_tensor(saved)
+            )
+        return self._seen[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        seen = {index: tensor.tolist() for index, tensor in self._seen.items()}
+        return super().state_dict() | {"seen": seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._saved = dict(state["seen"])
+
+
+class AdaptiveGradientClipping(Clipping):
+    """Clips the gradient of each unit to a share of the norm of its weights.
+
+    AGC of NFNets (Brock et al., arXiv:2102.06171, section 4): for each row of a weight,
+    ``|gradient| <= clipping * max(|weight|, eps)``. The last linear layer is left out, as there.
+
+    Args:
+        clipping: Largest ratio of gradient norm to weight norm.
+        eps: Least weight norm, so that weights that start at zero can move.
+    """
+
+    name = "agc_factor"
+    clips_gradients = True
+
+    def __init__(self, clipping: float = 0.1, eps: float = 1e-3) -> None:
+        super().__init__()
+        for name, value in (("clipping", clipping), ("eps", eps)):
+            if not value > 0:
+                raise MisconfigurationException(f"{name} must be positive, got {value}.")
+        self.clipping = clipping
+        self.eps = eps
+        self._last: set[int] = set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        linear = [m for m in pl_module.modules() if isinstance(m, nn.Linear)]
+        self._last = {id(p) for p in linear[-1].parameters()} if linear else set()
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        factors = []
+        for parameter in StepProbe.of(optimizer).params:
+            if parameter.grad is None or id(parameter) in self._last:
+                continue
+            allowed = self.clipping * unit_norms(parameter).clamp(min=self.eps)
+            found = unit_norms(parameter.grad)
+            factor = torch.where(found > allowed, allowed / found, 1.0)
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+            factors.append(factor.amin())
+        if factors:
+            self.keep(trainer, torch.stack(factors))
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Norm of each row of a weight, or of a whole vector, with the dimensions kept."""
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else tuple(range(tensor.ndim))
+    return torch.linalg.vector_norm(tensor.float(), dim=dims or None, keepdim=True)

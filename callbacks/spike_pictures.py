@@ -1,0 +1,674 @@
+"""What spiked, where and why, as pictures of one run or of several on common axes.
+
+Dimensions: R runs, S optimizer steps, P parameters (tensors), B batch, T time.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import NullLocator, PercentFormatter
+from torch import Tensor
+from torch.optim import Optimizer
+
+from callbacks.gradient_through_time import ThroughTime, WorstStep, is_sequence, through_time
+from callbacks.learning_curves import BLUE, GREY, VERMILION
+from callbacks.pictures import PictureCallback
+from callbacks.spike_measures import Curves, SpikeMeasures, excursions, kinks, measure
+from errors import UserError
+
+if TYPE_CHECKING:  # a third of a second of imports, which only a picture needs
+    import pandas as pd
+
+ORANGE, SKY, GREEN, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#CC79A7"  # Okabe and Ito, too
+LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
+POINTS = 3000  # of a line; what is more is drawn by the largest value of each stretch
+READABLE = 24  # names beside a heat map
+SPIKE: dict[str, Any] = {"marker": "v", "s": 14, "color": VERMILION, "linewidth": 0, "zorder": 3}
+
+Series = tuple[np.ndarray, np.ndarray]  # steps (S,) and values (S,)
+
+
+@dataclass
+class SpikeRun:
+    """What the pictures show of a run.
+
+    Attributes:
+        label: What it is called.
+        metrics: ``metrics.csv``.
+        target: Validation accuracy (fraction) from which on the task counts as learned.
+        norms: Parameter names (P), steps in a bin, and a table (bins, 3, P) of the largest
+            gradient, update and weight norms; ``norms.pt`` of the monitor.
+        through_time: The gradient at the worst spike.
+    """
+
+    label: str
+    metrics: "pd.DataFrame"
+    target: float = 0.95
+    norms: tuple[list[str], int, np.ndarray] | None = None
+    through_time: ThroughTime | None = None
+
+    @classmethod
+    def read(cls, folder: Path, label: str, target: float = 0.95) -> "SpikeRun":
+        """The run in a folder, without the gradient through time."""
+        import pandas as pd
+
+        metrics = pd.read_csv(folder / "metrics.csv")
+        path = folder / "norms.pt"
+        norms = None
+        if path.exists():
+            first = torch.load(path, weights_only=True).get("0")  # of several optimizers, one
+            norms = first and (first["names"], first["width"], first["table"].numpy())
+        return cls(label, metrics, target, norms)
+
+    @cached_property
+    def curves(self) -> Curves:
+        return Curves.of(self.metrics)
+
+    @cached_property
+    def measures(self) -> SpikeMeasures:
+        return measure(self.metrics, self.target)
+
+    @property
+    def end(self) -> int:
+        """Number of optimizer steps."""
+        return int(self.metrics["step"].max()) + 1
+
+    def series(self, name: str) -> Series:
+        """Steps and values of a column, without empty cells; of several optimizers, the first."""
+        column = next((c for c in (name, f"{name}/0") if c in self.metrics), None)
+        if column is None:
+            return np.empty(0, int), np.empty(0)
+        table = self.metrics[["step", column]].dropna()
+        return table["step"].to_numpy(int), table[column].to_numpy(float)
+
+    def spikes(self, signal: str) -> np.ndarray:
+        """Steps at which a signal spiked, from the running count."""
+        steps, counts = self.series(f"spikes/{signal}")
+        return steps[np.diff(counts, prepend=0) > 0]
+
+    def has(self, name: str) -> bool:
+        return bool(np.isfinite(self.series(name)[1]).any())
+
+
+class SpikePictures(PictureCallback):
+    """Draw what ``GradientSpikeMonitor`` has seen, at the end of training or where it breaks off.
+
+    The pictures are ``spikes_curves``, ``spikes_norms``, ``spikes_layers`` and, of networks that
+    read sequences (B, T, D) of floats, ``spikes_through_time``: the largest gradient of all steps,
+    with respect to the input. For that the weights before the step of the largest gradient are kept
+    on the device, which takes one copy of the parameters and no read, and are left in
+    ``worst_spike.pt``.
+
+    Put it behind the monitor and in front of callbacks that clip gradients.
+
+    Args:
+        target: Validation accuracy (fraction) from which on the task counts as learned.
+    """
+
+    def __init__(self, target: float = 0.95) -> None:
+        if not 0 < target <= 1:
+            raise UserError(f"target must be in (0, 1], got {target}.")
+        self.target = target
+        self._kept: dict[str, Tensor] = {}  # parameters by name; none if the input is no sequence
+        self._worst: tuple[Tensor, Tensor] | None = None  # gradient norm and step
+        self._weights: list[Tensor] = []  # what the parameters were before that step
+
+    # The weights before the largest gradient
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._kept or self.folder is None or not hasattr(self.data, "training_batch"):
+            return
+        if is_sequence(batch):
+            self._kept = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        gradients = [p.grad for p in self._kept.values() if p.grad is not None]
+        if not gradients:
+            return
+        norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+        step = torch.full_like(norm, trainer.global_step, dtype=torch.long)
+        if self._worst is None:
+            self._worst = torch.zeros_like(norm), torch.full_like(step, -1)
+        if not self._weights:
+            self._weights = [p.detach().clone() for p in self._kept.values()]
+        largest, at = self._worst
+        worse = norm.isfinite() & (norm > largest)
+        self._worst = torch.where(worse, norm, largest), torch.where(worse, step, at)
+        for kept, parameter in zip(self._weights, self._kept.values(), strict=True):
+            torch.where(worse, parameter, kept, out=kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"worst": self._worst, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._worst, self._weights = state["worst"], state["weights"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._worst is not None:  # from a checkpoint
+            largest, at = self._worst
+            self._worst = largest.to(pl_module.device), at.to(pl_module.device)
+            self._weights = [w.to(pl_module.device) for w in self._weights]
+
+    # The pictures
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.draw(trainer, None)  # where training broke, one more pass may break as well
+
+    def draw(self, trainer: Trainer, pl_module: LightningModule | None) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero or not self.folder:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # what is logged and not yet in the file
+        if not (self.folder / "metrics.csv").exists():
+            return
+        run = SpikeRun.read(self.folder, "/".join(self.folder.parts[-2:]), self.target)
+        if not run.has("train/loss") or not run.has("epoch"):
+            return
+        if worst := self.worst(run, trainer.accumulate_grad_batches):
+            worst.save(self.folder)
+            if pl_module:
+                run.through_time = through_time(pl_module, worst.remake(self.data), worst)
+        for name, figure in spike_pictures([run]).items():
+            self.save(trainer, name, figure)
+
+    def worst(self, run: SpikeRun, accumulated: int) -> WorstStep | None:
+        """The step of the largest gradient with its weights, if they were kept."""
+        if self._worst is None or (step := int(self._worst[1])) < 0:
+            return None
+        worst = WorstStep.locate(run.metrics, step, float(self._worst[0]), accumulated)
+        if worst:
+            worst.weights = dict(zip(self._kept, self._weights, strict=True))
+        return worst
+
+
+# The figures
+
+
+def spike_pictures(runs: Sequence[SpikeRun]) -> dict[str, Figure]:
+    """All pictures that can be made of these runs, by file name."""
+    pictures = {"spikes_curves": curves_picture(runs)}
+    if any(run.has("grad_norm/total") for run in runs):
+        pictures["spikes_norms"] = norms_picture(runs)
+    if any(run.norms for run in runs):
+        pictures["spikes_layers"] = layers_picture(runs)
+    if any(run.through_time for run in runs):
+        pictures["spikes_through_time"] = through_time_picture(runs)
+    return pictures
+
+
+def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
+    """Loss and accuracy over the epochs, as the course notebook has them, and each step's loss."""
+    figure, grid = panels(runs, heights=(1.2, 0.8, 1.2))
+    for run, (epochs, accuracies, steps) in zip(runs, grid.T, strict=True):
+        epochs.set_title(run.label, **HEADING)
+        draw_epoch_losses(epochs, run)
+        draw_accuracies(accuracies, run)
+        draw_step_loss(steps, run)
+    label_rows(grid, ("loss", "accuracy", "loss of each step"))
+    same_end(grid[:2], max(run.curves.epochs[-1] + 1 for run in runs))
+    same_end(grid[2:], max(run.end for run in runs))
+    for row, unit in zip(grid, ("", "epoch", "optimizer step"), strict=True):
+        for axes in row:
+            axes.set_xlabel(unit)
+    same_top(grid[0], [x for r in runs for x in (r.curves.last, r.curves.mean, r.curves.val_loss)])
+    same_top(grid[2], [r.curves.loss for r in runs])
+    legend(figure, grid)
+    return figure
+
+
+def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
+    curves = run.curves
+    number, val = curves.epochs + 1, curves.val_epochs + 1
+    axes.plot(number, gaps(curves.mean), color=SKY, label="training, mean of the epoch")
+    axes.plot(number, gaps(curves.last), color=BLUE, label="training, last batch")
+    axes.plot(val, gaps(curves.val_loss), color=VERMILION, label="validation")
+    for x, curve, colour in ((number, curves.last, BLUE), (val, curves.val_loss, VERMILION)):
+        tops = [a + int(np.argmax(curve[a : b + 1])) for a, b in kinks(curve)]
+        axes.scatter(x[tops], curve[tops], s=36, facecolor="none", edgecolor=colour, zorder=3)
+    found = run.measures
+    note(axes, f"kinks: {found.kinks_last} training, {found.kinks_val} validation")
+    axes.scatter([], [], s=36, facecolor="none", edgecolor=GREY, label="kink")
+
+
+def draw_accuracies(axes: Axes, run: SpikeRun) -> None:
+    curves = run.curves
+    axes.plot(curves.epochs + 1, curves.accuracy, color=SKY)
+    axes.plot(curves.val_epochs + 1, curves.val_accuracy, color=VERMILION)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylim(0, 1.03)
+    found = run.measures
+    if math.isnan(found.final_accuracy):
+        return
+    reached = f"{run.target:.0%} never reached"
+    if found.first_epoch is not None:
+        reached = f"{run.target:.0%} in epoch {found.first_epoch}"
+        if found.lowest_after is not None:
+            reached += f", lowest after that {found.lowest_after:.1%}"
+    note(axes, f"{reached}; at the end {found.final_accuracy:.1%}")
+
+
+def draw_step_loss(axes: Axes, run: SpikeRun) -> None:
+    curves = run.curves
+    series = curves.steps, curves.loss
+    draw_line(axes, series, color=BLUE)
+    mark(axes, series, run.spikes("loss"), "spike")
+    count = len(excursions(curves.loss))
+    note(axes, f"excess loss {run.measures.excess:.2f}; excursions: {count}")
+
+
+def norms_picture(runs: Sequence[SpikeRun]) -> Figure:
+    """Norm of gradient and update in each step, and at the right how often which norm occurs."""
+    figure, grid = panels(runs, heights=(1.2, 1.2), beside=0.14)
+    for row, signal in zip(grid, ("gradient", "update"), strict=True):
+        values = []
+        for run, axes, beside in zip(runs, row[::2], row[1::2], strict=True):
+            before, after = norm_of(run, signal)
+            draw_norm(axes, run, signal, before, after)
+            draw_histograms(beside, before[1], after[1])
+            values += [before[1], after[1]]
+        same_decades(row, values)
+        for run, axes in zip(runs, row[::2], strict=True):
+            shade(axes, run.series(f"{COLUMNS[signal]}/threshold"))
+    for run, axes in zip(runs, grid[0, ::2], strict=True):
+        axes.set_title(run.label, **HEADING)
+    label_rows(grid, ("gradient norm", "update norm"))
+    same_end(grid[:, ::2], max(run.end for run in runs))
+    for axes in grid[-1, ::2]:
+        axes.set_xlabel("optimizer step")
+    legend(figure, grid)
+    return figure
+
+
+COLUMNS = {"gradient": "grad_norm", "update": "update_norm"}
+
+
+def norm_of(run: SpikeRun, signal: str) -> tuple[Series, Series]:
+    """A norm before clipping and after it; the latter is empty if clipping changed nothing."""
+    before = run.series(f"{COLUMNS[signal]}/total")
+    after = run.series(f"{COLUMNS[signal]}/clipped")
+    (_, old), (_, new) = before, after
+    same = old.shape == new.shape and np.allclose(old, new, rtol=1e-4, equal_nan=True)
+    return before, (np.empty(0, int), np.empty(0)) if same else after
+
+
+def draw_norm(axes: Axes, run: SpikeRun, signal: str, before: Series, after: Series) -> None:
+    draw_line(axes, before, color=BLUE, label="before clipping" if len(after[0]) else None)
+    if len(after[0]):
+        draw_line(axes, after, color=ORANGE, label="after clipping")
+    spikes = run.spikes(signal)
+    mark(axes, before, spikes, "spike")
+    finite = before[1][np.isfinite(before[1])]
+    largest = f"; largest {finite.max():.3g}" if len(finite) else ""
+    note(axes, f"spikes: {len(spikes)}{largest}")
+
+
+def draw_histograms(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
+    for values, colour in ((before, BLUE), (after, ORANGE)):
+        values = values[np.isfinite(values) & (values > 0)]
+        if len(values):
+            bins = np.geomspace(values.min() / 1.1, values.max() * 1.1, 40).tolist()
+            axes.hist(values, bins, orientation="horizontal", color=colour, alpha=0.6)
+    axes.tick_params(which="both", left=False, labelleft=False, bottom=False, labelbottom=False)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def layers_picture(runs: Sequence[SpikeRun]) -> Figure:
+    """Gradient and relative update of each parameter over time, and the norms of the weights."""
+    shown = [(run, run.norms) for run in runs if run.norms]
+    tall = float(np.clip(0.12 * max(len(names) for _, (names, _, _) in shown), 0.6, 4))
+    figure, grid = panels([run for run, _ in shown], (tall, tall, 1.2), share=False)
+    tables = [known(table).transpose(1, 2, 0) for _, (_, _, table) in shown]  # each (3, P, bins)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = [np.where(weight > 0, update / weight, 0) for _, update, weight in tables]
+    gradients = [gradient for gradient, _, _ in tables]
+    for row, title, maps in (
+        (grid[0], "gradient norm", gradients),
+        (grid[1], "update / weight norm", relative),
+    ):
+        norm = around(maps)
+        for axes, values, (_, (names, width, _)) in zip(row, maps, shown, strict=True):
+            image = heat_map(axes, values, norm, names, width)
+            note(axes, f"{title}; {largest_of(values, names, width)}")
+        bar = figure.colorbar(image, ax=list(row), pad=0.01, aspect=12)
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+    for axes, (_, norms) in zip(grid[2], shown, strict=True):
+        draw_weights(axes, *norms)
+    for axes, (run, _) in zip(grid[0], shown, strict=True):
+        axes.set_title(f"{run.label}\n", **HEADING)
+    if all(names == shown[0][1][0] for _, (names, _, _) in shown):
+        for axes in grid[:2, 1:].flat:
+            axes.tick_params(labelleft=False)
+    same_end(grid, max(run.end for run, _ in shown))
+    top = max(axes.get_ylim()[1] for axes in grid[2])
+    for axes in grid[2]:
+        axes.set_ylim(0, top)
+        axes.set_xlabel("optimizer step")
+    grid[2, 0].set_ylabel("weight norm")
+    legend(figure, grid)
+    return figure
+
+
+def around(maps: Sequence[np.ndarray]) -> LogNorm:
+    """A logarithmic scale of colours for all positive values but the lowest percent."""
+    values = np.concatenate([table[np.isfinite(table) & (table > 0)] for table in maps])
+    if not len(values):
+        return LogNorm(0.1, 1)
+    return LogNorm(np.quantile(values, 0.01), max(values.max(), np.quantile(values, 0.01) * 10))
+
+
+def largest_of(table: np.ndarray, names: Sequence[str], width: int) -> str:
+    """Where a table (P, bins) is largest, in words."""
+    if not table.any():
+        return "all zero"
+    p, stretch = np.unravel_index(np.argmax(table), table.shape)
+    return f"largest {table.max():.3g}, {short(names)[p]}, step {near(int(stretch), width)}"
+
+
+def near(stretch: int, width: int) -> str:
+    return f"{stretch}" if width == 1 else f"{stretch * width} to {(stretch + 1) * width - 1}"
+
+
+def known(table: np.ndarray) -> np.ndarray:
+    """The table (bins, 3, P) with weight norms carried on where they were not read."""
+    table = table.copy()
+    for earlier, later in zip(table[:, 2], table[1:, 2], strict=False):
+        if not later.any():
+            later[:] = earlier
+    return table
+
+
+def heat_map(
+    axes: Axes, table: np.ndarray, norm: LogNorm, names: Sequence[str], width: int
+) -> AxesImage:
+    """Draw a table (P, bins), a row for each parameter: white where zero, red where infinite."""
+    colours = colormaps["viridis"].with_extremes(over=VERMILION, bad="white")
+    image = axes.imshow(
+        np.ma.masked_where(table <= 0, table),
+        aspect="auto",
+        norm=norm,
+        cmap=colours,
+        extent=(0.0, float(width * table.shape[1]), len(names) - 0.5, -0.5),
+        interpolation="nearest",
+    )
+    every = -(-len(names) // READABLE)
+    axes.set_yticks(range(0, len(names), every), short(names)[::every], fontsize="small")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names of parameters without the modules that all of them are in."""
+    parts = [name.split(".") for name in names]
+    same = 0
+    while all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
+        same += 1
+    return [".".join(p[same:]) for p in parts]
+
+
+def draw_weights(axes: Axes, names: Sequence[str], width: int, table: np.ndarray) -> None:
+    """Draw the weight norms; of many parameters, those whose gradients were the largest."""
+    chosen = sorted(np.argsort(-table[:, 0].max(0), kind="stable")[: len(LINES)])
+    steps = width * np.arange(len(table))
+    for colour, p in zip(LINES, chosen, strict=False):
+        axes.plot(steps, known(table)[:, 2, p], color=colour, label=short(names)[p])
+    if len(chosen) < len(names):
+        note(axes, f"the {len(chosen)} of {len(names)} parameters with the largest gradients")
+
+
+def through_time_picture(runs: Sequence[SpikeRun]) -> Figure:
+    """How the loss depends on each time step of the input, where the gradient is largest."""
+    shown = [(run.label, run.through_time) for run in runs if run.through_time]
+    figure, grid = panels([run for run in runs if run.through_time], heights=(1.6,))
+    for axes, (label, seen) in zip(grid[0], shown, strict=True):
+        axes.set_title(f"{label}\n\n", **HEADING)
+        worst = seen.worst
+        batches = ", ".join(map(str, worst.batches))
+        place = f"largest gradient: step {worst.step}, epoch {worst.epoch}, batch {batches}"
+        note(axes, f"{place}\n{seen.proof}")
+        time = 1 + np.arange(seen.norms.shape[1])
+        samples = np.where(seen.norms > 0, seen.norms, np.nan)[:64]
+        axes.plot(time, samples.T, color=GREY, alpha=0.3, linewidth=0.6)
+        axes.plot([], [], color=GREY, alpha=0.6, linewidth=0.8, label="of each sample")
+        axes.plot(time, np.sqrt(np.square(seen.norms).sum(0)), color=BLUE, label="of the batch")
+        axes.set_xlabel("time step t of the input")
+        axes.set_xlim(1, len(time))
+    same_decades(grid[0], [seen.norms for _, seen in shown])
+    label_rows(grid, ("|dL / dx(t)|",))
+    legend(figure, grid)
+    return figure
+
+
+def seeds_picture(groups: Mapping[str, Mapping[int, SpikeMeasures]], target: float) -> Figure:
+    """Excess loss of every seed, and beside it how accurate that seed is at the end.
+
+    Args:
+        groups: The runs of each label, by their seed; equal seeds are joined by a line.
+        target: Accuracy (fraction) from which on a task counts as learned.
+    """
+    figure = Figure(figsize=(max(8.0, 2.2 * len(groups)), 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    excess = {k: {s: m.excess for s, m in g.items()} for k, g in groups.items()}
+    final = {k: {s: m.final_accuracy for s, m in g.items()} for k, g in groups.items()}
+    finite = [x for g in excess.values() for x in g.values() if math.isfinite(x)]
+    left.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    left.set_ylim(-0.02, 2 * max([0.5, *finite]))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.set_title("excess loss", **HEADING)
+    strip(left, excess, "{:.2f}")
+    right.set_ylim(0, 1.04)
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.axhline(target, color=GREY, linestyle=":", linewidth=1)
+    right.set_title("final accuracy", **HEADING)
+    strip(right, final, "{:.1%}")
+    learned = [f"{sum(m.learned for m in g.values())} of {len(g)}" for g in groups.values()]
+    note(right, f"at {target:.0%} or above: {', '.join(learned)} seeds")
+    legend(figure, np.array([[left, right]]))
+    return figure
+
+
+def strip(axes: Axes, groups: Mapping[str, Mapping[int, float]], style: str) -> None:
+    """Draw the value of each seed as a dot, group by group, and their mean as a bar."""
+    top = axes.get_ylim()[1]
+    values = [{seed: min(value, top) for seed, value in g.items()} for g in groups.values()]
+    for seed in sorted({seed for group in values for seed in group}):
+        own = [group.get(seed, math.nan) for group in values]
+        axes.plot(own, color=GREY, alpha=0.35, linewidth=0.8, zorder=1)
+    ticks = []
+    for place, (label, group) in enumerate(groups.items()):
+        shown = np.array(list(values[place].values()))
+        beside = place + 0.05 * (np.arange(len(shown)) % 3 - 1)  # so that equal ones are told apart
+        axes.scatter(
+            beside, shown, s=30, color=BLUE, alpha=0.75, label="a seed", zorder=3, clip_on=False
+        )
+        mean = float(np.mean(list(group.values())))
+        axes.plot(
+            [place - 0.22, place + 0.22],
+            [min(mean, top)] * 2,
+            color=VERMILION,
+            linewidth=2,
+            label="mean",
+            zorder=2,
+        )
+        ticks.append(f"{label}\nmean {style.format(mean)}")
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xlim(-0.5, len(ticks) - 0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, axis="y")
+
+
+# Parts of the figures
+
+
+def panels(
+    runs: Sequence[SpikeRun],
+    heights: Sequence[float],
+    beside: float | None = None,
+    share: bool = True,
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a column for each run, and its axes (rows, columns).
+
+    Args:
+        runs: The runs.
+        heights: Relative heights of the rows; 1 is about two inches.
+        beside: Width of a narrow panel at the right of each, if there should be one.
+        share: Whether the panels of a row share their y axis.
+    """
+    count = len(runs)
+    figure = Figure(figsize=(max(8.0, 5.2 * count), 1.0 + 2.1 * sum(heights)), layout="constrained")
+    widths = [1.0] * count if beside is None else [1.0, beside] * count
+    grid = figure.subplots(
+        len(heights),
+        len(widths),
+        squeeze=False,
+        sharey="row" if share else False,
+        height_ratios=list(heights),
+        width_ratios=widths,
+    )
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+HEADING: dict[str, Any] = {"loc": "left", "fontweight": "bold"}
+
+
+def note(axes: Axes, text: str) -> None:
+    """Say something above a panel, where it hides nothing."""
+    axes.set_title(text, loc="right", fontsize="small", color="#333333")
+
+
+def label_rows(grid: np.ndarray, labels: Iterable[str]) -> None:
+    for axes, label in zip(grid[:, 0], labels, strict=True):
+        axes.set_ylabel(label)
+
+
+def legend(figure: Figure, grid: np.ndarray) -> None:
+    """One legend for all panels, each label once."""
+    entries: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    columns = int(figure.get_figwidth() // 2)
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+        )
+
+
+def draw_line(axes: Axes, series: Series, color: str, label: str | None = None) -> None:
+    axes.plot(*decimate(*series), color=color, linewidth=0.7, label=label)
+
+
+def gaps(curve: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(curve), curve, np.nan)
+
+
+def decimate(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> Series:
+    """At most ``points`` of a line: the largest value of each stretch, where it was.
+
+    A value that is not finite leaves a gap.
+    """
+    values = np.where(np.isfinite(values), values, np.nan)
+    width = -(-len(values) // points) or 1
+    if width == 1:
+        return steps, values
+    missing = -len(values) % width
+    table = np.append(values, np.full(missing, np.nan)).reshape(-1, width)
+    where = np.where(np.isnan(table), -np.inf, table).argmax(1)
+    index = np.minimum(np.arange(len(table)) * width + where, len(values) - 1)
+    return steps[index], values[index]
+
+
+def mark(axes: Axes, series: Series, spikes: np.ndarray, label: str) -> None:
+    """Put a mark on each spike; at the upper edge where the value is not finite."""
+    steps, values = series
+    if not len(steps) or not len(spikes):
+        return
+    chosen = np.isin(steps, spikes)
+    steps, values = steps[chosen], values[chosen]
+    finite = np.isfinite(values)
+    axes.scatter(steps[finite], values[finite], **SPIKE, label=label)
+    if not finite.all():
+        edge = axes.get_xaxis_transform()
+        top = np.full((~finite).sum(), 0.985)
+        axes.scatter(
+            steps[~finite],
+            top,
+            marker="x",
+            color="black",
+            s=20,
+            transform=edge,
+            label="not finite",
+            zorder=4,
+        )
+
+
+def shade(axes: Axes, threshold: Series) -> None:
+    """Shade what is above the threshold."""
+    steps, values = decimate(*threshold)
+    if not np.isfinite(values).any():
+        return
+    top = axes.get_ylim()[1]
+    axes.fill_between(
+        steps,
+        np.fmin(values, top),
+        top,
+        color=VERMILION,
+        alpha=0.08,
+        linewidth=0,
+        label="above the threshold of a spike",
+    )
+    axes.plot(steps, values, color=VERMILION, alpha=0.5, linewidth=0.8)
+
+
+def same_end(grid: np.ndarray, end: int) -> None:
+    for axes in grid.flat:
+        axes.set_xlim(0, end)
+
+
+def same_top(row: np.ndarray, values: Sequence[np.ndarray]) -> None:
+    """From zero to above the largest finite value."""
+    finite = np.concatenate(values)
+    finite = finite[np.isfinite(finite)]
+    for axes in row:
+        axes.set_ylim(min(0, finite.min(initial=0)), 1.12 * finite.max(initial=0.1))
+
+
+def same_decades(row: np.ndarray, values: Sequence[np.ndarray]) -> None:
+    """A logarithmic axis around all positive values."""
+    positive = np.concatenate([v.ravel() for v in values])
+    positive = positive[np.isfinite(positive) & (positive > 0)]
+    for axes in row:
+        if len(positive):
+            axes.set_yscale("log")
+            axes.set_ylim(np.quantile(positive, 0.001) / 1.5, positive.max() * 3)
