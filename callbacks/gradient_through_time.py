@@ -105,9 +105,9 @@ class ThroughTime:
         """Whether what was made again is what happened, in words."""
         recorded = self.worst.grad_norm
         if math.isclose(self.grad_norm, recorded, rel_tol=1e-3):
-            return f"gradient norm {recorded:.4g}, made again with the weights {self.origin}"
+            return f"gradient norm {recorded:.4g}, reproduced"
         made = f"{self.grad_norm:.3g} with the weights {self.origin}"
-        return f"gradient norm {recorded:.3g}, but {made}"
+        return f"gradient norm {recorded:.3g}; {made}"
 
 
 def is_sequence(batch: Any) -> bool:

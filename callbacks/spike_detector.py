@@ -50,11 +50,11 @@ class SpikeDetector:
     in proportion: the mean excess of their outer 5 %, both sides averaged, is extrapolated to one
     value in 10 000 (peaks over threshold, as in Siffer et al., KDD 2017).
 
-    Spikes are kept out of all these statistics, with two exceptions. Raised values in a row, the
-    first of them a spike, are a new level when there are ten, or six as close together as ordinary
-    noise: the last of them is a ``level_shift``. What would be a spike on more than 5 % of the last
-    512 steps is ordinary. NaN and infinities are spikes; they, zeros and negative values are never
-    stored.
+    Spikes are kept out of all these statistics, and drops as large are kept out of scale and tails,
+    with two exceptions. Raised values in a row, the first of them a spike, are a new level when
+    there are ten, or six as close together as ordinary noise: the last of them is a
+    ``level_shift``. What would be a spike on more than 5 % of the last 512 steps is ordinary. NaN
+    and infinities are spikes; they, zeros and negative values are never stored.
 
     These attributes tell how the last value was judged; one that is not finite or not positive
     sets only ``kind`` and ``score``:
@@ -116,7 +116,8 @@ class SpikeDetector:
         height = log - level
         if len(self._heights.values) < WARM_UP:
             self.kind, self.score, self.center = "normal", 0.0, exp(level)
-            self._store(log, height)
+            self._levels.push(log)
+            self._heights.push(height)
             return False
 
         lag, self.scale = self._lag(), self._scale()
@@ -130,18 +131,17 @@ class SpikeDetector:
         if self.kind == "level_shift":
             self._levels = SortedWindow(self.window * 3 // 8, self._run)
             self._run = []
-        else:
-            self._store(log, height)
-        self._scores.push(self.score)
+            self._scores.push(self.score)
+            return False
+        self._levels.push(log)
+        if self.score > -self.limit:  # a drop moves the level and says nothing about the noise
+            self._heights.push(height)
+            self._scores.push(self.score)
         return False
 
     def rate_changed(self) -> None:
         """Say that the learning rate has jumped: the scale is doubled for the next ten values."""
         self._rate_steps = RATE_STEPS
-
-    def _store(self, log: float, height: float) -> None:
-        self._levels.push(log)
-        self._heights.push(height)
 
     def _lag(self) -> float:
         return max(0.0, self._heights.quantile(0.5))

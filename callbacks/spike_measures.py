@@ -43,8 +43,8 @@ class Curves:
             UserError: The table has no training loss of each step with its epoch.
         """
         for name in ("epoch", "train/loss"):
-            if name not in metrics or metrics[name].notna().sum() == 0:
-                raise UserError(f"the metrics have no values of {name}; train with train.py.")
+            if name not in metrics:
+                raise UserError(f"it has no column {name}; train the run with train.py.")
         table = metrics.sort_values("step")
         table = table[table["epoch"].notna()]  # every training step has it, even if its loss is NaN
 

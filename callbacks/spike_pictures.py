@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -100,7 +100,7 @@ class SpikeRun:
         return steps[np.diff(counts, prepend=0) > 0]
 
     def has(self, name: str) -> bool:
-        return bool(np.isfinite(self.series(name)[1]).any())
+        return len(self.series(name)[0]) > 0
 
 
 class SpikePictures(PictureCallback):
@@ -185,7 +185,7 @@ class SpikePictures(PictureCallback):
         if not (self.folder / "metrics.csv").exists():
             return
         run = SpikeRun.read(self.folder, "/".join(self.folder.parts[-2:]), self.target)
-        if not run.has("train/loss") or not run.has("epoch"):
+        if not {"epoch", "train/loss"} <= set(run.metrics):
             return
         if worst := self.worst(run, trainer.accumulate_grad_batches):
             worst.save(self.folder)
@@ -223,7 +223,7 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
     """Loss and accuracy over the epochs, as the course notebook has them, and each step's loss."""
     figure, grid = panels(runs, heights=(1.2, 0.8, 1.2))
     for run, (epochs, accuracies, steps) in zip(runs, grid.T, strict=True):
-        epochs.set_title(run.label, **HEADING)
+        heading(epochs, run.label)
         draw_epoch_losses(epochs, run)
         draw_accuracies(accuracies, run)
         draw_step_loss(steps, run)
@@ -233,6 +233,7 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
     for row, unit in zip(grid, ("", "epoch", "optimizer step"), strict=True):
         for axes in row:
             axes.set_xlabel(unit)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     same_top(grid[0], [x for r in runs for x in (r.curves.last, r.curves.mean, r.curves.val_loss)])
     same_top(grid[2], [r.curves.loss for r in runs])
     legend(figure, grid)
@@ -293,7 +294,7 @@ def norms_picture(runs: Sequence[SpikeRun]) -> Figure:
         for run, axes in zip(runs, row[::2], strict=True):
             shade(axes, run.series(f"{COLUMNS[signal]}/threshold"))
     for run, axes in zip(runs, grid[0, ::2], strict=True):
-        axes.set_title(run.label, **HEADING)
+        heading(axes, run.label)
     label_rows(grid, ("gradient norm", "update norm"))
     same_end(grid[:, ::2], max(run.end for run in runs))
     for axes in grid[-1, ::2]:
@@ -358,7 +359,7 @@ def layers_picture(runs: Sequence[SpikeRun]) -> Figure:
     for axes, (_, norms) in zip(grid[2], shown, strict=True):
         draw_weights(axes, *norms)
     for axes, (run, _) in zip(grid[0], shown, strict=True):
-        axes.set_title(f"{run.label}\n", **HEADING)
+        heading(axes, run.label)
     if all(names == shown[0][1][0] for _, (names, _, _) in shown):
         for axes in grid[:2, 1:].flat:
             axes.tick_params(labelleft=False)
@@ -406,8 +407,11 @@ def heat_map(
 ) -> AxesImage:
     """Draw a table (P, bins), a row for each parameter: white where zero, red where infinite."""
     colours = colormaps["viridis"].with_extremes(over=VERMILION, bad="white")
+    finite = np.where(
+        np.isfinite(table), table, 10 * (norm.vmax or 1.0)
+    )  # a LogNorm takes no infinity
     image = axes.imshow(
-        np.ma.masked_where(table <= 0, table),
+        np.ma.masked_where(table <= 0, finite),
         aspect="auto",
         norm=norm,
         cmap=colours,
@@ -445,16 +449,20 @@ def through_time_picture(runs: Sequence[SpikeRun]) -> Figure:
     shown = [(run.label, run.through_time) for run in runs if run.through_time]
     figure, grid = panels([run for run in runs if run.through_time], heights=(1.6,))
     for axes, (label, seen) in zip(grid[0], shown, strict=True):
-        axes.set_title(f"{label}\n\n", **HEADING)
+        heading(axes, label, lines=2)
         worst = seen.worst
         batches = ", ".join(map(str, worst.batches))
-        place = f"largest gradient: step {worst.step}, epoch {worst.epoch}, batch {batches}"
-        note(axes, f"{place}\n{seen.proof}")
+        place = f"step {worst.step} (epoch {worst.epoch}, batch {batches}): {seen.proof}"
+        squares = np.square(seen.norms)
+        most = int(np.argmax(squares.sum(1)))
+        share = squares[most].sum() / squares.sum() if squares.any() else 0
+        note(axes, f"{place}\none of the {len(squares)} samples makes {share:.1%} of it (squared)")
         time = 1 + np.arange(seen.norms.shape[1])
-        samples = np.where(seen.norms > 0, seen.norms, np.nan)[:64]
-        axes.plot(time, samples.T, color=GREY, alpha=0.3, linewidth=0.6)
-        axes.plot([], [], color=GREY, alpha=0.6, linewidth=0.8, label="of each sample")
-        axes.plot(time, np.sqrt(np.square(seen.norms).sum(0)), color=BLUE, label="of the batch")
+        samples = np.where(seen.norms > 0, seen.norms, np.nan)
+        axes.plot(time, np.delete(samples, most, 0)[:64].T, color=GREY, alpha=0.3, linewidth=0.6)
+        axes.plot([], [], color=GREY, alpha=0.6, linewidth=0.8, label="other samples")
+        axes.plot(time, np.sqrt(squares.sum(0)), color=BLUE, linewidth=2.5, label="the batch")
+        axes.plot(time, samples[most], color=ORANGE, linewidth=1, label="its largest sample")
         axes.set_xlabel("time step t of the input")
         axes.set_xlim(1, len(time))
     same_decades(grid[0], [seen.norms for _, seen in shown])
@@ -470,7 +478,7 @@ def seeds_picture(groups: Mapping[str, Mapping[int, SpikeMeasures]], target: flo
         groups: The runs of each label, by their seed; equal seeds are joined by a line.
         target: Accuracy (fraction) from which on a task counts as learned.
     """
-    figure = Figure(figsize=(max(8.0, 2.2 * len(groups)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(9.0, 4 * len(groups)), 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     excess = {k: {s: m.excess for s, m in g.items()} for k, g in groups.items()}
     final = {k: {s: m.final_accuracy for s, m in g.items()} for k, g in groups.items()}
@@ -478,43 +486,40 @@ def seeds_picture(groups: Mapping[str, Mapping[int, SpikeMeasures]], target: flo
     left.set_yscale("symlog", linthresh=0.1, linscale=0.5)
     left.set_ylim(-0.02, 2 * max([0.5, *finite]))
     left.yaxis.set_major_formatter("{x:g}")
-    left.set_title("excess loss", **HEADING)
-    strip(left, excess, "{:.2f}")
+    heading(left, "excess loss", lines=0)
+    strip(left, excess, [f"mean {mean_of(g):.2f}" for g in excess.values()])
     right.set_ylim(0, 1.04)
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.axhline(target, color=GREY, linestyle=":", linewidth=1)
-    right.set_title("final accuracy", **HEADING)
-    strip(right, final, "{:.1%}")
+    heading(right, "final accuracy", lines=0)
     learned = [f"{sum(m.learned for m in g.values())} of {len(g)}" for g in groups.values()]
-    note(right, f"at {target:.0%} or above: {', '.join(learned)} seeds")
+    means = [f"mean {mean_of(g):.1%}" for g in final.values()]
+    strip(right, final, [f"{m}\n{k} at {target:.0%}" for m, k in zip(means, learned, strict=True)])
     legend(figure, np.array([[left, right]]))
     return figure
 
 
-def strip(axes: Axes, groups: Mapping[str, Mapping[int, float]], style: str) -> None:
+def mean_of(group: Mapping[int, float]) -> float:
+    return float(np.mean(list(group.values())))
+
+
+def strip(axes: Axes, groups: Mapping[str, Mapping[int, float]], numbers: Sequence[str]) -> None:
     """Draw the value of each seed as a dot, group by group, and their mean as a bar."""
     top = axes.get_ylim()[1]
-    values = [{seed: min(value, top) for seed, value in g.items()} for g in groups.values()]
-    for seed in sorted({seed for group in values for seed in group}):
-        own = [group.get(seed, math.nan) for group in values]
-        axes.plot(own, color=GREY, alpha=0.35, linewidth=0.8, zorder=1)
-    ticks = []
-    for place, (label, group) in enumerate(groups.items()):
-        shown = np.array(list(values[place].values()))
-        beside = place + 0.05 * (np.arange(len(shown)) % 3 - 1)  # so that equal ones are told apart
+    seeds = sorted({seed for group in groups.values() for seed in group})
+    for position, seed in enumerate(seeds):
+        beside = 0.05 * (position % 3 - 1)  # so that equal ones are told apart
+        own = np.minimum([group.get(seed, math.nan) for group in groups.values()], top)
+        places = np.arange(len(own)) + beside
+        axes.plot(places, own, color=GREY, alpha=0.35, linewidth=0.8, zorder=1)
         axes.scatter(
-            beside, shown, s=30, color=BLUE, alpha=0.75, label="a seed", zorder=3, clip_on=False
+            places, own, s=30, color=BLUE, alpha=0.75, label="a seed", zorder=3, clip_on=False
         )
-        mean = float(np.mean(list(group.values())))
-        axes.plot(
-            [place - 0.22, place + 0.22],
-            [min(mean, top)] * 2,
-            color=VERMILION,
-            linewidth=2,
-            label="mean",
-            zorder=2,
-        )
-        ticks.append(f"{label}\nmean {style.format(mean)}")
+    for place, group in enumerate(groups.values()):
+        mean = min(mean_of(group), top)
+        ends = [place - 0.22, place + 0.22]
+        axes.plot(ends, [mean] * 2, color=VERMILION, linewidth=2, label="mean", zorder=2)
+    ticks = [f"{label}\n{number}" for label, number in zip(groups, numbers, strict=True)]
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_xlim(-0.5, len(ticks) - 0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -555,7 +560,9 @@ def panels(
     return figure, grid
 
 
-HEADING: dict[str, Any] = {"loc": "left", "fontweight": "bold"}
+def heading(axes: Axes, label: str, lines: int = 1) -> None:
+    """Name a column, above as many lines of notes."""
+    axes.set_title(label + "\n" * lines, loc="left", fontweight="bold")
 
 
 def note(axes: Axes, text: str) -> None:
@@ -574,13 +581,13 @@ def legend(figure: Figure, grid: np.ndarray) -> None:
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = int(figure.get_figwidth() // 2)
+    rows = -(-len(entries) // int(figure.get_figwidth() // 2))
     if entries:
         figure.legend(
             entries.values(),
             entries.keys(),
             loc="outside lower center",
-            ncols=columns,
+            ncols=-(-len(entries) // rows),
             frameon=False,
         )
 
