@@ -14,7 +14,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from callbacks.gradient_spikes import StepCallback, StepProbe, norms, unscaled_loss
+from callbacks.gradient_spikes import (
+    StepCallback,
+    StepProbe,
+    norms,
+    scale_left,
+    unscaled_loss,
+)
 
 Rule = Literal["zclip", "autoclip"]
 
@@ -123,12 +129,7 @@ class UpdateClipping(Clipping):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
-            probe = StepProbe.of(optimizer)
-            probe.limits.append(self.factors)
-            self._roots[probe] = [
-                torch.tensor([float(p.numel()) for p in params], device=pl_module.device).sqrt()
-                for params in probe.groups
-            ]
+            StepProbe.of(optimizer).limits.append(self.factors)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -139,7 +140,7 @@ class UpdateClipping(Clipping):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        StepProbe.of(optimizer).arm()
+        StepProbe.of(optimizer).arm(trainer.global_step)
         if self._losses:
             loss = torch.stack(self._losses).mean()
             # the gradient is that of the mean over all processes
@@ -154,14 +155,19 @@ class UpdateClipping(Clipping):
         factors = torch.ones_like(lengths)
         if self.max_rms is not None:
             rates = [group["lr"] for group in probe.optimizer.param_groups]
-            roots = self._roots[probe]
+            roots = self._roots.get(probe, [])
+            if len(roots) < len(rates):
+                sizes = [[float(p.numel()) for p in params] for params in probe.groups]
+                roots = [torch.tensor(s, device=lengths.device).sqrt() for s in sizes]
+                self._roots[probe] = roots
             limits = torch.cat(
                 [r * (lr * self.max_rms) for r, lr in zip(roots, rates, strict=True)]
             )
             factors = torch.where(lengths > limits, limits / lengths, factors)
         if self.max_decrease is not None and self._loss is not None:
             products = torch._foreach_mul(probe.deltas, probe.gradients())
-            promised = -torch.stack([x.sum(dtype=torch.float32) for x in products]).dot(factors)
+            sums = torch.stack([x.sum(dtype=factors.dtype) for x in products])
+            promised = -sums.dot(factors)
             allowed = self.max_decrease * self._loss
             exceeds = (promised > allowed) & (allowed > 0)
             factors = factors * torch.where(exceeds, allowed / promised, 1.0)
@@ -209,6 +215,10 @@ class GradientNormClipping(Clipping):
             raise MisconfigurationException(
                 f"rule must be one of {', '.join(get_args(Rule))}, got {rule!r}."
             )
+        if max_norm is not None and not max_norm > 0:
+            raise MisconfigurationException(
+                f"max_norm must be positive, got {max_norm}; use null for no limit."
+            )
         for name, value in (("warm_up", warm_up), ("history", history)):
             if value < 1:
                 raise MisconfigurationException(f"{name} must be at least 1, got {value}.")
@@ -234,6 +244,8 @@ class GradientNormClipping(Clipping):
             return
         with torch.no_grad():
             norm = torch.stack(norms(gradients)).norm()
+            if (scale := scale_left(trainer, pl_module, optimizer)) is not None:
+                norm = norm / scale
             limit = (
                 self._zclip(index, norm) if self.rule == "zclip" else self._autoclip(index, norm)
             )
@@ -320,11 +332,14 @@ class AdaptiveGradientClipping(Clipping):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         factors = []
+        scale = scale_left(trainer, pl_module, optimizer)
         for parameter in StepProbe.of(optimizer).params:
             if parameter.grad is None or id(parameter) in self._last:
                 continue
             allowed = self.clipping * unit_norms(parameter).clamp(min=self.eps)
             found = unit_norms(parameter.grad)
+            if scale is not None:
+                found = found / scale
             factor = torch.where(found > allowed, allowed / found, 1.0)
             parameter.grad.mul_(factor.to(parameter.grad.dtype))
             factors.append(factor.amin())

@@ -20,7 +20,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from callbacks.spike_detector import SpikeDetector
@@ -63,15 +63,11 @@ class StepProbe:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self.groups = [
-            [p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups
-        ]
-        self.params = [p for group in self.groups for p in group]
-        self.before = [torch.empty_like(p) for p in self.params]
+        self._collect()
         self.limits: list[Callable[[StepProbe], Tensor]] = []
         self.deltas: list[Tensor] = []
         self.update = Update()
-        self._armed = False
+        self._armed: int | None = None  # the step about to be taken
         optimizer.register_step_post_hook(self._compare)
 
     @classmethod
@@ -79,7 +75,17 @@ class StepProbe:
         """The probe of this optimizer."""
         if optimizer not in PROBES:
             PROBES[optimizer] = cls(optimizer)
-        return PROBES[optimizer]
+        probe = PROBES[optimizer]
+        if len(probe.groups) < len(optimizer.param_groups):  # as in fine-tuning
+            probe._collect()
+        return probe
+
+    def _collect(self) -> None:
+        self.groups = [
+            [p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups
+        ]
+        self.params = [p for group in self.groups for p in group]
+        self.before = [torch.empty_like(p) for p in self.params]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -88,22 +94,25 @@ class StepProbe:
         return optimizer
 
     def gradients(self) -> list[Tensor]:
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        return [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self.params]
 
-    def arm(self) -> Update:
-        """Copy the parameters and return what the step about to be taken will fill in."""
-        if not self._armed:
-            self._armed = True
+    def arm(self, step: int) -> Update:
+        """Copy the parameters and return what optimizer step ``step``, the next, will fill in."""
+        if self._armed != step:  # an earlier one may never have been taken
+            self._armed = step
             self.update = Update()
-            with torch.no_grad():
-                torch._foreach_copy_(self.before, self.params)
+            self.copy()
         return self.update
 
     @torch.no_grad()
+    def copy(self) -> None:
+        torch._foreach_copy_(self.before, self.params)
+
+    @torch.no_grad()
     def _compare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._armed:
+        if self._armed is None:
             return
-        self._armed = False
+        self._armed = None
         decays = self._decays()
         if any(decays):  # decoupled weight decay is not a part of the update
             torch._foreach_mul_(self.before, [1 - d for d in decays])
@@ -129,15 +138,21 @@ class StepProbe:
             else 0.0
             for group in self.optimizer.param_groups
         ]
-        return [share for share, group in zip(shares, self.groups, strict=True) for _ in group]
+        return [
+            0.0 if p.grad is None else share  # without a gradient nothing decays
+            for share, group in zip(shares, self.groups, strict=True)
+            for p in group
+        ]
 
 
 PROBES: "weakref.WeakKeyDictionary[Optimizer, StepProbe]" = weakref.WeakKeyDictionary()
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
-    """L2 norm of each tensor, a float32 scalar; bfloat16 and float16 are summed in float32."""
-    return list(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+    """L2 norm of each tensor, a scalar; bfloat16 and float16 are summed in float32."""
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if is_double else torch.float32
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
 # Values that wait on the device
@@ -172,6 +187,13 @@ class StepCallback(Callback):
                 f"{type(pl_module).__name__} is frozen; set requires_grad on some."
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(StepProbe.of(optimizer).params for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                f"{type(self).__name__} has nothing to watch: no optimizer of "
+                f"{type(pl_module).__name__} has a parameter to train."
+            )
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -181,7 +203,7 @@ class StepCallback(Callback):
         batch_idx: int,
     ) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0 or trainer.is_last_batch:
+        if trainer.is_last_batch or (every and trainer.global_step % every == 0):
             self.flush()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -319,6 +341,7 @@ class Rollback(Reaction):
         state, optimizers = self.copies.pop()
         pl_module.load_state_dict(state)
         for own, saved in zip(trainer.optimizers, optimizers, strict=True):
+            StepProbe.of(own).copy()  # going back is not an update
             for parameter in [p for p in own.state if p not in saved]:
                 del own.state[parameter]
             for parameter, values in saved.items():
@@ -387,6 +410,11 @@ class NormHistory:
         self.bins = bins
         self.width = 1  # optimizer steps in a stretch
         self.table = torch.zeros(0, len(self.KINDS), len(names))
+
+    def grow(self, names: list[str]) -> None:
+        """Take in more parameters, named behind the ones there are."""
+        self.table = nn.functional.pad(self.table, (0, len(names) - len(self.names)))
+        self.names = names
 
     def add(self, steps: list[int], norms: list[list[list[float]]]) -> None:
         """Take in the norms of some steps, for each a list (P,) for each of ``KINDS``."""
@@ -471,6 +499,7 @@ class GradientSpikeMonitor(StepCallback):
         self._lrs: dict[str, float] = {}
         self._pending: list[Observation] = []
         self._batches: list[int] = []
+        self._stepped = False  # an optimizer has, since the last batch began
         self._losses: list[Tensor] = []
         self._last_spike = -math.inf
 
@@ -495,6 +524,8 @@ class GradientSpikeMonitor(StepCallback):
         open_since = self.records[0]["step"] if self.records else trainer.global_step
         earlier = [r for r in read_records(self.path) if r["step"] < open_since]
         self.records = [*earlier, *self.records]
+        if trainer.is_global_zero:
+            self._save(trainer.global_step)  # without what is going to be trained again
 
     @property
     def path(self) -> Path | None:
@@ -503,6 +534,8 @@ class GradientSpikeMonitor(StepCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._stepped:
+            self._batches, self._stepped = [], False
         self._batches.append(batch_idx)
 
     def on_before_backward(
@@ -514,8 +547,6 @@ class GradientSpikeMonitor(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         probe = StepProbe.of(optimizer)
-        scaler = grad_scaler(trainer)
-        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
         step = trainer.global_step
         observation = Observation(
             step=step,
@@ -525,14 +556,12 @@ class GradientSpikeMonitor(StepCallback):
             lr=max(group["lr"] for group in optimizer.param_groups),
             losses=self._losses,
             grad_norms=norms(probe.gradients()),
-            scale=scaler.scale(torch.ones((), device=pl_module.device))
-            if scaler and unscales
-            else None,
-            scaled=scaler is not None,
-            update=probe.arm(),
+            scale=scale_left(trainer, pl_module, optimizer),
+            scaled=grad_scaler(trainer) is not None,
+            update=probe.arm(step),
             weight_norms=norms(probe.before) if step % self.weight_norm_every == 0 else None,
         )
-        self._losses = []
+        self._losses, self._stepped = [], True
         self._pending.append(observation)
         if self.reaction:
             self._react(observation, optimizer)
@@ -542,7 +571,8 @@ class GradientSpikeMonitor(StepCallback):
         assert self.reaction is not None
         assert self.trainer is not None
         assert self.module is not None
-        loss = torch.stack(observation.losses or [torch.tensor(math.nan)]).mean()
+        unknown = torch.tensor(math.nan, device=self.module.device)
+        loss = torch.stack(observation.losses or [unknown]).mean()
         loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
         scale = [] if observation.scale is None else [observation.scale]
         table = torch.stack([*observation.grad_norms, loss, *scale]).tolist()
@@ -553,6 +583,8 @@ class GradientSpikeMonitor(StepCallback):
         if any(v["kind"] in ("spike", "nonfinite") for v in observation.judged.values()):
             self._last_spike = observation.step
             observation.reaction = type(self.reaction).__name__.lower()
+            if scale:  # without gradients, the scaler could not say later that they were finite
+                grad_scaler(self.trainer).unscale_(optimizer)
             self.reaction.react(self.trainer, self.module, optimizer)
 
     def on_train_batch_end(
@@ -563,10 +595,7 @@ class GradientSpikeMonitor(StepCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        stepped = bool(self._pending) and self._pending[-1].batches[-1:] == [batch_idx]
-        if stepped:
-            self._batches = []
-        if self.reaction and stepped:
+        if self.reaction and self._stepped:
             calm = trainer.global_step - self._last_spike > CONFIRM
             self.reaction.after_step(trainer, pl_module, calm)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -616,7 +645,7 @@ class GradientSpikeMonitor(StepCallback):
             loss = values["loss"][0] if values["loss"] else math.nan
             self._judge_before_step(observation, values["gradient"], loss)
         verdicts = observation.judged
-        if values["update"]:
+        if values["update"] and verdicts["gradient"]["kind"] != "overflow":
             verdicts["update"] = self._judge(observation, "update", total(values["update"]))
         self._follow(observation, verdicts)
         spiked = [signal for signal, v in verdicts.items() if v["kind"] in ("spike", "nonfinite")]
@@ -675,6 +704,7 @@ class GradientSpikeMonitor(StepCallback):
                     steps.append(observation.step)
                     norms.append([values["gradient"], update, values["weight"] or none])
             history = self.histories.setdefault(str(index), NormHistory(names))
+            history.grow(names)
             history.add(steps, norms)
 
     def _judge_before_step(
@@ -732,7 +762,9 @@ class GradientSpikeMonitor(StepCallback):
         squares = [g * g if math.isfinite(g) else math.inf for g in gradient]
         whole = sum(squares)
         recent = self._recent.get(str(observation.optimizer), [])
-        own = [own_score(g, [row[i] for row in recent]) for i, g in enumerate(gradient)]
+        own = [
+            own_score(g, [row[i] for row in recent if i < len(row)]) for i, g in enumerate(gradient)
+        ]
         before = [b for b in self._steps if b["optimizer"] == observation.optimizer]
         names = self._names(observation)
         lr = float(observation.lr)
@@ -784,8 +816,9 @@ class GradientSpikeMonitor(StepCallback):
                 break
             if not record["spiked"] or record["optimizer"] != observation.optimizer:
                 continue
+            value = loss["value"] if math.isfinite(loss["value"]) else math.inf  # NaN has no order
             worst = record["max_loss_after"]
-            record["max_loss_after"] = loss["value"] if worst is None else max(worst, loss["value"])
+            record["max_loss_after"] = value if worst is None else max(worst, value)
             if (
                 loss["kind"] in ("spike", "nonfinite")
                 and passed <= CONFIRM
@@ -824,7 +857,7 @@ class GradientSpikeMonitor(StepCallback):
     def _save(self, since: int) -> None:
         """Bring the files up to date and say what is new, on the first process."""
         fresh = [r for r in self.records if r["step"] >= since and r["spiked"]]
-        if self.path and self.records:
+        if self.path and (self.records or self.path.exists()):
             lines = [json.dumps(finite(record)) + "\n" for record in self.records]
             replace_file(self.path, "".join(lines).encode())
         if not fresh or not self.alert:
@@ -932,6 +965,14 @@ def unscaled_loss(trainer: Trainer, pl_module: LightningModule, loss: Tensor) ->
 def grad_scaler(trainer: Trainer) -> Any:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def scale_left(trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> Tensor | None:
+    """The scale () of gradients that the optimizer itself unscales, inside its step."""
+    scaler = grad_scaler(trainer)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    return scaler.scale(torch.ones((), device=pl_module.device))
 
 
 def total(norms: Iterable[float]) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import predict
 import submit
 import train
@@ -16,6 +17,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.D
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line.removeprefix("python ") for line in LINES if line.startswith("python ")]
 PARSERS: dict[str, Callable[[list[str]], object]] = {
+    "compare.py": compare.parse,
     "predict.py": predict.parse,
     "submit.py": submit.make_parser().parse_args,
 }
