@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from callbacks.gradient_spikes import (
     StepCallback,
     StepProbe,
+    mean,
     norms,
     scale_left,
     unscaled_loss,
@@ -64,7 +65,6 @@ class Clipping(StepCallback):
         smallest = torch.stack([factors.amin() for _, factors in pending]).tolist()
         self.steps += len(smallest)
         self.acted += sum(factor < 1 for factor in smallest)
-        assert self.trainer is not None
         if self.trainer.is_global_zero:
             steps = [step for step, _ in pending]
             rows = {s: {f"clip/{self.name}": f} for s, f in zip(steps, smallest, strict=True)}
@@ -142,37 +142,46 @@ class UpdateClipping(Clipping):
     ) -> None:
         StepProbe.of(optimizer).arm(trainer.global_step)
         if self._losses:
-            loss = torch.stack(self._losses).mean()
             # the gradient is that of the mean over all processes
-            self._loss = trainer.strategy.reduce(loss, reduce_op="mean")
+            self._loss = trainer.strategy.reduce(mean(self._losses), reduce_op="mean")
             self._losses = []
 
     def factors(self, probe: StepProbe) -> Tensor:
         """By which factor each update of this step has to be shortened (P,)."""
-        assert probe.update.norms is not None
-        assert self.trainer is not None
-        lengths = torch.stack(probe.update.norms)
-        factors = torch.ones_like(lengths)
-        if self.max_rms is not None:
-            rates = [group["lr"] for group in probe.optimizer.param_groups]
-            roots = self._roots.get(probe, [])
-            if len(roots) < len(rates):
-                sizes = [[float(p.numel()) for p in params] for params in probe.groups]
-                roots = [torch.tensor(s, device=lengths.device).sqrt() for s in sizes]
-                self._roots[probe] = roots
-            limits = torch.cat(
-                [r * (lr * self.max_rms) for r, lr in zip(roots, rates, strict=True)]
-            )
-            factors = torch.where(lengths > limits, limits / lengths, factors)
+        lengths = probe.update.norms
+        assert lengths is not None
+        if self.max_rms is None:
+            factors = torch.ones_like(lengths)
+        else:
+            # where nothing moved the quotient may be 0 / 0, and a NaN is left for all to see
+            quotients = self._longest(probe, self.max_rms) / lengths
+            factors = quotients.nan_to_num_(nan=1.0, posinf=1.0).clamp_(max=1.0)
         if self.max_decrease is not None and self._loss is not None:
-            products = torch._foreach_mul(probe.deltas, probe.gradients())
-            sums = torch.stack([x.sum(dtype=factors.dtype) for x in products])
-            promised = -sums.dot(factors)
+            pairs = zip(probe.deltas, probe.gradients(), strict=True)
+            promised = -torch.stack([inner(*pair) for pair in pairs]).to(factors).dot(factors)
             allowed = self.max_decrease * self._loss
-            exceeds = (promised > allowed) & (allowed > 0)
-            factors = factors * torch.where(exceeds, allowed / promised, 1.0)
+            excess = (promised / allowed).clamp_(min=1.0)
+            factors = torch.where(allowed > 0, factors / excess, factors)
         self.keep(self.trainer, factors)
         return factors
+
+    def _longest(self, probe: StepProbe, rms: float) -> Tensor:
+        """Norms (P,) of updates whose root mean square is ``rms`` learning rates."""
+        roots = self._roots.get(probe, [])
+        groups = probe.optimizer.param_groups
+        if len(roots) < len(groups):  # at the start, or when a group was added
+            assert probe.update.norms is not None
+            sizes = [[float(p.numel()) for p in params] for params in probe.groups]
+            self._roots[probe] = roots = [probe.update.norms.new_tensor(s).sqrt() for s in sizes]
+        longest = [r * (g["lr"] * rms) for r, g in zip(roots, groups, strict=True)]
+        return longest[0] if len(longest) == 1 else torch.cat(longest)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product () of two tensors of one shape; of low precision, summed in float32."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 class GradientNormClipping(Clipping):
@@ -243,7 +252,7 @@ class GradientNormClipping(Clipping):
         if not gradients:
             return
         with torch.no_grad():
-            norm = torch.stack(norms(gradients)).norm()
+            norm = norms(gradients).norm()
             if (scale := scale_left(trainer, pl_module, optimizer)) is not None:
                 norm = norm / scale
             limit = (

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import weakref
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,30 +25,252 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from callbacks.spike_detector import SpikeDetector
+# Is the next value of a signal a spike?
 
-SIGNALS = ("gradient", "update", "loss")
-RECORDED = ("spike", "nonfinite", "level_shift", "overflow")
-CONFIRM = 5  # optimizer steps within which the loss must spike too, for a spike to be confirmed
-BEFORE = 10  # optimizer steps in which the largest update is looked for
-FOLLOW = 20  # optimizer steps over which the outcome of a spike is watched
-DECOUPLED = (
-    torch.optim.AdamW,
-    torch.optim.Adafactor,
-    *filter(None, [getattr(torch.optim, "Muon", None)]),
-)
-ReactionName = Literal["log", "skip", "rollback", "stop"]
+Kind = Literal["normal", "warning", "spike", "level_shift", "nonfinite", "nonpositive"]
+EVIDENCE = ("kind", "score", "limit", "threshold", "center", "scale", "raised")
+
+WARM_UP = 8  # values before the first decision
+PRIOR_SCALE, PRIOR_WEIGHT, PRIOR_UNTIL = 0.35, 8, 32  # a young stream is taken for a noisy one
+MIN_SCALE = 0.05  # a smooth signal may still rise by 25 %: exp(4.5 * 0.05)
+NORMAL_Q90, NORMAL_IQR = 1.2816, 1.349  # of the standard normal distribution
+TAIL_WINDOW, TAIL_SHARE, TAIL_MIN = 512, 0.05, 64
+TAIL_ODDS = math.log(TAIL_SHARE / 1e-4)  # from the edge of the tail to one value in 10 000
+TAIL_NORMAL = 4.5  # score so extrapolated that normal noise seldom passes
+WARNING = 2 / 3  # of the limit
+SHIFT_AFTER = 10  # raised values in a row
+STEADY_AFTER, STEADY_RANGE = 6, 3.0  # values, scales
+RATE_STEPS, RATE_FACTOR = 10, 2.0
+
+
+class SortedWindow:
+    """The last ``size`` values, in the order they came and in ascending order."""
+
+    def __init__(self, size: int, values: Iterable[float] = ()) -> None:
+        self.values = deque(values, maxlen=size)
+        self.ordered = sorted(self.values)
+
+    def push(self, value: float) -> None:
+        if len(self.values) == self.values.maxlen:
+            del self.ordered[bisect_left(self.ordered, self.values[0])]
+        self.values.append(value)
+        insort(self.ordered, value)
+
+    def quantile(self, q: float) -> float:
+        return self.ordered[int(q * (len(self.ordered) - 1) + 0.5)]
+
+
+class SpikeDetector:
+    """Say of every value of a positive signal (gradient norm, loss) whether it is a spike.
+
+    Values are compared on the logarithmic scale, where the noise of such signals is about the same
+    at every level. The level is the median of the last 24 values. The height of a value above it
+    is compared with the last 64 heights: their median, if positive, is how far the level lags
+    behind a rising signal; their quantiles give the scale. A spike is more than 4.5 scales above
+    level and lag. Where the last 512 scores have heavier tails than normal noise, that limit rises
+    in proportion: the mean excess of their outer 5 %, both sides averaged, is extrapolated to one
+    value in 10 000 (peaks over threshold, as in Siffer et al., KDD 2017).
+
+    Spikes are kept out of all these statistics, and drops as large are kept out of scale and tails,
+    with two exceptions. Raised values in a row, the first of them a spike, are a new level when
+    there are ten, or six as close together as ordinary noise: the last of them is a
+    ``level_shift``. What would be a spike on more than 5 % of the last 512 steps is ordinary. NaN
+    and infinities are spikes; they, zeros and negative values are never stored.
+
+    These attributes tell how the last value was judged; one that is not finite or not positive
+    sets only ``kind`` and ``score``:
+        kind: ``spike`` or ``nonfinite`` if it is a spike, else ``normal``, ``warning`` (above two
+            thirds of the limit), ``level_shift`` or ``nonpositive``.
+        score: Height above level and lag, in scales; 0 for the first 8 values.
+        limit: Score above which a value is a spike.
+        threshold: The same in the signal's units; infinite for the first 8 values.
+        center: Level and lag in the signal's units; NaN before the first value.
+        scale: Robust standard deviation of the logarithm.
+        raised: Values in a row above the warning line, counted from a spike on. The
+            ``level_shift`` is the last of this many steps at the new level, and ``center`` and
+            ``threshold`` are those of the new level.
+
+    Args:
+        window: Steps the scale is taken from, at least 16; the level takes 3/8 of them.
+        threshold: Limit for normal noise, in robust standard deviations.
+
+    Raises:
+        ValueError: If ``window`` is below 16, or ``threshold`` is not positive and finite.
+    """
+
+    def __init__(self, window: int = 64, threshold: float = 4.5) -> None:
+        if window < 16:
+            raise ValueError(f"window must be at least 16 steps, got {window}.")
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"threshold must be positive and finite, got {threshold}.")
+        self.window = window
+        self.normal_limit = float(threshold)
+
+        self.kind: Kind = "normal"
+        self.score = 0.0
+        self.limit = self.normal_limit
+        self.threshold = math.inf
+        self.center = math.nan
+        self.scale = PRIOR_SCALE
+        self.raised = 0
+
+        self._levels = SortedWindow(window * 3 // 8)  # logarithms
+        self._heights = SortedWindow(window)
+        self._scores = SortedWindow(TAIL_WINDOW)
+        self._run: list[float] = []  # logarithms of the raised values
+        self._steps = 0
+        self._exceeded: deque[int] = deque(maxlen=int(TAIL_SHARE * TAIL_WINDOW))  # at these steps
+        self._rate_steps = 0  # for which the scale stays inflated
+
+    def update(self, value: float) -> bool:
+        """Judge the next value of the signal and return whether it is a spike."""
+        value = float(value)
+        self._steps += 1
+        if not math.isfinite(value):
+            self.kind, self.score = "nonfinite", math.inf
+            return True
+        if value <= 0:
+            self.kind, self.score = "nonpositive", 0.0
+            return False
+
+        log = math.log(value)
+        level = self._levels.quantile(0.5) if self._levels.values else log
+        height = log - level
+        if len(self._heights.values) < WARM_UP:
+            self.kind, self.score, self.center = "normal", 0.0, exp(level)
+            self._levels.push(log)
+            self._heights.push(height)
+            return False
+
+        lag, self.scale = self._lag(), self._scale()
+        self.score = (height - lag) / self.scale
+        self.limit = self.normal_limit * self._tail_factor()
+        self.center = exp(level + lag)
+        self.threshold = exp(level + lag + self.limit * self.scale)
+        self.kind = self._judge(log)
+        if self.kind == "spike":
+            return True
+        if self.kind == "level_shift":
+            self._levels = SortedWindow(self.window * 3 // 8, self._run)
+            self._run = []
+            level = self._levels.quantile(0.5)  # of the new one, as center and threshold are
+            self.center, self.threshold = exp(level), exp(level + self.limit * self.scale)
+            self._scores.push(self.score)
+            return False
+        self._levels.push(log)
+        if self.score > -self.limit:  # a drop moves the level and says nothing about the noise
+            self._heights.push(height)
+            self._scores.push(self.score)
+        return False
+
+    def rate_changed(self) -> None:
+        """Say that the learning rate has jumped: the scale is doubled for the next ten values."""
+        self._rate_steps = RATE_STEPS
+
+    def _lag(self) -> float:
+        return max(0.0, self._heights.quantile(0.5))
+
+    def _scale(self) -> float:
+        quantile = self._heights.quantile
+        median = quantile(0.5)
+        scale = max(
+            (quantile(0.9) - median) / NORMAL_Q90,
+            (median - quantile(0.1)) / NORMAL_Q90,
+            (quantile(0.75) - quantile(0.25)) / NORMAL_IQR,
+            MIN_SCALE,
+        )
+        count = len(self._heights.values)
+        if count < PRIOR_UNTIL:
+            squares = count * scale**2 + PRIOR_WEIGHT * PRIOR_SCALE**2
+            scale = math.sqrt(squares / (count + PRIOR_WEIGHT))
+        if self._rate_steps:
+            self._rate_steps -= 1
+            scale *= RATE_FACTOR
+        return scale
+
+    def _tail_factor(self) -> float:
+        """How much further the scores reach than those of normal noise, at least 1."""
+        scores = self._scores.ordered
+        if len(scores) < TAIL_MIN:
+            return 1.0
+        count = int(TAIL_SHARE * len(scores)) + 1
+        low, high = scores[:count], scores[-count:]
+        edge = (high[0] - low[-1]) / 2
+        excess = (sum(high) - sum(low)) / (2 * count) - edge
+        return max(1.0, (edge + excess * TAIL_ODDS) / TAIL_NORMAL)
+
+    def _judge(self, log: float) -> Kind:
+        exceeds = self.score > self.limit
+        warning = self.score > self.limit * WARNING
+        if exceeds or (warning and self._run):
+            self._run.append(log)
+        else:
+            self._run = []
+        self.raised = len(self._run)
+        if self._at_new_level():
+            return "level_shift"
+        if exceeds and not self._too_often():
+            return "spike"
+        return "warning" if warning else "normal"
+
+    def _at_new_level(self) -> bool:
+        if len(self._run) < STEADY_AFTER:
+            return False
+        steady = max(self._run) - min(self._run) < STEADY_RANGE * self.scale
+        return steady or len(self._run) >= SHIFT_AFTER
+
+    def _too_often(self) -> bool:
+        """Note that this step exceeds the limit; True if more than 5 % of the last 512 did."""
+        full = len(self._exceeded) == self._exceeded.maxlen
+        oldest = self._exceeded[0] if full else -TAIL_WINDOW
+        self._exceeded.append(self._steps)
+        return self._steps - oldest < TAIL_WINDOW
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned from the signal, in lists, numbers and strings."""
+        return {name: getattr(self, name) for name in EVIDENCE} | {
+            "levels": list(self._levels.values),
+            "heights": list(self._heights.values),
+            "scores": list(self._scores.values),
+            "run": list(self._run),
+            "steps": self._steps,
+            "exceeded": list(self._exceeded),
+            "rate_steps": self._rate_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, under the arguments of this detector."""
+        for name in EVIDENCE:
+            setattr(self, name, state[name])
+        self._levels = SortedWindow(self.window * 3 // 8, state["levels"])
+        self._heights = SortedWindow(self.window, state["heights"])
+        self._scores = SortedWindow(TAIL_WINDOW, state["scores"])
+        self._run = list(state["run"])
+        self._steps = state["steps"]
+        self._exceeded = deque(state["exceeded"], self._exceeded.maxlen)
+        self._rate_steps = state["rate_steps"]
+
+
+def exp(log: float) -> float:
+    """Exponential that does not overflow: e**709 is just below the largest double."""
+    return math.exp(min(log, 709.0))
 
 
 # What one optimizer step does
 
+DECOUPLED = tuple(
+    getattr(torch.optim, name)
+    for name in ("AdamW", "Adafactor", "Muon")
+    if hasattr(torch.optim, name)
+)
+
 
 @dataclass
 class Update:
-    """What a step did; the norms are scalars on the device, one for each parameter."""
+    """What a step did, on the device; None until the step is taken."""
 
-    norms: list[Tensor] | None = None  # of the proposed update; None until the step is taken
-    grad_norms: list[Tensor] | None = None  # as the optimizer used them, clipped if they were
+    norms: Tensor | None = None  # (P,) of the proposed update
+    grad_norms: Tensor | None = None  # (P,) as the optimizer used them; None if nobody clips
     factors: Tensor | None = None  # (P,) by which the update was shortened; None if nobody would
 
 
@@ -65,6 +289,7 @@ class StepProbe:
         self._optimizer = weakref.ref(optimizer)
         self._collect()
         self.limits: list[Callable[[StepProbe], Tensor]] = []
+        self.gradients_are_clipped = False
         self.deltas: list[Tensor] = []
         self.update = Update()
         self._armed: int | None = None  # the step about to be taken
@@ -86,6 +311,7 @@ class StepProbe:
         ]
         self.params = [p for group in self.groups for p in group]
         self.before = [torch.empty_like(p) for p in self.params]
+        self.one_dtype = all(p.dtype in (torch.float32, torch.float64) for p in self.params)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -94,7 +320,7 @@ class StepProbe:
         return optimizer
 
     def gradients(self) -> list[Tensor]:
-        return [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self.params]
+        return [dense_gradient(p) for p in self.params]
 
     def arm(self, step: int) -> Update:
         """Copy the parameters and return what optimizer step ``step``, the next, will fill in."""
@@ -104,55 +330,58 @@ class StepProbe:
             self.copy()
         return self.update
 
-    @torch.no_grad()
     def copy(self) -> None:
-        torch._foreach_copy_(self.before, self.params)
+        with torch.no_grad():
+            torch._foreach_copy_(self.before, self.params)
 
     @torch.no_grad()
     def _compare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._armed is None:
             return
         self._armed = None
-        decays = self._decays()
-        if any(decays):  # decoupled weight decay is not a part of the update
-            torch._foreach_mul_(self.before, [1 - d for d in decays])
+        self._take_decay_off()
         self.deltas = list(torch._foreach_sub(self.params, self.before))
         self.update.norms = norms(self.deltas)
-        self.update.grad_norms = norms(self.gradients())
+        if self.gradients_are_clipped:
+            self.update.grad_norms = norms(self.gradients())
         if self.limits:
-            factors = torch.stack([limit(self) for limit in self.limits]).amin(0)
-            weights = [w.to(p.dtype) for w, p in zip(factors.unbind(), self.params, strict=True)]
-            # end where the weight is 1, bit for bit
-            torch._foreach_copy_(
-                self.params, torch._foreach_lerp(self.before, self.params, weights)
-            )
-            self.update.factors = factors
+            factors = [limit(self) for limit in self.limits]
+            self.update.factors = factors[0] if len(factors) == 1 else torch.stack(factors).amin(0)
+            weights = list(self.update.factors.unbind())
+            if not self.one_dtype:
+                weights = [w.to(p.dtype) for w, p in zip(weights, self.params, strict=True)]
+            # where the weight is 1 these end at the parameters, bit for bit
+            torch._foreach_lerp_(self.before, self.params, weights)
+            torch._foreach_copy_(self.params, self.before)
         self.deltas = []
 
-    def _decays(self) -> list[float]:
-        """Share of each parameter that decoupled weight decay takes in a step."""
+    def _take_decay_off(self) -> None:
+        """Decoupled weight decay is not a part of the update."""
         decoupled = isinstance(self.optimizer, DECOUPLED)
-        shares = [
-            group["lr"] * group["weight_decay"]
-            if group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")
-            else 0.0
-            for group in self.optimizer.param_groups
-        ]
-        return [
-            0.0 if p.grad is None else share  # without a gradient nothing decays
-            for share, group in zip(shares, self.groups, strict=True)
-            for p in group
-        ]
+        for group, params in zip(self.optimizer.param_groups, self.groups, strict=True):
+            if group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay"):
+                kept = 1 - group["lr"] * group["weight_decay"]
+                own = {id(p) for p in params if p.grad is not None}  # others do not decay
+                pairs = zip(self.params, self.before, strict=True)
+                if decaying := [old for p, old in pairs if id(p) in own]:
+                    torch._foreach_mul_(decaying, kept)
 
 
 PROBES: "weakref.WeakKeyDictionary[Optimizer, StepProbe]" = weakref.WeakKeyDictionary()
 
 
-def norms(tensors: list[Tensor]) -> list[Tensor]:
-    """L2 norm of each tensor, a scalar; bfloat16 and float16 are summed in float32."""
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+def dense_gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """L2 norms (P,) of P tensors; bfloat16 and float16 are summed in float32."""
+    is_double = any(tensor.dtype is torch.float64 for tensor in tensors)
     dtype = torch.float64 if is_double else torch.float32
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
 # Values that wait on the device
@@ -166,8 +395,9 @@ class StepCallback(Callback):
     ends or breaks off.
     """
 
-    trainer: Trainer | None = None
-    module: LightningModule | None = None
+    trainer: Trainer  # set when training is set up, as are module and folder
+    module: LightningModule
+    folder: str | None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -185,6 +415,11 @@ class StepCallback(Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__} has nothing to watch: every parameter of "
                 f"{type(pl_module).__name__} is frozen; set requires_grad on some."
+            )
+        if any(p.is_complex() for p in parameters):
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not take complex parameters; train them as pairs of "
+                "real ones with torch.view_as_real."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,8 +450,7 @@ class StepCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if self.trainer:  # else it broke off before this callback was set up
-            self.flush(alone=True)
+        self.flush(alone=True)
 
     def state_dict(self) -> dict[str, Any]:
         self.flush()  # what the checkpoint has seen, the loggers have seen
@@ -232,7 +466,6 @@ class StepCallback(Callback):
 
     def log_rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Give each step its values, in rows that the module writes if it has ``add_to_rows``."""
-        assert self.trainer is not None
         if add := getattr(self.module, "add_to_rows", None):
             add(rows)
             return
@@ -242,6 +475,8 @@ class StepCallback(Callback):
 
 
 # What to do about a spike
+
+ReactionName = Literal["log", "skip", "rollback", "stop"]
 
 
 class Reaction:
@@ -373,7 +608,16 @@ REACTIONS: dict[str, type[Reaction] | None] = {
 }
 
 
-# The monitor
+# What is known about the steps of one optimizer
+
+SIGNALS = ("gradient", "parameter", "update", "loss")
+SPIKES = ("spike", "nonfinite")
+RECORDED = (*SPIKES, "level_shift", "overflow")
+CONFIRM = 5  # optimizer steps within which the loss must spike too, for a spike to be confirmed
+BEFORE = 10  # optimizer steps in which the largest update is looked for
+FOLLOW = 20  # optimizer steps over which the outcome of a spike is watched
+
+Numbers = dict[str, list[float]]  # what was read of one step, by name; empty where there was none
 
 
 @dataclass
@@ -384,15 +628,28 @@ class Observation:
     epoch: int
     batches: list[int]  # indices in the epoch; several when gradients are accumulated
     optimizer: int
-    lr: float | Tensor
+    lrs: list[float | Tensor]  # of the parameter groups
     losses: list[Tensor]
-    grad_norms: list[Tensor]
-    scale: Tensor | None  # of a gradient scaler, if these gradients are still scaled
+    gradient: Tensor  # norms (P,)
+    scale: Tensor | None  # (), if a gradient scaler leaves it to the optimizer to unscale
     scaled: bool  # a gradient scaler watches over this step
     update: Update
-    weight_norms: list[Tensor] | None
-    judged: dict[str, dict[str, Any]] = field(default_factory=dict)  # before the step
+    weight: Tensor | None  # norms (P,), now and then
+    judged: dict[str, dict[str, Any]] = field(default_factory=dict)  # by signal
     reaction: str = "log"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is to be read, one-dimensional, by the names of ``Numbers``."""
+        found = {
+            "gradient": self.gradient,
+            "loss": mean(self.losses)[None] if self.losses else None,
+            "scale": None if self.scale is None else self.scale[None],
+            "update": self.update.norms,
+            "clipped": self.update.grad_norms,
+            "factor": self.update.factors,
+            "weight": self.weight,
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class NormHistory:
@@ -435,21 +692,250 @@ class NormHistory:
         return {"names": self.names, "width": self.width, "table": self.table}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.width, self.table = state["width"], state["table"]
+        self.names, self.width, self.table = state["names"], state["width"], state["table"]
+
+
+class ParameterRatios:
+    """Finds the parameter whose gradient is out of proportion to that of all the others.
+
+    The logarithm of this ratio is compared with its last values by median and spread. What makes
+    all gradients larger leaves it alone, so it is far less noisy than a norm, and a parameter that
+    holds little of the whole norm is seen as well.
+
+    Args:
+        window: Ordinary steps that are remembered; every ``REFRESH`` of them are looked at anew.
+        limit: Robust standard deviations of the logarithm beyond which a ratio is a spike.
+    """
+
+    REFRESH = 16
+    MIN_SCALE = 0.1
+    FLOOR = 1e-6  # of a ratio; a gradient of exactly zero has no logarithm
+
+    def __init__(self, window: int, limit: float) -> None:
+        self.window = window
+        self.limit = limit
+        self.logs: list[list[float]] = []  # of the last ordinary steps, each (P,)
+        self.usual: list[tuple[float, float]] = []  # median and spread of each parameter
+        self.fresh = 0  # ordinary steps since `usual` was taken
+        self.raised = 0  # steps in a row with a spike
+
+    def update(self, gradient: list[float]) -> list[float]:
+        """Scores of the parameters (P,) from their norms; zeros until there is a usual ratio."""
+        logs = self._log_ratios(gradient)
+        if len(self.usual) != len(logs):  # at the start, or with parameters that were added
+            self.usual = []
+        scores = [(x - m) / s for x, (m, s) in zip(logs, self.usual, strict=bool(self.usual))]
+        if max(scores, default=0.0) > self.limit:
+            self.raised += 1
+            if self.raised >= SHIFT_AFTER:  # it is no spike but the new proportion
+                self.logs, self.usual, self.fresh, self.raised = [], [], 0, 0
+            return scores
+        self.raised = 0
+        self.logs = [row for row in self.logs if len(row) == len(logs)][-self.window + 1 :]
+        self.logs.append(logs)
+        self.fresh += 1
+        if self.fresh >= self.REFRESH:
+            self.fresh = 0
+            self.usual = [
+                self._median_and_spread(column) for column in zip(*self.logs, strict=True)
+            ]
+        return scores or [0.0] * len(logs)
+
+    def _log_ratios(self, gradient: list[float]) -> list[float]:
+        squares = [g * g for g in gradient]
+        whole = sum(squares)
+        others = [math.sqrt(max(whole - square, 0.0)) for square in squares]
+        floor, ceiling = self.FLOOR, 1 / self.FLOOR
+        return [
+            math.log(min(max(g / other, floor), ceiling)) if other else 0.0
+            for g, other in zip(gradient, others, strict=True)
+        ]
+
+    def _median_and_spread(self, values: Iterable[float]) -> tuple[float, float]:
+        ordered = sorted(values)
+        median, high = ordered[len(ordered) // 2], ordered[int(0.9 * len(ordered))]
+        low = ordered[int(0.1 * len(ordered))]
+        return median, max(
+            (high - median) / NORMAL_Q90, (median - low) / NORMAL_Q90, self.MIN_SCALE
+        )
+
+
+class Watch:
+    """Judges the steps of one optimizer, in plain numbers, and says what is known of a spike.
+
+    Args:
+        window: Steps over which a signal's usual level is taken.
+        threshold: Robust standard deviations beyond which a value is a spike.
+    """
+
+    def __init__(self, window: int, threshold: float) -> None:
+        self.names: list[str] = []
+        self.sizes: list[int] = []
+        self.detectors = {
+            signal: SpikeDetector(window, threshold) for signal in ("gradient", "update", "loss")
+        }
+        # one of many parameters goes further astray by chance than one signal
+        self.ratios = ParameterRatios(window, limit=threshold * 4 / 3)
+        self.scores: list[float] = []  # of the parameters in the last step
+        self.history = NormHistory([])
+        self.before: list[dict[str, Any]] = []  # the last steps in brief
+        self.lr: float | None = None
+
+    def look_at(self, names: list[str], sizes: list[int]) -> None:
+        """Take these parameters (P) from now on; what was there keeps its place."""
+        self.names, self.sizes = names, sizes
+        self.history.grow(names)
+
+    def judge_gradient_and_loss(self, observation: Observation, numbers: Numbers) -> None:
+        """Judge what is known before the step is taken."""
+        self._notice_rate(float(max(observation.lrs)))
+        gradient, judged = numbers["gradient"], observation.judged
+        norm = total(gradient)
+        if observation.scaled and not math.isfinite(norm):
+            # the scaler throws this step away: no spike, and never in the statistics
+            judged["gradient"] = {"value": norm, "kind": "overflow"}
+        else:
+            judged["gradient"] = self._judge("gradient", norm)
+            if math.isfinite(norm) and len(gradient) > 1:
+                judged["parameter"] = self._judge_parameters(gradient)
+        if numbers["loss"]:
+            judged["loss"] = self._judge("loss", numbers["loss"][0])
+
+    def judge_update(self, observation: Observation, numbers: Numbers) -> None:
+        if numbers["update"] and observation.judged["gradient"]["kind"] != "overflow":
+            observation.judged["update"] = self._judge("update", total(numbers["update"]))
+
+    def _notice_rate(self, lr: float) -> None:
+        """A jump of the learning rate is no spike of what follows from it."""
+        if self.lr is not None and lr != self.lr and not 2 * self.lr < 3 * lr < 4.5 * self.lr:
+            for detector in self.detectors.values():
+                detector.rate_changed()
+        self.lr = lr
+
+    def _judge(self, signal: str, value: float) -> dict[str, Any]:
+        detector = self.detectors[signal]
+        detector.update(value)
+        return {
+            "value": value,
+            "kind": detector.kind,
+            "z": detector.score,
+            "threshold": detector.threshold,
+            "center": detector.center,
+            "scale": detector.scale,
+            "raised": detector.raised,
+        }
+
+    def _judge_parameters(self, gradient: list[float]) -> dict[str, Any]:
+        self.scores = self.ratios.update(gradient)
+        first = max(range(len(gradient)), key=self.scores.__getitem__)
+        return {
+            "value": gradient[first],
+            "kind": "spike" if self.scores[first] > self.ratios.limit else "normal",
+            "z": self.scores[first],
+            "name": self.names[first],
+        }
+
+    def brief(self, observation: Observation, numbers: Numbers) -> None:
+        """Remember the step as the cause of what may come after it."""
+        gradient = numbers["gradient"]
+        self.before.append(
+            {
+                "step": observation.step,
+                "batches": observation.batches,
+                "grad_norm": observation.judged["gradient"]["value"],
+                "update_norm": total(shortened(numbers)),
+                "update_z": observation.judged.get("update", {}).get("z", 0.0),
+                "parameter": self.names[max(range(len(gradient)), key=gradient.__getitem__)],
+            }
+        )
+        del self.before[:-BEFORE]
+
+    def record(self, observation: Observation, numbers: Numbers, top_k: int) -> dict[str, Any]:
+        """The evidence about one step."""
+        gradient, update = numbers["gradient"], numbers["update"]
+        squares = [g * g if math.isfinite(g) else math.inf for g in gradient]
+        whole = sum(squares)
+        scores = self.scores if "parameter" in observation.judged else [0.0] * len(gradient)
+        spiked = [s for s, verdict in observation.judged.items() if verdict["kind"] in SPIKES]
+
+        def describe(i: int) -> dict[str, Any]:
+            share = 1.0 if squares[i] == math.inf else squares[i] / whole if whole else 0.0
+            facts = {"name": self.names[i], "grad_norm": gradient[i], "share": share}
+            facts["z"] = math.inf if squares[i] == math.inf else scores[i]
+            if update:
+                facts["update_norm"] = update[i]
+                facts["update_rms"] = update[i] / math.sqrt(self.sizes[i])
+            return facts
+
+        def largest(by: list[float]) -> list[dict[str, Any]]:
+            return [describe(i) for i in sorted(range(len(by)), key=lambda i: -by[i])[:top_k]]
+
+        return {
+            "step": observation.step,
+            "epoch": observation.epoch,
+            "batches": observation.batches,
+            "optimizer": observation.optimizer,
+            "lr": float(max(observation.lrs)),
+            "spiked": spiked,
+            "signals": observation.judged,
+            "clipped_grad_norm": total(numbers["clipped"]) if numbers["clipped"] else None,
+            "update_factor": min(numbers["factor"]) if numbers["factor"] else None,
+            "by_share": largest(squares),
+            "by_z": largest(
+                [d if math.isfinite(g) else math.inf for d, g in zip(scores, gradient, strict=True)]
+            ),
+            "before": max(self.before, key=lambda step: step["update_z"], default=None),
+            "reaction": observation.reaction,
+            "confirmed": "loss" in spiked,
+            "max_loss_after": None,
+            "steps_to_recover": None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "detectors": {signal: d.state_dict() for signal, d in self.detectors.items()},
+            "logs": self.ratios.logs,
+            "usual": [list(pair) for pair in self.ratios.usual],
+            "fresh": self.ratios.fresh,
+            "raised": self.ratios.raised,
+            "history": self.history.state_dict(),
+            "before": json.dumps(self.before),
+            "lr": self.lr,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for signal, detector in self.detectors.items():
+            detector.load_state_dict(state["detectors"][signal])
+        self.ratios.logs = [list(row) for row in state["logs"]]
+        self.ratios.usual = [(median, spread) for median, spread in state["usual"]]
+        self.ratios.fresh, self.ratios.raised = state["fresh"], state["raised"]
+        self.history.load_state_dict(state["history"])
+        self.names = self.history.names
+        self.before = json.loads(state["before"])
+        self.lr = state["lr"]
+
+
+# The monitor
 
 
 class GradientSpikeMonitor(StepCallback):
-    """Watch gradient norm, update norm and loss of every optimizer step, and name what spiked.
+    """Watch gradient, update and loss of every optimizer step, and name what spiked.
 
-    The gradient norm is the L2 norm over all parameters after unscaling and before clipping; the
-    update is what the optimizer did with it, ``|delta theta|``. Each has a :class:`SpikeDetector`
-    of its own, for each optimizer. Every spike becomes a line of ``spikes.jsonl`` in
-    ``trainer.log_dir``: when (step, epoch, batches), which signal and how far out, the parameters
-    with the largest share and those furthest out of their own range, and what followed.
-    Norms of each parameter over the whole training go to ``norms.pt``, binned over time.
+    Four signals are watched for each optimizer, the first, third and fourth by a
+    :class:`SpikeDetector`, the second by :class:`ParameterRatios`:
+
+    - ``gradient``: L2 norm over all parameters, after unscaling and before clipping;
+    - ``parameter``: the norm of one parameter's gradient against that of all the others;
+    - ``update``: L2 norm of what the optimizer did with it;
+    - ``loss``: mean over the batches of the step and over all processes.
+
+    Every spike becomes a line of ``spikes.jsonl`` in ``trainer.log_dir``: when (step, epoch,
+    batches), which signal and how far out, the parameters with the largest share and those furthest
+    out of proportion, the largest update just before, and what followed. The norms of each
+    parameter over the whole training go to ``norms.pt``, binned over time.
 
     With the reaction ``log`` nothing is read from the device between log steps. The others read
-    once a step, before it is taken, and act on the gradient and the loss; they are ``skip``,
+    once a step, before it is taken, and act on gradient, parameter and loss; they are ``skip``,
     ``rollback``, ``stop``, or an own :class:`Reaction`. Values that a gradient scaler is going to
     throw away (overflow in float16) are recorded and neither counted nor acted upon.
 
@@ -490,46 +976,56 @@ class GradientSpikeMonitor(StepCallback):
         self.top_k = top_k
         self.weight_norm_every = weight_norm_every
         self.alert = alert
+        self.watches: dict[int, Watch] = {}  # by optimizer
         self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "confirmed"), 0)
         self.records: list[dict[str, Any]] = []  # of all spikes, the lines of the file
-        self.detectors: dict[str, SpikeDetector] = {}
-        self.histories: dict[str, NormHistory] = {}
-        self._recent: dict[str, list[list[float]]] = {}  # gradient norms (P,) of ordinary steps
-        self._steps: list[dict[str, Any]] = []  # the last ones in brief
-        self._lrs: dict[str, float] = {}
+        self._changed = False  # the records, since they were written
         self._pending: list[Observation] = []
         self._batches: list[int] = []
         self._stepped = False  # an optimizer has, since the last batch began
         self._losses: list[Tensor] = []
         self._last_spike = -math.inf
 
+    @property
+    def path(self) -> Path | None:
+        return Path(self.folder) / "spikes.jsonl" if self.folder else None
+
+    def watch(self, index: int) -> Watch:
+        """What is known of this optimizer's steps."""
+        if index not in self.watches:
+            self.watches[index] = Watch(self.window, self.threshold)
+        watch = self.watches[index]
+        parameters = StepProbe.of(self.trainer.optimizers[index]).params
+        if len(watch.sizes) != len(parameters):  # at the start, and when parameters were added
+            names = [self.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
+            watch.look_at(names, [p.numel() for p in parameters])
+        return watch
+
     # Collecting, without a read from the device
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.names = {id(p): name for name, p in pl_module.named_parameters()}
-        clipping = [
-            type(c).__name__
-            for c in itertools.takewhile(lambda c: c is not self, trainer.callbacks)  # type: ignore[attr-defined]
-            if getattr(c, "clips_gradients", False)
-        ]
-        if clipping:
-            raise MisconfigurationException(
-                f"GradientSpikeMonitor stands behind {clipping[0]} and would see clipped "
-                "gradients; put it first in trainer.callbacks."
-            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        clipping = [c for c in callbacks if getattr(c, "clips_gradients", False)]
+        for callback in itertools.takewhile(lambda c: c is not self, callbacks):
+            if callback in clipping:
+                raise MisconfigurationException(
+                    f"GradientSpikeMonitor stands behind {type(callback).__name__} and would see "
+                    "clipped gradients; put it first in trainer.callbacks."
+                )
+        hook = "configure_gradient_clipping"
+        own = getattr(type(pl_module), hook) is not getattr(LightningModule, hook)
         for optimizer in trainer.optimizers:
-            StepProbe.of(optimizer)
+            probe = StepProbe.of(optimizer)
+            probe.gradients_are_clipped = bool(clipping or own or trainer.gradient_clip_val)
         if self.reaction:
             self.reaction.start(trainer, pl_module)
         open_since = self.records[0]["step"] if self.records else trainer.global_step
         earlier = [r for r in read_records(self.path) if r["step"] < open_since]
         self.records = [*earlier, *self.records]
+        self._changed = bool(self.path and self.path.exists())
         if trainer.is_global_zero:
             self._save(trainer.global_step)  # without what is going to be trained again
-
-    @property
-    def path(self) -> Path | None:
-        return Path(self.folder) / "spikes.jsonl" if self.folder else None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -551,41 +1047,32 @@ class GradientSpikeMonitor(StepCallback):
         observation = Observation(
             step=step,
             epoch=trainer.current_epoch,
-            batches=list(self._batches),
+            batches=self._batches,
             optimizer=trainer.optimizers.index(optimizer),
-            lr=max(group["lr"] for group in optimizer.param_groups),
+            lrs=[group["lr"] for group in optimizer.param_groups],
             losses=self._losses,
-            grad_norms=norms(probe.gradients()),
+            gradient=norms(probe.gradients()),
             scale=scale_left(trainer, pl_module, optimizer),
             scaled=grad_scaler(trainer) is not None,
             update=probe.arm(step),
-            weight_norms=norms(probe.before) if step % self.weight_norm_every == 0 else None,
+            weight=norms(probe.before) if step % self.weight_norm_every == 0 else None,
         )
         self._losses, self._stepped = [], True
         self._pending.append(observation)
         if self.reaction:
-            self._react(observation, optimizer)
+            self._react(self.reaction, observation, optimizer)
 
-    def _react(self, observation: Observation, optimizer: Optimizer) -> None:
+    def _react(self, reaction: Reaction, observation: Observation, optimizer: Optimizer) -> None:
         """Read gradient and loss of the coming step, and act if one of them is a spike."""
-        assert self.reaction is not None
-        assert self.trainer is not None
-        assert self.module is not None
-        unknown = torch.tensor(math.nan, device=self.module.device)
-        loss = torch.stack(observation.losses or [unknown]).mean()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        scale = [] if observation.scale is None else [observation.scale]
-        table = torch.stack([*observation.grad_norms, loss, *scale]).tolist()
-        grad_norms, loss = table[: len(observation.grad_norms)], table[len(observation.grad_norms)]
-        if scale:
-            grad_norms = [norm / table[-1] for norm in grad_norms]
-        self._judge_before_step(observation, grad_norms, loss)
-        if any(v["kind"] in ("spike", "nonfinite") for v in observation.judged.values()):
+        (numbers,) = self._read([observation], alone=False)
+        self.watch(observation.optimizer).judge_gradient_and_loss(observation, numbers)
+        if any(verdict["kind"] in SPIKES for verdict in observation.judged.values()):
             self._last_spike = observation.step
-            observation.reaction = type(self.reaction).__name__.lower()
-            if scale:  # without gradients, the scaler could not say later that they were finite
+            observation.reaction = type(reaction).__name__.lower()
+            if observation.scale is not None:
+                # without gradients, the scaler could not say later that they were finite
                 grad_scaler(self.trainer).unscale_(optimizer)
-            self.reaction.react(self.trainer, self.module, optimizer)
+            reaction.react(self.trainer, self.module, optimizer)
 
     def on_train_batch_end(
         self,
@@ -606,268 +1093,135 @@ class GradientSpikeMonitor(StepCallback):
         pending, self._pending = self._pending, []
         if not pending:
             return
-        assert self.trainer is not None
         numbers = self._read(pending, alone)
-        rows = {o.step: self._digest(o, v) for o, v in zip(pending, numbers, strict=True)}
+        rows = {o.step: self._digest(o, n) for o, n in zip(pending, numbers, strict=True)}
         self._remember(pending, numbers)
         if self.trainer.is_global_zero:
             self.log_rows(rows)
             self._save(pending[0].step)
 
-    def _read(self, pending: list[Observation], alone: bool) -> list[dict[str, list[float]]]:
-        """All numbers of these steps by name; the one device read for all of them."""
-        parts: list[dict[str, list[Tensor]]] = [
-            {
-                "loss": [torch.stack(o.losses).mean()] if o.losses else [],
-                "gradient": o.grad_norms,
-                "scale": [] if o.scale is None else [o.scale],
-                "clipped": o.update.grad_norms or [],
-                "update": o.update.norms or [],
-                "factor": [] if o.update.factors is None else list(o.update.factors.unbind()),
-                "weight": o.weight_norms or [],
-            }
-            for o in pending
-        ]
-        table = torch.stack([x for part in parts for column in part.values() for x in column])
+    def _read(self, pending: list[Observation], alone: bool) -> list[Numbers]:
+        """The numbers of these steps; the one device read for all of them."""
+        parts = [observation.tensors() for observation in pending]
+        table = torch.cat([tensor for part in parts for tensor in part.values()])
         if not alone:  # gradients are the same everywhere, the loss is not
-            assert self.trainer is not None
             table = self.trainer.strategy.reduce(table, reduce_op="mean")
-        numbers = iter(table.tolist())
-        return [
-            {k: [next(numbers) for _ in column] for k, column in part.items()} for part in parts
-        ]
+        values, position = table.tolist(), 0
+        names = ("loss", "gradient", "scale", "update", "clipped", "factor", "weight")
+        read = []
+        for part in parts:
+            numbers: Numbers = {name: [] for name in names}
+            for name, tensor in part.items():
+                numbers[name] = values[position : position + len(tensor)]
+                position += len(tensor)
+            if numbers["scale"]:
+                numbers["gradient"] = [norm / numbers["scale"][0] for norm in numbers["gradient"]]
+            read.append(numbers)
+        return read
 
-    def _digest(self, observation: Observation, values: dict[str, list[float]]) -> dict[str, float]:
+    def _digest(self, observation: Observation, numbers: Numbers) -> dict[str, float]:
         """Judge one step and return what the loggers are told of it."""
-        if values["scale"]:
-            values["gradient"] = [norm / values["scale"][0] for norm in values["gradient"]]
-        if not observation.judged:
-            loss = values["loss"][0] if values["loss"] else math.nan
-            self._judge_before_step(observation, values["gradient"], loss)
-        verdicts = observation.judged
-        if values["update"] and verdicts["gradient"]["kind"] != "overflow":
-            verdicts["update"] = self._judge(observation, "update", total(values["update"]))
-        self._follow(observation, verdicts)
-        spiked = [signal for signal, v in verdicts.items() if v["kind"] in ("spike", "nonfinite")]
-        for signal in spiked:
-            self.counts[signal] += 1
-        for signal, verdict in verdicts.items():
-            if verdict["kind"] in ("overflow", "level_shift"):
-                self.counts[verdict["kind"]] += 1
-            if verdict["kind"] == "level_shift":
-                self._relabel(observation, signal, verdict["raised"])
-        if any(verdict["kind"] in RECORDED for verdict in verdicts.values()):
-            self.records.append(self._record(observation, values, spiked))
-        elif all(map(math.isfinite, values["gradient"])):
-            recent = self._recent.setdefault(str(observation.optimizer), [])
-            recent.append(values["gradient"])
-            del recent[: -self.window]
-        self._steps.append(self._brief(observation, values))
-        del self._steps[:-BEFORE]
-        return self._row(observation, values)
+        watch, judged = self.watch(observation.optimizer), observation.judged
+        if not judged:
+            watch.judge_gradient_and_loss(observation, numbers)
+        watch.judge_update(observation, numbers)
+        if "loss" in judged:
+            self._follow(observation, judged["loss"])
+        if any(verdict["kind"] in RECORDED for verdict in judged.values()):
+            self._count(observation)
+            record = watch.record(observation, numbers, self.top_k)
+            self.counts["confirmed"] += record["confirmed"]
+            self.records.append(record)
+            self._changed = True
+        watch.brief(observation, numbers)
+        return self._row(observation, numbers)
 
-    def _brief(self, observation: Observation, values: dict[str, list[float]]) -> dict[str, Any]:
-        """A step as the cause of what comes after it."""
-        update = observation.judged.get("update", {})
-        gradient = values["gradient"]
-        largest = max(range(len(gradient)), key=gradient.__getitem__)
-        return {
-            "step": observation.step,
-            "batches": observation.batches,
-            "optimizer": observation.optimizer,
-            "grad_norm": total(gradient),
-            "update_norm": total(shortened(values["update"], values["factor"])),
-            "update_z": update.get("z", 0.0),
-            "parameter": self._names(observation)[largest],
-        }
+    def _count(self, observation: Observation) -> None:
+        for signal, verdict in observation.judged.items():
+            kind = verdict["kind"]
+            if kind in RECORDED:
+                self.counts[signal if kind in SPIKES else kind] += 1
+            if kind == "level_shift":
+                self._relabel(observation, signal, verdict)
 
-    def _relabel(self, observation: Observation, signal: str, raised: int) -> None:
+    def _relabel(self, observation: Observation, signal: str, shift: dict[str, Any]) -> None:
         """What looked like spikes were the first steps at a new level."""
         for record in self.records:
             passed = observation.step - record["step"]
-            same = record["optimizer"] == observation.optimizer
-            if same and passed < raised and signal in record["spiked"]:
-                record["spiked"].remove(signal)
-                record["signals"][signal]["kind"] = "level_shift"
-                self.counts[signal] -= 1
+            same = record["optimizer"] == observation.optimizer and signal in record["spiked"]
+            if same and passed < shift["raised"]:
+                verdict = record["signals"][signal]
+                if verdict["value"] <= shift["threshold"]:  # else it stands out of that one, too
+                    record["spiked"].remove(signal)
+                    verdict["kind"] = "level_shift"
+                    self.counts[signal] -= 1
 
-    def _remember(self, pending: list[Observation], numbers: list[dict[str, list[float]]]) -> None:
-        """Put the norms of each parameter into the histories."""
-        for index in {o.optimizer for o in pending}:
-            steps, norms = [], []
-            names: list[str] = []
-            for observation, values in zip(pending, numbers, strict=True):
-                if observation.optimizer == index:
-                    names = names or self._names(observation)
-                    none = [0.0] * len(values["gradient"])
-                    update = shortened(values["update"], values["factor"]) or none
-                    steps.append(observation.step)
-                    norms.append([values["gradient"], update, values["weight"] or none])
-            history = self.histories.setdefault(str(index), NormHistory(names))
-            history.grow(names)
-            history.add(steps, norms)
-
-    def _judge_before_step(
-        self, observation: Observation, gradient: list[float], loss: float
-    ) -> None:
-        grad_norm = total(gradient)
-        overflow = observation.scaled and not math.isfinite(grad_norm)
-        observation.judged["gradient"] = self._judge(observation, "gradient", grad_norm, overflow)
-        if observation.losses:
-            observation.judged["loss"] = self._judge(observation, "loss", loss)
-
-    def _judge(
-        self, observation: Observation, signal: str, value: float, overflow: bool = False
-    ) -> dict[str, Any]:
-        """What this signal's detector says about the value, as plain numbers."""
-        detector = self._detector(observation, signal)
-        if overflow:  # the scaler throws this step away: no spike, and never in the statistics
-            return {"value": value, "kind": "overflow"}
-        key = f"{observation.optimizer}/{signal}"
-        lr = float(observation.lr)
-        earlier = self._lrs.get(key, lr)
-        if not 2 * earlier < 3 * lr < 4.5 * earlier and lr != earlier:
-            detector.rate_changed()
-        self._lrs[key] = lr
-        detector.update(value)
-        return {
-            "value": value,
-            "kind": detector.kind,
-            "z": detector.score,
-            "threshold": detector.threshold,
-            "center": detector.center,
-            "scale": detector.scale,
-            "raised": detector.raised,
-        }
-
-    def _detector(self, observation: Observation, signal: str) -> SpikeDetector:
-        key = f"{observation.optimizer}/{signal}"
-        if key not in self.detectors:
-            self.detectors[key] = SpikeDetector(self.window, self.threshold)
-        return self.detectors[key]
-
-    def _names(self, observation: Observation) -> list[str]:
-        parameters = self._probe(observation).params
-        return [self.names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
-
-    def _probe(self, observation: Observation) -> StepProbe:
-        assert self.trainer is not None
-        return StepProbe.of(self.trainer.optimizers[observation.optimizer])
-
-    def _record(
-        self, observation: Observation, values: dict[str, list[float]], spiked: list[str]
-    ) -> dict[str, Any]:
-        """The evidence about one step."""
-        gradient = values["gradient"]
-        squares = [g * g if math.isfinite(g) else math.inf for g in gradient]
-        whole = sum(squares)
-        recent = self._recent.get(str(observation.optimizer), [])
-        own = [
-            own_score(g, [row[i] for row in recent if i < len(row)]) for i, g in enumerate(gradient)
-        ]
-        before = [b for b in self._steps if b["optimizer"] == observation.optimizer]
-        names = self._names(observation)
-        lr = float(observation.lr)
-        sizes = [p.numel() for p in self._probe(observation).params]
-
-        def describe(i: int) -> dict[str, Any]:
-            facts = {
-                "name": names[i],
-                "grad_norm": gradient[i],
-                "share": 1.0 if squares[i] == math.inf else squares[i] / whole if whole else 0.0,
-                "z": own[i],
-            }
-            if values["update"]:
-                facts["update_norm"] = values["update"][i]
-                if lr > 0:  # in learning rates
-                    facts["update_rms"] = values["update"][i] / math.sqrt(sizes[i]) / lr
-            return facts
-
-        def ranked(by: list[float]) -> list[int]:
-            return sorted(range(len(by)), key=lambda i: -by[i])[: self.top_k]
-
-        return {
-            "step": observation.step,
-            "epoch": observation.epoch,
-            "batches": observation.batches,
-            "optimizer": observation.optimizer,
-            "lr": lr,
-            "spiked": spiked,
-            "signals": observation.judged,
-            "clipped_grad_norm": total(values["clipped"]) if values["clipped"] else None,
-            "update_factor": min(values["factor"]) if values["factor"] else None,
-            "by_share": [describe(i) for i in ranked(squares)],
-            "by_z": [describe(i) for i in ranked(own)],
-            "before": max(before, key=lambda b: b["update_z"], default=None),
-            "reaction": observation.reaction,
-            "confirmed": "loss" in spiked,
-            "max_loss_after": None,
-            "steps_to_recover": None,
-        }
-
-    def _follow(self, observation: Observation, verdicts: dict[str, Any]) -> None:
+    def _follow(self, observation: Observation, loss: dict[str, Any]) -> None:
         """Write what followed into the records of the last steps."""
-        if "loss" not in verdicts:
-            return
-        loss = verdicts["loss"]
+        value = loss["value"] if math.isfinite(loss["value"]) else math.inf  # NaN has no order
         for record in reversed(self.records):
             passed = observation.step - record["step"]
             if passed > FOLLOW:
                 break
             if not record["spiked"] or record["optimizer"] != observation.optimizer:
                 continue
-            value = loss["value"] if math.isfinite(loss["value"]) else math.inf  # NaN has no order
+            self._changed = True
             worst = record["max_loss_after"]
             record["max_loss_after"] = value if worst is None else max(worst, value)
-            if (
-                loss["kind"] in ("spike", "nonfinite")
-                and passed <= CONFIRM
-                and not record["confirmed"]
-            ):
+            if loss["kind"] in SPIKES and passed <= CONFIRM and not record["confirmed"]:
                 record["confirmed"] = True
+                self.counts["confirmed"] += 1
             ordinary = record["signals"].get("loss", {}).get("threshold", math.inf)
             if record["steps_to_recover"] is None and loss["value"] <= ordinary:
                 record["steps_to_recover"] = passed
 
-    def _row(self, observation: Observation, values: dict[str, list[float]]) -> dict[str, float]:
-        suffix = f"/{observation.optimizer}" if len(self._all_optimizers()) > 1 else ""
-        verdicts = observation.judged
-        row = {"grad_norm/total": verdicts["gradient"]["value"]}
-        if "threshold" in verdicts["gradient"]:
-            row["grad_norm/threshold"] = verdicts["gradient"]["threshold"]
-        if values["clipped"]:
-            row["grad_norm/clipped"] = total(values["clipped"])
-        if "update" in verdicts:
-            row["update_norm/total"] = verdicts["update"]["value"]
-            row["update_norm/threshold"] = verdicts["update"]["threshold"]
-        if values["factor"]:
-            row["update_norm/clipped"] = total(shortened(values["update"], values["factor"]))
+    def _remember(self, pending: list[Observation], numbers: list[Numbers]) -> None:
+        """Put the norms of each parameter into the histories."""
+        for index in {observation.optimizer for observation in pending}:
+            steps, rows = [], []
+            for observation, read in zip(pending, numbers, strict=True):
+                if observation.optimizer == index:
+                    none = [0.0] * len(read["gradient"])
+                    steps.append(observation.step)
+                    rows.append([read["gradient"], shortened(read) or none, read["weight"] or none])
+            self.watches[index].history.add(steps, rows)
+
+    def _row(self, observation: Observation, numbers: Numbers) -> dict[str, float]:
+        gradient, update = (observation.judged.get(s) for s in ("gradient", "update"))
+        assert gradient is not None
+        row = {"grad_norm/total": gradient["value"]}
+        # there is no threshold while a detector warms up
+        if gradient.get("threshold", math.inf) < math.inf:
+            row["grad_norm/threshold"] = gradient["threshold"]
+        if numbers["clipped"]:
+            row["grad_norm/clipped"] = total(numbers["clipped"])
+        if update:
+            row["update_norm/total"] = update["value"]
+            if update["threshold"] < math.inf:
+                row["update_norm/threshold"] = update["threshold"]
+        if numbers["factor"]:
+            row["update_norm/clipped"] = total(shortened(numbers))
         for signal in SIGNALS:
             row[f"spikes/{signal}"] = float(self.counts[signal])
-        # there is no threshold while a detector warms up
-        known = {k: v for k, v in row.items() if not (k.endswith("threshold") and v == math.inf)}
-        return {f"{name}{suffix}": value for name, value in known.items()}
-
-    def _all_optimizers(self) -> list[Optimizer]:
-        assert self.trainer is not None
-        return self.trainer.optimizers
+        if len(self.trainer.optimizers) == 1:
+            return row
+        return {f"{name}/{observation.optimizer}": value for name, value in row.items()}
 
     # Writing
 
     def _save(self, since: int) -> None:
-        """Bring the files up to date and say what is new, on the first process."""
-        fresh = [r for r in self.records if r["step"] >= since and r["spiked"]]
-        if self.path and (self.records or self.path.exists()):
+        """Bring the file of spikes up to date and say what is new, on the first process."""
+        if self.path and self._changed:
+            self._changed = False
             lines = [json.dumps(finite(record)) + "\n" for record in self.records]
             replace_file(self.path, "".join(lines).encode())
-        if not fresh or not self.alert:
-            return
-        assert self.trainer is not None
-        worst = fresh[0]
-        for logger in self.trainer.loggers:
+        fresh = [r for r in self.records if r["step"] >= since and r["spiked"]]
+        for logger in self.trainer.loggers if fresh and self.alert else []:
             if isinstance(logger, WandbLogger):
                 logger.experiment.alert(
-                    title=f"spike at step {worst['step']}", text=sentence(worst), wait_duration=600
+                    title=f"spike at step {fresh[0]['step']}",
+                    text=sentence(fresh[0]),
+                    wait_duration=600,
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -878,40 +1232,38 @@ class GradientSpikeMonitor(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         super().on_exception(trainer, pl_module, exception)
-        if self.trainer:
-            self._finish()
+        self._finish()
 
     def _finish(self) -> None:
         """Leave the norms of each parameter and the table of spikes, and say what was seen."""
-        assert self.trainer is not None
-        if not self.trainer.is_global_zero:
+        if not self.watches or not self.trainer.is_global_zero:
             return
-        if self.folder and self.histories:
-            state = {name: history.state_dict() for name, history in self.histories.items()}
+        if self.folder:
             content = io.BytesIO()
-            torch.save(state, content)
+            histories = {str(i): watch.history.state_dict() for i, watch in self.watches.items()}
+            torch.save(histories, content)
             replace_file(Path(self.folder) / "norms.pt", content.getvalue())
         spikes = [record for record in self.records if record["spiked"]]
         if not spikes:
             return
-        columns = ["step", "epoch", "batches", "spiked", "parameter", "confirmed", "max_loss_after"]
-        data = [
-            [
-                r["step"],
-                r["epoch"],
-                str(r["batches"]),
-                ", ".join(r["spiked"]),
-                r["by_share"][0]["name"],
-                r["confirmed"],
-                r["max_loss_after"],
-            ]
+        table = [
+            {
+                "step": r["step"],
+                "epoch": r["epoch"],
+                "batches": str(r["batches"]),
+                "spiked": ", ".join(r["spiked"]),
+                "parameter": suspect(r)["name"],
+                "confirmed": r["confirmed"],
+                "max_loss_after": r["max_loss_after"],
+            }
             for r in spikes
         ]
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table("spikes", columns=columns, data=data)
-        confirmed = sum(r["confirmed"] for r in spikes)
-        worst = max(spikes, key=lambda r: r["max_loss_after"] or 0.0)
+                rows = [list(row.values()) for row in table]
+                logger.log_table("spikes", columns=list(table[0]), data=rows)
+        confirmed = sum(record["confirmed"] for record in spikes)
+        worst = max(spikes, key=lambda record: record["max_loss_after"] or 0.0)
         print(
             f"{len(spikes)} spikes, {confirmed} of them followed by the loss, in {self.path}; the "
             f"worst: {sentence(worst)}"
@@ -921,28 +1273,18 @@ class GradientSpikeMonitor(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()
-        open_since = (self.trainer.global_step if self.trainer else 0) - FOLLOW - 1
+        open_since = (self.trainer.global_step if self.watches else 0) - FOLLOW - 1
         return {
-            "detectors": {k: d.state_dict() for k, d in self.detectors.items()},
-            "histories": {k: h.state_dict() for k, h in self.histories.items()},
-            "recent": self._recent,
-            "steps": json.dumps(self._steps),
-            "lrs": self._lrs,
+            "watches": {str(i): watch.state_dict() for i, watch in self.watches.items()},
             "counts": self.counts,
             "open": json.dumps([r for r in self.records if r["step"] >= open_since]),
             "last_spike": self._last_spike,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, detector in state["detectors"].items():
-            self.detectors[key] = SpikeDetector(self.window, self.threshold)
-            self.detectors[key].load_state_dict(detector)
-        for key, history in state["histories"].items():
-            self.histories[key] = NormHistory(history["names"])
-            self.histories[key].load_state_dict(history)
-        self._recent = {k: [list(row) for row in rows] for k, rows in state["recent"].items()}
-        self._steps = json.loads(state["steps"])
-        self._lrs = dict(state["lrs"])
+        for key, watch in state["watches"].items():
+            self.watches[int(key)] = Watch(self.window, self.threshold)
+            self.watches[int(key)].load_state_dict(watch)
         self.counts = dict(state["counts"])
         self.records = json.loads(state["open"])
         self._last_spike = state["last_spike"]
@@ -960,6 +1302,10 @@ def unscaled_loss(trainer: Trainer, pl_module: LightningModule, loss: Tensor) ->
         value = value * trainer.accumulate_grad_batches  # Lightning has divided it
     scaler = grad_scaler(trainer)
     return value if scaler is None else value / scaler.scale(torch.ones_like(value))
+
+
+def mean(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
 def grad_scaler(trainer: Trainer) -> Any:
@@ -980,46 +1326,39 @@ def total(norms: Iterable[float]) -> float:
     return math.sqrt(sum(norm * norm for norm in norms))
 
 
-def shortened(norms: list[float], factors: list[float]) -> list[float]:
-    return [n * f for n, f in zip(norms, factors, strict=True)] if factors else norms
+def shortened(numbers: Numbers) -> list[float]:
+    """Norms (P,) of the update as it was applied."""
+    update, factor = numbers["update"], numbers["factor"]
+    return [n * f for n, f in zip(update, factor, strict=True)] if factor else update
 
 
-def own_score(value: float, recent: list[float]) -> float:
-    """Robust z of the logarithm of a norm among earlier ones of the same parameter."""
-    logs = sorted(math.log(x) for x in recent if x > 0)
-    if not math.isfinite(value):
-        return math.inf
-    if value <= 0 or len(logs) < 8:
-        return 0.0
-    center = logs[len(logs) // 2]
-    deviations = sorted(abs(x - center) for x in logs)
-    return (math.log(value) - center) / max(1.4826 * deviations[len(logs) // 2], 0.1)
+def suspect(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameter to look at first: one out of proportion, else the one that holds most."""
+    return record["by_z" if "parameter" in record["spiked"] else "by_share"][0]
 
 
 def sentence(record: Mapping[str, Any]) -> str:
     """One spike in words."""
-    seen = ", ".join(
-        f"{signal} {record['signals'][signal]['value']:.3g}"
-        + (
-            f" (usual {record['signals'][signal]['center']:.3g})"
-            if record["signals"][signal].get("center") is not None
-            else ""
-        )
-        for signal in record["spiked"]
+    words = []
+    for signal in record["spiked"]:
+        verdict = record["signals"][signal]
+        usual = f" (usual {verdict['center']:.3g})" if verdict.get("center") else ""
+        words.append(f"{signal} {verdict['value']:.3g}{usual}")
+    parameter, before, after = suspect(record), record["before"], record["max_loss_after"]
+    text = (
+        f"step {record['step']} (epoch {record['epoch']}, batch {record['batches']}): "
+        f"{', '.join(words)}; {parameter['name']} holds {parameter['share']:.0%} of the squared "
+        "gradient"
     )
-    first, before, after = record["by_share"][0], record["before"], record["max_loss_after"]
-    caused = ""
     if before and "loss" in record["spiked"]:
         ago = record["step"] - before["step"]
-        caused = (
+        text += (
             f"; the largest update came {ago} {'step' if ago == 1 else 'steps'} before, from a "
             f"gradient of {before['grad_norm']:.3g}, most of it in {before['parameter']}"
         )
-    followed = "" if after is None else f"; highest loss within {FOLLOW} steps {after:.3g}"
-    return (
-        f"step {record['step']} (epoch {record['epoch']}, batch {record['batches']}): {seen}; "
-        f"{first['name']} holds {first['share']:.0%} of the squared gradient{caused}{followed}."
-    )
+    if after is not None:
+        text += f"; highest loss within {FOLLOW} steps {after:.3g}"
+    return f"{text}."
 
 
 def finite(value: Any) -> Any:
