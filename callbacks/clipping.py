@@ -160,7 +160,7 @@ class UpdateClipping(Clipping):
             pairs = zip(probe.deltas, probe.gradients(), strict=True)
             promised = -torch.stack([inner(*pair) for pair in pairs]).to(factors).dot(factors)
             allowed = self.max_decrease * self._loss
-            excess = (promised / allowed).clamp_(min=1.0)
+            excess = (promised / allowed).nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=1.0)
             factors = torch.where(allowed > 0, factors / excess, factors)
         self.keep(self.trainer, factors)
         return factors
