@@ -613,6 +613,7 @@ REACTIONS: dict[str, type[Reaction] | None] = {
 SIGNALS = ("gradient", "parameter", "update", "loss")
 SPIKES = ("spike", "nonfinite")
 RECORDED = (*SPIKES, "level_shift", "overflow")
+LOSS_RATIO = 2.0  # a loss is a spike only above this multiple of its usual level
 CONFIRM = 5  # optimizer steps within which the loss must spike too, for a spike to be confirmed
 BEFORE = 10  # optimizer steps in which the largest update is looked for
 FOLLOW = 20  # optimizer steps over which the outcome of a spike is watched
@@ -772,7 +773,10 @@ class Watch:
         self.names: list[str] = []
         self.sizes: list[int] = []
         self.detectors = {
-            signal: SpikeDetector(window, threshold) for signal in ("gradient", "update", "loss")
+            "gradient": SpikeDetector(window, threshold),
+            "update": SpikeDetector(window, threshold),
+            # the loss does not scatter as norms do, and it has to double as well
+            "loss": SpikeDetector(window, threshold * 2 / 3),
         }
         # one of many parameters goes further astray by chance than one signal
         self.ratios = ParameterRatios(window, limit=threshold * 4 / 3)
@@ -799,7 +803,9 @@ class Watch:
             if math.isfinite(norm) and len(gradient) > 1:
                 judged["parameter"] = self._judge_parameters(gradient)
         if numbers["loss"]:
-            judged["loss"] = self._judge("loss", numbers["loss"][0])
+            loss = judged["loss"] = self._judge("loss", numbers["loss"][0])
+            if loss["kind"] == "spike" and loss["value"] <= LOSS_RATIO * loss["center"]:
+                loss["kind"] = "warning"
 
     def judge_update(self, observation: Observation, numbers: Numbers) -> None:
         if numbers["update"] and observation.judged["gradient"]["kind"] != "overflow":
@@ -927,7 +933,8 @@ class GradientSpikeMonitor(StepCallback):
     - ``gradient``: L2 norm over all parameters, after unscaling and before clipping;
     - ``parameter``: the norm of one parameter's gradient against that of all the others;
     - ``update``: L2 norm of what the optimizer did with it;
-    - ``loss``: mean over the batches of the step and over all processes.
+    - ``loss``: mean over the batches of the step and over all processes. It has to double, and
+      two thirds of the threshold are enough then.
 
     Every spike becomes a line of ``spikes.jsonl`` in ``trainer.log_dir``: when (step, epoch,
     batches), which signal and how far out, the parameters with the largest share and those furthest
@@ -1141,7 +1148,7 @@ class GradientSpikeMonitor(StepCallback):
             kind = verdict["kind"]
             if kind in RECORDED:
                 self.counts[signal if kind in SPIKES else kind] += 1
-            if kind == "level_shift":
+            if kind == "level_shift" and signal != "loss":  # a loss that stays high did spike
                 self._relabel(observation, signal, verdict)
 
     def _relabel(self, observation: Observation, signal: str, shift: dict[str, Any]) -> None:
