@@ -94,7 +94,7 @@ class LitModel(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.global_step % every == 0 or self.trainer.is_last_batch:
+        if self.trainer.is_last_batch or (every and self.global_step % every == 0):
             self.flush_records()
 
     def on_train_epoch_end(self) -> None:

@@ -26,6 +26,7 @@ from datamodules.temporal_order import (
     clean_sequences,
 )
 from errors import UserError
+from lit_models import LitClassifier
 from train import main
 
 RULE = {"XX": "Q", "XY": "R", "YX": "S", "YY": "U"}
@@ -466,3 +467,27 @@ def test_making_a_batch_again_does_not_disturb_training(make: Any) -> None:
 def test_a_batch_that_never_was_is_refused(batch_idx: int) -> None:
     with pytest.raises(UserError, match=f"batch_idx must be from 0 to 30, .* got {batch_idx}"):
         data_module().training_batch(0, batch_idx)
+
+
+@pytest.mark.parametrize("stream", ["clean", "notebook"])
+def test_only_the_training_procedure_of_the_steady_config_differs(
+    stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same network, same initial weights, same sequences in every epoch."""
+    built: list[tuple[LitClassifier, TemporalOrderDataModule]] = []
+
+    def fit(trainer: Trainer, model: LitClassifier, datamodule: Any, **options: Any) -> None:
+        built.append((model, datamodule))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    for name in ("temporal_order_lstm", "temporal_order_lstm_steady"):
+        config = f"--config={CONFIGS / name}.yaml"
+        main(["fit", config, f"--data.stream={stream}", "--trainer.fast_dev_run=1"])
+    (plain, plain_data), (steady, steady_data) = built
+    assert repr(plain.network) == repr(steady.network)
+    weights, others = plain.state_dict(), steady.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    for epoch in (0, 1, 57):
+        for split in ("train", "val"):
+            pairs = zip(plain_data.draw(split, epoch), steady_data.draw(split, epoch), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
