@@ -20,6 +20,7 @@ from statistics import mean, median, stdev
 import pandas as pd
 
 from callbacks.spike_measures import SpikeMeasures, measure
+from errors import UserError
 from runs import ROOT
 
 TARGET = 0.95  # accuracy at which the task counts as solved
@@ -53,6 +54,10 @@ def train(fix: str, seed: int, flags: list[str], output: Path) -> SpikeMeasures:
     arguments = [*FIXES[fix], *flags, f"--seed_everything={seed}", f"--run={name}"]
     folder = f"--trainer.default_root_dir={output}"
     finished = output / "finished" / name
+    config = Path(FIXES[fix][0].removeprefix("--config=")).read_text()
+    origin = f"{' '.join(arguments)}\n{config}"
+    if finished.exists() and finished.read_text() != origin:
+        raise UserError(f"{finished} was trained otherwise; choose another --output.")
     if not finished.exists():
         subprocess.run(
             [sys.executable, "train.py", "fit", *arguments, folder],
@@ -61,7 +66,7 @@ def train(fix: str, seed: int, flags: list[str], output: Path) -> SpikeMeasures:
             env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
         )
         finished.parent.mkdir(parents=True, exist_ok=True)
-        finished.touch()
+        finished.write_text(origin)
         print(f"{fix}, seed {seed}", file=sys.stderr, flush=True)
     (folder_of_run,) = output.glob(f"temporal_order_lstm*/{name}")
     return measure(pd.read_csv(folder_of_run / "metrics.csv"), TARGET)
@@ -78,7 +83,7 @@ def row(fix: str, found: list[SpikeMeasures], plain: list[SpikeMeasures]) -> str
     cells = [
         fix,
         f"{mean(accuracies):.1f}{spread}",
-        f"{sum(m.final_accuracy >= TARGET for m in found)}/{len(found)}",
+        f"{sum(m.learned for m in found)}/{len(found)}",
         f"{excess:.3f}",
         f"{mean(m.excess for m in plain) / excess:.1f}" if excess else "all",
         " / ".join(

@@ -48,7 +48,7 @@ class Clipping(StepCallback):
             for c in trainer.callbacks  # type: ignore[attr-defined]
             if c is not self and isinstance(c, Clipping) and c.clips_gradients
         ]
-        if trainer.gradient_clip_val is not None:
+        if trainer.gradient_clip_val:
             others.append("gradient_clip_val")
         if others:
             rank_zero_warn(
@@ -98,8 +98,9 @@ class UpdateClipping(Clipping):
       arXiv:2002.10542), with any optimizer's direction in place of the gradient.
 
     It acts on what the optimizer has done to the parameters, so it is exact for every optimizer;
-    decoupled weight decay is left whole. Where it does not act, the run is the one without, bit for
-    bit.
+    decoupled weight decay of torch's optimizers is left whole. Where it does not act, the run is
+    the one without, bit for bit. Behind gradient clipping, promises are those of the clipped
+    gradient.
 
     Args:
         max_rms: Largest root mean square of an update, in learning rates; None for no limit.
@@ -129,7 +130,14 @@ class UpdateClipping(Clipping):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
-            StepProbe.of(optimizer).limits.append(self.factors)
+            limits = StepProbe.of(optimizer).limits
+            if self.factors not in limits:  # else it is the optimizer of an earlier fit
+                limits.append(self.factors)
+            if self.max_decrease is not None and overwrites_gradients(optimizer):
+                raise MisconfigurationException(
+                    "max_decrease needs the gradients behind the step, and SGD with nesterov "
+                    "overwrites them; set foreach: false, or max_decrease: null."
+                )
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -141,10 +149,12 @@ class UpdateClipping(Clipping):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         StepProbe.of(optimizer).arm(trainer.global_step)
-        if self._losses:
-            # the gradient is that of the mean over all processes
-            self._loss = trainer.strategy.reduce(mean(self._losses), reduce_op="mean")
-            self._losses = []
+        self._loss = mean(self._losses) if self._losses else None
+        self._losses = []
+        if self._loss is not None and trainer.world_size > 1:
+            # the gradient is that of the mean over all processes; strategy.reduce has a barrier
+            self._loss = self._loss / trainer.world_size
+            torch.distributed.all_reduce(self._loss)
 
     def factors(self, probe: StepProbe) -> Tensor:
         """By which factor each update of this step has to be shortened (P,)."""
@@ -175,6 +185,14 @@ class UpdateClipping(Clipping):
             self._roots[probe] = roots = [probe.update.norms.new_tensor(s).sqrt() for s in sizes]
         longest = [r * (g["lr"] * rms) for r, g in zip(roots, groups, strict=True)]
         return longest[0] if len(longest) == 1 else torch.cat(longest)
+
+
+def overwrites_gradients(optimizer: Optimizer) -> bool:
+    """Whether gradients are other ones behind a step: torch's SGD adds the momentum to them."""
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        group["nesterov"] and not group["weight_decay"] and group["foreach"] is not False
+        for group in optimizer.param_groups
+    )
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -301,7 +319,7 @@ class GradientNormClipping(Clipping):
 
     def state_dict(self) -> dict[str, Any]:
         seen = {index: tensor.tolist() for index, tensor in self._seen.items()}
-        return super().state_dict() | {"seen": seen}
+        return super().state_dict() | {"seen": self._saved | seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

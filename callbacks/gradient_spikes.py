@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -283,10 +282,14 @@ class StepProbe:
     Who wants to shorten updates adds a function to ``limits``: it is given the probe, when
     ``deltas`` and ``update.norms`` are known, and returns a factor for each parameter (P,).
     A step with all factors at 1 is left as it is, bit for bit.
+
+    Parameters that are frozen at the start are taken in only with a new parameter group. An
+    optimizer that overwrites its gradients (SGD with nesterov and foreach) shows others in
+    ``update.grad_norms``.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
+        self.optimizer = optimizer
         self._collect()
         self.limits: list[Callable[[StepProbe], Tensor]] = []
         self.gradients_are_clipped = False
@@ -298,9 +301,9 @@ class StepProbe:
     @classmethod
     def of(cls, optimizer: Optimizer) -> "StepProbe":
         """The probe of this optimizer."""
-        if optimizer not in PROBES:
-            PROBES[optimizer] = cls(optimizer)
-        probe = PROBES[optimizer]
+        probe = getattr(optimizer, "step_probe", None)
+        if probe is None:
+            probe = optimizer.step_probe = cls(optimizer)  # type: ignore[attr-defined]
         if len(probe.groups) < len(optimizer.param_groups):  # as in fine-tuning
             probe._collect()
         return probe
@@ -311,13 +314,6 @@ class StepProbe:
         ]
         self.params = [p for group in self.groups for p in group]
         self.before = [torch.empty_like(p) for p in self.params]
-        self.one_dtype = all(p.dtype in (torch.float32, torch.float64) for p in self.params)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        optimizer = self._optimizer()
-        assert optimizer is not None, "the probe is asked while its optimizer steps"
-        return optimizer
 
     def gradients(self) -> list[Tensor]:
         return [dense_gradient(p) for p in self.params]
@@ -347,9 +343,8 @@ class StepProbe:
         if self.limits:
             factors = [limit(self) for limit in self.limits]
             self.update.factors = factors[0] if len(factors) == 1 else torch.stack(factors).amin(0)
-            weights = list(self.update.factors.unbind())
-            if not self.one_dtype:
-                weights = [w.to(p.dtype) for w, p in zip(weights, self.params, strict=True)]
+            pairs = zip(self.update.factors.unbind(), self.params, strict=True)
+            weights = [factor.to(parameter.dtype) for factor, parameter in pairs]
             # where the weight is 1 these end at the parameters, bit for bit
             torch._foreach_lerp_(self.before, self.params, weights)
             torch._foreach_copy_(self.params, self.before)
@@ -358,16 +353,13 @@ class StepProbe:
     def _take_decay_off(self) -> None:
         """Decoupled weight decay is not a part of the update."""
         decoupled = isinstance(self.optimizer, DECOUPLED)
+        before = iter(self.before)
         for group, params in zip(self.optimizer.param_groups, self.groups, strict=True):
-            if group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay"):
-                kept = 1 - group["lr"] * group["weight_decay"]
-                own = {id(p) for p in params if p.grad is not None}  # others do not decay
-                pairs = zip(self.params, self.before, strict=True)
-                if decaying := [old for p, old in pairs if id(p) in own]:
-                    torch._foreach_mul_(decaying, kept)
-
-
-PROBES: "weakref.WeakKeyDictionary[Optimizer, StepProbe]" = weakref.WeakKeyDictionary()
+            own = zip(params, itertools.islice(before, len(params)), strict=True)
+            decaying = [old for p, old in own if p.grad is not None]  # others do not decay
+            decays = group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")
+            if decaying and decays:
+                torch._foreach_mul_(decaying, 1 - group["lr"] * group["weight_decay"])
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -423,10 +415,11 @@ class StepCallback(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not any(StepProbe.of(optimizer).params for optimizer in trainer.optimizers):
+        watched = [StepProbe.of(optimizer).params for optimizer in trainer.optimizers]
+        if not watched or not all(watched):
             raise MisconfigurationException(
-                f"{type(self).__name__} has nothing to watch: no optimizer of "
-                f"{type(pl_module).__name__} has a parameter to train."
+                f"{type(self).__name__} has nothing to watch: an optimizer of "
+                f"{type(pl_module).__name__} has no parameter to train."
             )
 
     def on_train_batch_end(
@@ -524,7 +517,8 @@ class Rollback(Reaction):
 
     Copies of parameters, buffers and optimizer states are kept in main memory. A spike takes the
     newest of them; further spikes, until there is a new one, take older ones, and then steps are
-    only left out. The count of optimizer steps and the learning-rate schedule go on.
+    only left out. The count of optimizer steps and the learning-rate schedule go on. The copies are
+    not in checkpoints: a resumed run starts with none.
 
     Args:
         every: Optimizer steps between two copies.
@@ -580,10 +574,10 @@ class Rollback(Reaction):
             for parameter in [p for p in own.state if p not in saved]:
                 del own.state[parameter]
             for parameter, values in saved.items():
-                state = own.state[parameter]
+                own_state = own.state[parameter]
                 for key, value in values.items():
-                    moved = value.to(state[key].device) if isinstance(value, Tensor) else value
-                    state[key] = moved
+                    moved = value.to(own_state[key].device) if isinstance(value, Tensor) else value
+                    own_state[key] = moved
 
 
 def to_host(value: Any) -> Any:
@@ -682,7 +676,7 @@ class NormHistory:
             self.width *= 2
         self._extend(steps[-1] // self.width + 1)
         stretches = torch.tensor(steps) // self.width
-        rows = torch.tensor(norms).nan_to_num(math.inf)
+        rows = torch.tensor(norms).nan_to_num(nan=math.inf, posinf=math.inf)
         self.table.scatter_reduce_(0, stretches[:, None, None].expand_as(rows), rows, "amax")
 
     def _extend(self, length: int) -> None:
@@ -802,7 +796,7 @@ class Watch:
             judged["gradient"] = self._judge("gradient", norm)
             if math.isfinite(norm) and len(gradient) > 1:
                 judged["parameter"] = self._judge_parameters(gradient)
-        if numbers["loss"]:
+        if numbers["loss"] and judged["gradient"]["kind"] != "overflow":
             loss = judged["loss"] = self._judge("loss", numbers["loss"][0])
             if loss["kind"] == "spike" and loss["value"] <= LOSS_RATIO * loss["center"]:
                 loss["kind"] = "warning"
@@ -890,7 +884,7 @@ class Watch:
             "by_z": largest(
                 [d if math.isfinite(g) else math.inf for d, g in zip(scores, gradient, strict=True)]
             ),
-            "before": max(self.before, key=lambda step: step["update_z"], default=None),
+            "before": max(self.before, key=out_of_range, default=None),
             "reaction": observation.reaction,
             "confirmed": "loss" in spiked,
             "max_loss_after": None,
@@ -984,7 +978,7 @@ class GradientSpikeMonitor(StepCallback):
         self.weight_norm_every = weight_norm_every
         self.alert = alert
         self.watches: dict[int, Watch] = {}  # by optimizer
-        self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "confirmed"), 0)
+        self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift"), 0)
         self.records: list[dict[str, Any]] = []  # of all spikes, the lines of the file
         self._changed = False  # the records, since they were written
         self._pending: list[Observation] = []
@@ -1056,7 +1050,7 @@ class GradientSpikeMonitor(StepCallback):
             epoch=trainer.current_epoch,
             batches=self._batches,
             optimizer=trainer.optimizers.index(optimizer),
-            lrs=[group["lr"] for group in optimizer.param_groups],
+            lrs=[learning_rate(group) for group in optimizer.param_groups],
             losses=self._losses,
             gradient=norms(probe.gradients()),
             scale=scale_left(trainer, pl_module, optimizer),
@@ -1136,9 +1130,7 @@ class GradientSpikeMonitor(StepCallback):
             self._follow(observation, judged["loss"])
         if any(verdict["kind"] in RECORDED for verdict in judged.values()):
             self._count(observation)
-            record = watch.record(observation, numbers, self.top_k)
-            self.counts["confirmed"] += record["confirmed"]
-            self.records.append(record)
+            self.records.append(watch.record(observation, numbers, self.top_k))
             self._changed = True
         watch.brief(observation, numbers)
         return self._row(observation, numbers)
@@ -1175,9 +1167,8 @@ class GradientSpikeMonitor(StepCallback):
             self._changed = True
             worst = record["max_loss_after"]
             record["max_loss_after"] = value if worst is None else max(worst, value)
-            if loss["kind"] in SPIKES and passed <= CONFIRM and not record["confirmed"]:
+            if loss["kind"] in SPIKES and passed <= CONFIRM:
                 record["confirmed"] = True
-                self.counts["confirmed"] += 1
             ordinary = record["signals"].get("loss", {}).get("threshold", math.inf)
             if record["steps_to_recover"] is None and loss["value"] <= ordinary:
                 record["steps_to_recover"] = passed
@@ -1226,7 +1217,7 @@ class GradientSpikeMonitor(StepCallback):
         for logger in self.trainer.loggers if fresh and self.alert else []:
             if isinstance(logger, WandbLogger):
                 logger.experiment.alert(
-                    title=f"spike at step {fresh[0]['step']}",
+                    title="gradient spikes",  # W&B waits between alerts of one title
                     text=sentence(fresh[0]),
                     wait_duration=600,
                 )
@@ -1311,6 +1302,12 @@ def unscaled_loss(trainer: Trainer, pl_module: LightningModule, loss: Tensor) ->
     return value if scaler is None else value / scaler.scale(torch.ones_like(value))
 
 
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of now; schedulers write new ones into a tensor."""
+    rate = group["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
 def mean(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
@@ -1339,6 +1336,11 @@ def shortened(numbers: Numbers) -> list[float]:
     return [n * f for n, f in zip(update, factor, strict=True)] if factor else update
 
 
+def out_of_range(step: Mapping[str, Any]) -> tuple[float, float]:
+    """How far the update of a step was out of the ordinary, then how large it was."""
+    return step["update_z"], step["update_norm"]
+
+
 def suspect(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """The parameter to look at first: one out of proportion, else the one that holds most."""
     return record["by_z" if "parameter" in record["spiked"] else "by_share"][0]
@@ -1364,7 +1366,7 @@ def sentence(record: Mapping[str, Any]) -> str:
             f"gradient of {before['grad_norm']:.3g}, most of it in {before['parameter']}"
         )
     if after is not None:
-        text += f"; highest loss within {FOLLOW} steps {after:.3g}"
+        text += f"; highest loss in the {FOLLOW} steps after {after:.3g}"
     return f"{text}."
 
 

@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from torch import Tensor
 from torch.optim import Optimizer
 
+from callbacks.gradient_spikes import scale_left
 from callbacks.gradient_through_time import ThroughTime, WorstStep, is_sequence, through_time
 from callbacks.learning_curves import BLUE, GREY, VERMILION
 from callbacks.pictures import PictureCallback
@@ -144,6 +145,8 @@ class SpikePictures(PictureCallback):
         if not gradients:
             return
         norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+        if (scale := scale_left(trainer, pl_module, optimizer)) is not None:
+            norm = norm / scale
         step = torch.full_like(norm, trainer.global_step, dtype=torch.long)
         if self._worst is None:
             self._worst = torch.zeros_like(norm), torch.full_like(step, -1)

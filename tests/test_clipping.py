@@ -1,6 +1,8 @@
 """What a clipper does is what its formula says; where it does not act, nothing is different."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -542,3 +544,22 @@ def test_clipping_twice_is_a_warning(first: Callable[[], Callback], tmp_path: Pa
 def test_wrong_argument(make: Callable[[], Callback], said: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"^{said}"):
         make()
+
+
+def test_an_optimizer_that_overwrites_its_gradients_is_refused(tmp_path: Path) -> None:
+    """Nesterov's momentum is added to the gradients in place, where SGD works on lists of them."""
+    module = Plain(partial(SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True))
+    with pytest.raises(MisconfigurationException, match="set foreach: false"):
+        fit(tmp_path, module, UpdateClipping(max_decrease=0.1))
+    kept = Plain(partial(SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=False))
+    fit(tmp_path, kept, UpdateClipping(max_decrease=0.1))
+
+
+def test_a_finished_training_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """A table of probes once kept trainer, model and optimizer alive for ever."""
+    module = Plain()
+    fit(tmp_path, module, GradientSpikeMonitor(), UpdateClipping())
+    alive = weakref.ref(module)
+    del module
+    gc.collect()
+    assert alive() is None

@@ -1008,7 +1008,7 @@ def test_wandb_holds_scalars_table_and_alert(
     assert watched == list(range(50))
     assert all("train/loss" in row for row in history if "grad_norm/total" in row)
     alerts = [r["alert"] for r in records if r["type"] == "alert"]
-    assert alerts[0]["title"] == "spike at step 22"
+    assert alerts[0]["title"] == "gradient spikes"
     assert "network.head.weight holds" in alerts[0]["text"]
     assert any(key.startswith("spikes._type") or key == "spikes" for row in history for key in row)
     (path,) = folder.rglob("spikes*.table.json")
@@ -1120,7 +1120,7 @@ def test_nothing_to_watch(tmp_path: Path) -> None:
     assert "nothing to watch: every parameter of Plain is frozen" in refusal(
         tmp_path, frozen, GradientSpikeMonitor()
     )
-    assert "nothing to watch: no optimizer of Empty has a parameter to train" in refusal(
+    assert "nothing to watch: an optimizer of Empty has no parameter to train" in refusal(
         tmp_path, Empty(), UpdateClipping()
     )
 
