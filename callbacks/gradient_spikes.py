@@ -1366,7 +1366,7 @@ def sentence(record: Mapping[str, Any]) -> str:
             f"gradient of {before['grad_norm']:.3g}, most of it in {before['parameter']}"
         )
     if after is not None:
-        text += f"; highest loss in the {FOLLOW} steps after {after:.3g}"
+        text += f"; highest loss in the {FOLLOW} steps after it: {after:.3g}"
     return f"{text}."
 
 
