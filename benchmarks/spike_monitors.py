@@ -47,7 +47,6 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.step_overhead import Mark, Meter
 from callbacks.gradient_spikes import GradientSpikeMonitor
@@ -586,21 +585,6 @@ def overflows(tool: Tool) -> str:
 # Costs
 
 
-class ListReads(TorchFunctionMode):
-    """Counts what ``Meter`` cannot see: ``torch.tensor`` of a list reads every tensor in it."""
-
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self.meter = meter
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.tensor and isinstance(args[0], list):
-            self.meter.reads += sum(isinstance(item, Tensor) for item in args[0])
-        return func(*args, **(kwargs or {}))
-
-
 class CpuMeter(Meter):
     """Takes the processor's time of this process, which others on the machine hardly change."""
 
@@ -617,7 +601,6 @@ def cost(tool: Tool, every_step: bool, *, count: bool) -> Mark:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if count:
             stack.enter_context(meter.counting())
-            stack.enter_context(ListReads(meter))
         train(tool, case, folder, meter.watch(LSTM()), "moderate")
     return meter.per_step(50, 250)
 

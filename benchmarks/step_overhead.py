@@ -115,6 +115,8 @@ class CopyCount(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self.meter.reads += func in COPIES
+        if func is torch.tensor and isinstance(args[0], list):  # it reads each tensor in a list
+            self.meter.reads += sum(isinstance(item, Tensor) for item in args[0])
         return func(*args, **(kwargs or {}))
 
 

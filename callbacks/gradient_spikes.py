@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -379,7 +380,7 @@ def norms(tensors: list[Tensor]) -> Tensor:
 # Values that wait on the device
 
 
-class StepCallback(Callback):
+class StepCallback(Callback, ABC):
     """A callback whose values of each step wait on the device until a log step.
 
     A subclass collects in its hooks and writes in ``flush``, which is called every
@@ -449,13 +450,13 @@ class StepCallback(Callback):
         self.flush()  # what the checkpoint has seen, the loggers have seen
         return {}
 
+    @abstractmethod
     def flush(self, *, alone: bool = False) -> None:
         """Read and write what is pending.
 
         Args:
             alone: The other processes may not be listening, so do not wait for them.
         """
-        raise NotImplementedError
 
     def log_rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Give each step its values, in rows that the module writes if it has ``add_to_rows``."""
@@ -472,17 +473,19 @@ class StepCallback(Callback):
 ReactionName = Literal["log", "skip", "rollback", "stop"]
 
 
-class Reaction:
+class Reaction(ABC):
     """What to do when the gradient or the loss of a step spikes, before the step is taken."""
 
-    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: B027  optional
         """Hook: training starts."""
 
+    @abstractmethod
     def react(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Hook: act on the spike whose gradients are in place and whose step is not yet taken."""
-        raise NotImplementedError
+        """Act on the spike whose gradients are in place and whose step is not yet taken."""
 
-    def after_step(self, trainer: Trainer, pl_module: LightningModule, calm: bool) -> None:
+    def after_step(  # noqa: B027  optional
+        self, trainer: Trainer, pl_module: LightningModule, calm: bool
+    ) -> None:
         """Hook: a batch is finished; ``calm`` if the last steps had no spike."""
 
     @staticmethod
@@ -594,12 +597,7 @@ def free_memory() -> float:
     return math.inf if kilobytes is None else 1024.0 * int(kilobytes)
 
 
-REACTIONS: dict[str, type[Reaction] | None] = {
-    "log": None,
-    "skip": Skip,
-    "rollback": Rollback,
-    "stop": Stop,
-}
+REACTIONS: dict[str, type[Reaction]] = {"skip": Skip, "rollback": Rollback, "stop": Stop}
 
 
 # What is known about the steps of one optimizer
@@ -967,11 +965,14 @@ class GradientSpikeMonitor(StepCallback):
             SpikeDetector(window, threshold)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
-        if isinstance(reaction, str) and reaction not in REACTIONS:
+        if isinstance(reaction, str) and reaction not in get_args(ReactionName):
             raise MisconfigurationException(
                 f"reaction must be one of {', '.join(get_args(ReactionName))}, got {reaction!r}."
             )
-        self.reaction = reaction if isinstance(reaction, Reaction) else make(reaction)
+        if isinstance(reaction, str):
+            self.reaction = REACTIONS[reaction]() if reaction in REACTIONS else None
+        else:
+            self.reaction = reaction
         self.window = window
         self.threshold = threshold
         self.top_k = top_k
@@ -1286,11 +1287,6 @@ class GradientSpikeMonitor(StepCallback):
         self.counts = dict(state["counts"])
         self.records = json.loads(state["open"])
         self._last_spike = state["last_spike"]
-
-
-def make(reaction: str) -> Reaction | None:
-    kind = REACTIONS[reaction]
-    return kind() if kind else None
 
 
 def unscaled_loss(trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> Tensor:
