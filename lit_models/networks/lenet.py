@@ -1,7 +1,14 @@
-"""LeNet-type networks. Dimensions: B batch, C channels, K classes."""
+"""LeNet-type networks. Dimensions: B batch, C channels, H height and width, K classes."""
+
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from errors import UserError
+
+Pooling = Literal["max", "average", "none"]
+Init = Literal["torch", "kaiming"]
 
 
 class LeNet5(nn.Module):
@@ -14,19 +21,85 @@ class LeNet5(nn.Module):
     Args:
         num_classes: Number of classes K.
         in_channels: Channels C of the images.
-        padding: Zeros around the image before the first convolution; the padded side must be 32.
+        padding: Zeros around the image before the first convolution.
+        padded_size: Side of the square images, their padding on both sides included, in pixels.
+        channels: Filters of the first and of the second convolution.
+        kernel_size: Side of the filters of both convolutions.
+        stride: Step of both convolutions. It comes on top of pooling: 2 with ``pooling="none"``
+            leaves as many pixels as 1 with pooling.
+        pooling: How 2 x 2 pixels become one behind each convolution; none leaves them as they are.
+        dropout: Share of the outputs of both hidden linear layers that is set to zero in training.
+        batch_norm: Normalise over the batch between each hidden layer, the convolutions included,
+            and its activation (Ioffe and Szegedy, arXiv:1502.03167).
+        init: ``torch`` draws weights and biases from U(-1, 1) / sqrt(fan_in). ``kaiming`` draws
+            weights from N(0, 2 / fan_in), which keeps the signal's size through ReLUs (He et al.,
+            arXiv:1502.01852), the last layer's from N(0, 1 / fan_in); biases start at zero.
+
+    Raises:
+        UserError: If an argument is out of range, or no pixel is left for the linear layers.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, padding: int = 0) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        padding: int = 0,
+        padded_size: int = 32,
+        channels: tuple[int, int] = (6, 16),
+        kernel_size: int = 5,
+        stride: int = 1,
+        pooling: Pooling = "max",
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        init: Init = "torch",
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=padding)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        for name, value in (("kernel_size", kernel_size), ("stride", stride)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout must be in [0, 1), got {dropout}.")
+        for name, choice, known in (("pooling", pooling, Pooling), ("init", init, Init)):
+            if choice not in get_args(known):
+                allowed = ", ".join(get_args(known))
+                raise UserError(f"{name} must be one of {allowed}, got {choice!r}.")
+        size = padded_size
+        for _ in channels:
+            size = (size - kernel_size) // stride + 1
+            size = size if pooling == "none" else size // 2
+        if size < 1:
+            raise UserError(
+                f"no pixel of {padded_size} x {padded_size} is left behind the convolutions with "
+                f"kernel_size {kernel_size}, stride {stride} and pooling {pooling}; lower "
+                "kernel_size or stride, or raise padding and padded_size."
+            )
+
+        first, second = channels
+        self.conv1 = nn.Conv2d(in_channels, first, kernel_size, stride, padding)
+        self.conv2 = nn.Conv2d(first, second, kernel_size, stride)
+        self.fc1 = nn.Linear(second * size**2, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, 32, 32) -> (B, K)
-        x = F.max_pool2d(F.relu(self.conv1(images)), 2)  # (B, 6, 14, 14)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # (B, 16, 5, 5)
-        x = F.relu(self.fc1(x.flatten(1)))
-        return self.fc3(F.relu(self.fc2(x)))
+        self.norm1 = nn.BatchNorm2d(first) if batch_norm else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(second) if batch_norm else nn.Identity()
+        self.norm3 = nn.BatchNorm1d(120) if batch_norm else nn.Identity()
+        self.norm4 = nn.BatchNorm1d(84) if batch_norm else nn.Identity()
+        pools = {"max": nn.MaxPool2d(2), "average": nn.AvgPool2d(2), "none": nn.Identity()}
+        self.pool = pools[pooling]
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+        if init == "kaiming":
+            for name, parameter in self.named_parameters():
+                if parameter.ndim > 1:
+                    last = parameter is self.fc3.weight
+                    nn.init.kaiming_normal_(parameter, nonlinearity="linear" if last else "relu")
+                elif name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, H) -> (B, K)
+        x = self.pool(F.relu(self.norm1(self.conv1(images))))  # (B, 6, 14, 14)
+        x = self.pool(F.relu(self.norm2(self.conv2(x))))  # (B, 16, 5, 5)
+        x = self.dropout(F.relu(self.norm3(self.fc1(x.flatten(1)))))
+        x = self.dropout(F.relu(self.norm4(self.fc2(x))))
+        return self.fc3(x)
