@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules import KaggleCIFAR10DataModule, kaggle_client, png_folder
-from datamodules.decode_png import decode
+from datamodules import KaggleCIFAR10DataModule, decode_images, kaggle_client, png_folder
+from datamodules.decode_images import decode
+from datamodules.image_cache import Decoded
 from datamodules.png_folder import png_ids, read_images
 from errors import UserError
 
@@ -115,13 +117,13 @@ def test_the_digest_is_that_of_the_pixels_and_the_labels(root: Path, folder: Pat
 
 @pytest.fixture
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that were decoded, one entry each time."""
+    """The caches that were made, one entry each time."""
     done: list[Path] = []
     make_cache = png_folder.make_cache
 
-    def count(folder: Path, *arguments: Any) -> tuple[np.ndarray, str]:
-        done.append(folder)
-        return make_cache(folder, *arguments)
+    def count(path: Path, *arguments: Any) -> Decoded:
+        done.append(path)
+        return make_cache(path, *arguments)
 
     monkeypatch.setattr(png_folder, "make_cache", count)
     return done
@@ -315,8 +317,8 @@ def test_no_damage_ends_the_decoder(
 def test_a_decoder_that_fails_for_another_reason_is_not_taken_for_a_bad_image(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(png_folder.decode_png, "__file__", str(folder / "no_such_program.py"))
-    with pytest.raises(png_folder.subprocess.CalledProcessError):
+    monkeypatch.setattr(decode_images, "__file__", str(folder / "no_such_program.py"))
+    with pytest.raises(subprocess.CalledProcessError):
         read_images(folder / "test", png_ids(folder / "test"), (32, 32))
 
 
