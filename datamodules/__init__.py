@@ -2,14 +2,18 @@
 
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.demo import DemoDataModule
+from datamodules.digits import DigitsDataModule
 from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
+from datamodules.mnist import MNISTDataModule
 from datamodules.temporal_order import TemporalOrderDataModule
 from datamodules.ucsb_cifar10 import UCSBCIFAR10DataModule
 
 __all__ = [
     "CIFAR10DataModule",
     "DemoDataModule",
+    "DigitsDataModule",
     "KaggleCIFAR10DataModule",
+    "MNISTDataModule",
     "TemporalOrderDataModule",
     "UCSBCIFAR10DataModule",
 ]

@@ -39,8 +39,8 @@ class DemoDataModule(ImageDataModule):
     def __init__(
         self,
         val_size: int = 1000,
-        mean: tuple[float, float, float] = (0.3704, 0.3634, 0.3695),  # of the 7,782 training images
-        std: tuple[float, float, float] = (0.2207, 0.2202, 0.2201),
+        mean: tuple[float, ...] = (0.3704, 0.3634, 0.3695),  # of the 7,782 training images
+        std: tuple[float, ...] = (0.2207, 0.2202, 0.2201),
         **options: Any,
     ) -> None:
         super().__init__(val_size=val_size, mean=mean, std=std, **options)
@@ -160,15 +160,16 @@ def stretch(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     return (exact.astype(np.int32) // 64**2).astype(np.int16)
 
 
-def tents(start: np.ndarray, extent: np.ndarray, points: int) -> np.ndarray:
+def tents(start: np.ndarray, extent: np.ndarray, points: int, side: int = SIDE) -> np.ndarray:
     """Weights (N, S, P), in 64ths, of linear interpolation between points that lie evenly.
 
     Args:
         start: First pixel (N,) of the stretch that the points fill.
         extent: Its length (N,) in pixels.
         points: Number of points P.
+        side: Pixels S of a row.
     """
-    centers = 2 * np.arange(SIDE) + 1  # of the pixels, in half pixels
+    centers = 2 * np.arange(side) + 1  # of the pixels, in half pixels
     from_start = centers - 2 * start.astype(np.int64)[:, None]
     place = 32 * points * from_start // extent[:, None] - 32  # of the pixels, in 64ths of a point
     distance = np.abs(place[..., None] - 64 * np.arange(points))

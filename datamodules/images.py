@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datamodules.base import BaseDataModule
 from datamodules.resident import ResidentLoader, Stage
+from errors import UserError
 
 Flip = Literal["none", "random", "alternating"]
 
@@ -150,13 +151,20 @@ class ImageDataModule(BaseDataModule):
         batch_size: int = 512,
         eval_batch_size: int = 1000,
         val_size: int = 5000,
-        mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465),
-        std: tuple[float, float, float] = (0.2470, 0.2435, 0.2616),
+        mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),
+        std: tuple[float, ...] = (0.2470, 0.2435, 0.2616),
         crop: int = 0,
         flip: Flip = "none",
         cutout: int = 0,
     ) -> None:
         super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        channels = self.image_size[2]
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise UserError(
+                    f"{name} must have one value for each of the {channels} channels, got "
+                    f"{list(values)}."
+                )
         self.mean = torch.tensor(mean)
         self.std = torch.tensor(std)
         self.augmentation: dict[str, Any] = {"crop": crop, "flip": flip, "cutout": cutout}

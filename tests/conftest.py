@@ -79,6 +79,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fake_data.write_cifar10(root)
     fake_data.write_kaggle_cifar10(root)
     fake_data.write_ucsb(root)
+    fake_data.write_mnist(root)
     return root
 
 
