@@ -1,8 +1,12 @@
 """What a run is on disk: one folder with its configuration, checkpoints, metrics and results."""
 
+import fcntl
+import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -55,6 +59,27 @@ class Run:
                 continue
             return cls(parent / f"{stamp}{suffix}")
         raise UserError(f"{parent} holds a thousand runs of this second; name yours with --run.")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other programs from training the same run; a program that dies lets go by itself.
+
+        Raises:
+            UserError: Another one is at it.
+        """
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"{self.folder} is being trained by another program; wait for it, or choose "
+                "another name with --run."
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     @property
     def config(self) -> Path:

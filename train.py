@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +27,10 @@ import lit_models  # noqa: F401
 from callbacks.run_folder import RunRecord
 from datamodules.base import BaseDataModule
 from errors import UserError, told_in_one_sentence
+from grid import DEFAULTS, PointRecord, Study
 from lit_models.base import LitModel
 from runs import ROOT, Run, provenance
 
-DEFAULTS = Path(__file__).parent / "configs" / "defaults.yaml"
 SUBCOMMANDS = ("fit", "validate", "test")
 SEE_HELP = "; see --help for what is known."
 
@@ -64,7 +65,18 @@ def essence(message: str) -> str:
 
 
 class CLI(LightningCLI):
-    """LightningCLI that gives every run a folder and lets a run explain itself."""
+    """LightningCLI that gives every run a folder and lets a run explain itself.
+
+    Args:
+        typed: The arguments as typed.
+        held: Keeps what is to be let go when the program ends: the run folder.
+        options: What LightningCLI takes.
+    """
+
+    def __init__(self, typed: list[str], held: ExitStack, **options: Any) -> None:
+        self.typed = typed
+        self.held = held
+        super().__init__(args=arrange(typed), **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -76,6 +88,17 @@ class CLI(LightningCLI):
             "--run",
             type=str | None,
             help="fit: name of the run, started or continued; validate, test: the run to use.",
+        )
+        parser.add_argument(
+            "--test",
+            type=bool,
+            default=False,
+            help="fit: test the best checkpoint as well, when training is done.",
+        )
+        parser.add_argument(
+            "--study",
+            type=str | None,
+            help="fit: the study this run is a point of; its folder is runs/STUDY/POINT/.",
         )
         link_facts(parser)
 
@@ -98,6 +121,7 @@ class CLI(LightningCLI):
             kept = [c for c in trainer.callbacks or [] if not c.class_path.endswith(monitor)]
             trainer.callbacks = kept
         self.record = RunRecord(self.describe(config))
+        self.study = Study.load(config.study) if config.study else None
         if trainer.fast_dev_run:
             return
         run = self.run_folder(config)
@@ -111,8 +135,11 @@ class CLI(LightningCLI):
             settings = logger.init_args
             settings.save_dir = str(run.folder)
             if logger.class_path.endswith("WandbLogger"):
-                settings.id = settings.id or run.wandb_id
+                if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
+                    settings.id = settings.id or run.wandb_id
                 settings.name = settings.name or "/".join(run.folder.parts[-2:])
+                if self.study:
+                    settings.group = settings.group or self.study.name
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -125,12 +152,20 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             return Run.find(config.run, root)
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
-        # a run's own config.yaml goes by the name of the config it was made from
-        name = file.resolve().parents[1].name if file.name == "config.yaml" else file.stem
+        if self.study:
+            name = self.study.name
+        elif file.name == "config.yaml":  # a run's own goes by the config it was made from
+            name = file.resolve().parents[1].name
+        else:
+            name = file.stem
         # rank 0 claims the folder; the others learn it from Lightning
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return Run(root / name / Path(config.run or "unknown").name)
-        return Run.claim(root / name, config.run and Path(config.run).name)
+        run = Run.claim(root / name, config.run and Path(config.run).name)
+        self.held.enter_context(run.lock())
+        if self.study:
+            PointRecord(run.folder).write(self.study, self.typed[1:], finished=False)
+        return run
 
     def describe(self, config: Namespace) -> str:
         """The resolved configuration as YAML, under the command and the versions it came from."""
@@ -153,9 +188,15 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         folder = self.trainer.default_root_dir
-        quick = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not self.trainer.is_global_zero or quick:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if self.config.fit.test:
+            best = Run(Path(folder)).checkpoint()
+            self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        if not self.trainer.is_global_zero:
+            return
+        if self.study:
+            PointRecord(Path(folder)).write(self.study, self.typed[1:], finished=True)
         show_metrics(self.trainer.callback_metrics)
         print(f"The run is in {folder}: metrics.csv, pictures (*.png), checkpoints/")
         for logger in self.trainer.loggers:
@@ -163,7 +204,9 @@ class CLI(LightningCLI):
                 offline = logger.experiment.offline
                 place = logger.experiment.dir if offline else logger.experiment.url
                 print(f"W&B run: {Path(place).parent if offline else place}")
-        print(f"Next: python train.py test --run {folder}")
+        print(
+            f"Next: python {'predict.py' if self.config.fit.test else 'train.py test --run'} {folder}"
+        )
 
     def after_validate(self) -> None:
         self.after_test()
@@ -214,14 +257,21 @@ def fastest_precision(accelerator: str) -> str:
 def arrange(args: list[str]) -> list[str]:
     """Put the configuration files in front, so that every typed flag wins over every file.
 
-    ``--run RUN`` brings the configuration of a run that exists, unless another one is given.
+    ``--run RUN`` brings the configuration of a run that exists, unless another one is given. With
+    ``--study FILE`` the run is named by its point, and groups become the flags they stand for.
     """
     if not args or args[0] not in SUBCOMMANDS:
         return args
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--run")
+    parser.add_argument("--study")
     known, rest = parser.parse_known_args(args[1:])
+    if known.study:
+        study = Study.load(known.study)
+        point, spelled_out = study.split(args[1:])
+        known, rest = parser.parse_known_args(spelled_out)
+        known.run = known.run or study.name_of(point)
     asks_for_help = {"-h", "--help"} & set(rest)
     if known.run is None and args[0] != "fit" and not asks_for_help:
         raise UserError(f"{args[0]} needs a trained run: add --run RUN.")
@@ -230,18 +280,21 @@ def arrange(args: list[str]) -> list[str]:
         known.config = [str(run.config)]
         rest = [f"--trainer.default_root_dir={run.folder.parents[1]}", *rest]
     configs = [f"--config={path}" for path in known.config]
-    named = [f"--run={known.run}"] if known.run else []
+    named = [f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key]]
     return [args[0], *configs, *named, *rest]
 
 
 def main(args: list[str] | None = None) -> None:
-    with told_in_one_sentence():
-        os.environ.setdefault("WANDB_MODE", "offline")
+    with told_in_one_sentence(), ExitStack() as held:
+        agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
+        os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()
         options = {"default_config_files": [str(DEFAULTS)]}
         CLI(
-            LitModel,
-            BaseDataModule,
+            sys.argv[1:] if args is None else args,
+            held,
+            model_class=LitModel,
+            datamodule_class=BaseDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
@@ -253,7 +306,6 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=arrange(sys.argv[1:] if args is None else args),
         )
 
 

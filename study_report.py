@@ -1,0 +1,424 @@
+"""The table and the picture of a study, and learning curves of any runs side by side."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from scipy import stats
+
+from callbacks.learning_curves import draw_metric
+from errors import UserError
+from files import atomic_write
+from grid import PointRecord, Study, short
+from runs import ROOT, Run
+
+SEED = "seed_everything"
+# told apart by the colour-blind too (Okabe and Ito, "Color Universal Design", 2008)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
+PANELS = 6  # runs side by side; with more of them nothing could be read
+
+
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics of a run, a row an optimizer step.
+
+    Raises:
+        UserError: The run has none.
+    """
+    path = folder / "metrics.csv"
+    try:
+        return pd.read_csv(path, index_col="step").sort_index()
+    except (FileNotFoundError, ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{path} cannot be read ({error}); train the run first.") from None
+
+
+def metric_of(folder: Path, name: str) -> pd.Series:
+    """The values of one metric, by optimizer step.
+
+    Raises:
+        UserError: The run has no such metric.
+    """
+    metrics = read_metrics(folder)
+    if name not in metrics or metrics[name].dropna().empty:
+        known = ", ".join(column for column in metrics if metrics[column].notna().any())
+        raise UserError(f"{folder} has no metric {name}; it has {known}.")
+    return metrics[name].dropna()
+
+
+def last_value(folder: Path, name: str) -> float | None:
+    """The last value of a metric, or None where a run has none."""
+    try:
+        return float(metric_of(folder, name).iloc[-1])
+    except UserError:
+        return None
+
+
+def steps_until(values: pd.Series, below: float, window: int) -> float:
+    """Optimizer steps after which the mean of the last ``window`` values is below ``below``.
+
+    NaN if that never happens. ``values`` are indexed by step, counted from 0.
+    """
+    reached = values.rolling(window).mean() < below
+    return float(reached.idxmax() + 1) if reached.any() else float("nan")
+
+
+def collect(study: Study, root: Path, where: dict[str, str]) -> pd.DataFrame:
+    """The finished runs of a study: a row each, with its parameters and its ``folder``.
+
+    Raises:
+        UserError: There are none.
+    """
+    rows = []
+    for point in study.points:
+        folder = root / study.name / study.name_of(point)
+        record = PointRecord(folder).read()
+        wanted = all(str(point[key]) == value for key, value in where.items())
+        if wanted and record and record["finished"]:
+            rows.append({**point, "folder": folder})
+    if not rows:
+        raise UserError(
+            f"{root / study.name} has no finished run; `python study.py run {study.path}` first."
+        )
+    return pd.DataFrame(rows)
+
+
+def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Mean, standard deviation and 95 % interval of the column ``y`` for each group of runs.
+
+    The interval is Student's for the mean of a few independent runs; with one run it is NaN.
+
+    Args:
+        runs: A row a run.
+        by: The parameters whose values make a group.
+
+    Returns:
+        A row for each group in order of appearance: its values, ``mean``, ``sd``, ``low``,
+        ``high``, ``n``, and how many runs have no value in ``missing``.
+    """
+    rows = []
+    for values, group in runs.groupby(list(by), sort=False):
+        y = group["y"].dropna()
+        n, sd = len(y), y.std()
+        half = sd / np.sqrt(n) * stats.t.ppf(0.975, n - 1) if n > 1 else float("nan")
+        mean = y.mean()
+        measures = {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
+        rows.append({**dict(zip(by, values, strict=True)), **measures, "missing": len(group) - n})
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame, by: Sequence[str], y: str) -> str:
+    """The table of :func:`summary` for people; accuracies in percent."""
+    percent = y.endswith("accuracy")
+    head = [*map(short, by), f"{y}{', %' if percent else ''}", "95 % interval", "runs"]
+
+    def say(value: float) -> str:
+        if np.isnan(value):
+            return "-"
+        return f"{100 * value:.2f}" if percent else f"{value:.4g}"
+
+    lines = [head, ["---"] * len(head)]
+    for row in table.to_dict("records"):
+        spread = "" if np.isnan(row["sd"]) else f" ± {say(row['sd'])}"
+        interval = "-" if np.isnan(row["low"]) else f"{say(row['low'])} to {say(row['high'])}"
+        never = f", {row['missing']} more never" if row["missing"] else ""
+        cells = [f"{say(row['mean'])}{spread}", interval, f"{row['n']}{never}"]
+        lines.append([*(str(row[key]) for key in by), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def points_picture(
+    runs: pd.DataFrame, table: pd.DataFrame, x: str, y: str, hue: str | None
+) -> Figure:
+    """Means with 95 % intervals against a parameter that is a number; each run as a faint dot."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    groups = [(None, table)] if hue is None else table.groupby(hue, sort=False)
+    for number, (label, means) in enumerate(groups):
+        color = COLORS[number % len(COLORS)]
+        means = means.sort_values(x)
+        errors = means["high"] - means["mean"]
+        axes.errorbar(
+            means[x], means["mean"], errors, color=color, marker="o", ms=5, capsize=3, label=label
+        )
+        own = runs if hue is None else runs[runs[hue] == label]
+        axes.plot(own[x], own["y"], ".", color=color, alpha=0.35, ms=5)
+    if hue is not None:
+        axes.legend(title=short(hue), frameon=False)
+    positive = table[x][table[x] > 0]
+    if len(positive) == len(table) and positive.max() > 30 * positive.min():
+        axes.set_xscale("log")
+    axes.set_xticks(sorted(set(table[x])), [f"{v:g}" for v in sorted(set(table[x]))], minor=False)
+    axes.minorticks_off()
+    finish(axes, short(x), y)
+    return figure
+
+
+def names_picture(
+    runs: pd.DataFrame, table: pd.DataFrame, x: str, y: str, hue: str | None
+) -> Figure:
+    """A line for each name: its mean with the 95 % interval, and each run as a faint dot."""
+    names = list(dict.fromkeys(table[x]))
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    groups = [(None, table)] if hue is None else list(table.groupby(hue, sort=False))
+    for number, (label, means) in enumerate(groups):
+        color = COLORS[number % len(COLORS)]
+        shift = 0.5 * (number + 0.5) / len(groups) - 0.25
+        places = {name: place + shift for place, name in enumerate(names)}
+        own = runs if hue is None else runs[runs[hue] == label]
+        axes.plot(own["y"], own[x].map(places), ".", color=color, alpha=0.35, ms=5)
+        axes.errorbar(
+            means["mean"],
+            means[x].map(places),
+            xerr=means["high"] - means["mean"],
+            fmt="o",
+            color=color,
+            ms=5,
+            capsize=3,
+            label=label,
+        )
+    axes.axvline(table["mean"].iloc[0], color=COLORS[-2], linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(names)), [str(name) for name in names])
+    axes.invert_yaxis()
+    if hue is not None:
+        axes.legend(title=short(hue), frameon=False)
+    finish(axes, y, "", vertical=False)
+    return figure
+
+
+def curves_picture(
+    curves: dict[str, list[pd.Series]], y: str, window: int, level: float | None
+) -> Figure:
+    """The mean curve of each name over its runs, and a band of one standard deviation.
+
+    Args:
+        curves: For each name the values of its runs, by optimizer step.
+        y: What they are.
+        window: Values that a point of a curve is the mean of.
+        level: Draw a line there.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lowest = np.inf
+    for number, (name, runs) in enumerate(curves.items()):
+        color = COLORS[number % len(COLORS)]
+        style = ["-", "--", ":"][number // len(COLORS) % 3]
+        smooth = pd.concat([run.rolling(window, min_periods=1).mean() for run in runs], axis=1)
+        mean, sd = smooth.mean(axis=1), smooth.std(axis=1).fillna(0)
+        axes.plot(mean, style, color=color, label=name)
+        axes.fill_between(mean.index, mean - sd, mean + sd, color=color, alpha=0.2, linewidth=0)
+        lowest = min(lowest, float((mean - sd).min()))
+    if level is not None:
+        axes.axhline(level, color=COLORS[-2], linewidth=0.8, linestyle=":")
+    low, high = axes.get_ylim()
+    if lowest > 0 and high > 30 * lowest:
+        axes.set_yscale("log")
+    axes.legend(frameon=False)
+    of = f", mean of {window} steps" if window > 1 else ""
+    finish(axes, "optimizer step", f"{y}{of}")
+    return figure
+
+
+def finish(axes: Axes, x_label: str, y_label: str, *, vertical: bool = True) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if (y_label if vertical else x_label).endswith("accuracy"):
+        decimals = None if axes.get_xlim() else 0
+        axis = axes.yaxis if vertical else axes.xaxis
+        axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the table and the picture, print the table, and keep both on a W&B run.
+
+    Raises:
+        UserError: A parameter or metric is unknown, or a third parameter varies.
+    """
+    study = Study.load(options.study)
+    root = Path(options.root)
+    where = dict(pair.partition("=")[::2] for pair in options.where)
+    where = {parameter_of(study, key): value for key, value in where.items()}
+    y = options.y or study.metric
+    if y is None:
+        raise UserError(f"{study.path} names no metric; say which with --y METRIC.")
+    hue = options.hue and parameter_of(study, options.hue)
+    curves = options.x == "step"
+    varied = [key for key, values in study.parameters.items() if len(values) > 1]
+    varied = [key for key in varied if key not in {SEED, hue, *where}]
+    if options.x is None or curves:
+        x = varied[0] if varied else SEED
+    else:
+        x = parameter_of(study, options.x)
+    if hue is None and curves:
+        hue = x
+    left = [key for key in varied if key not in (x, hue)]
+    if left:
+        raise UserError(
+            f"{left[0]} varies as well; draw it with --hue, or keep one value with "
+            f"--where {short(left[0])}=VALUE."
+        )
+    runs = collect(study, root, where)
+    series = [metric_of(folder, y) for folder in runs["folder"]]
+    if options.below is None:
+        runs["y"] = [float(values.iloc[-1]) for values in series]
+    else:
+        runs["y"] = [steps_until(values, options.below, options.window) for values in series]
+    by = list(dict.fromkeys([*([hue] if hue else []), x]))
+    if curves:
+        by = [hue] if hue else [x]
+    table = summary(runs, by)
+    title = y if options.below is None else f"steps until {y} < {options.below:g}"
+    if curves:
+        named: dict[str, list[pd.Series]] = {}
+        for (_, row), values in zip(runs.iterrows(), series, strict=True):
+            named.setdefault(str(row[by[0]]), []).append(values)
+        window = options.window if y.startswith("train/") else 1
+        figure = curves_picture(named, y, window, options.below)
+    else:
+        is_number = pd.api.types.is_numeric_dtype(runs[x])
+        draw = points_picture if is_number else names_picture
+        figure = draw(runs, table, x, title, None if hue == x else hue)
+    folder = options.output or root / study.name / "report"
+    stem = re.sub(r"[^\w.]+", "-", f"{title} by {'step' if curves else short(x)}")
+    with atomic_write(folder / f"{stem}.csv", "w") as file:
+        table.to_csv(file, index=False)
+    text = markdown(table, by, title)
+    with atomic_write(folder / f"{stem}.md", "w") as file:
+        file.write(text)
+    with atomic_write(folder / f"{stem}.png") as file:
+        figure.savefig(file, format="png", dpi=120)
+    print(text, end="")
+    if len(runs) < len(study.points) and not where:
+        print(f"{len(study.points) - len(runs)} of {len(study.points)} runs are not finished.")
+    keep_on_wandb(study, root, table, folder / f"{stem}.png")
+    print(f"{stem}.png, .csv and .md are in {folder}")
+
+
+def parameter_of(study: Study, name: str) -> str:
+    """The parameter that a name, whole or its last part, stands for.
+
+    Raises:
+        UserError: The study has none or several of this name.
+    """
+    found = [key for key in study.parameters if name in (key, short(key))]
+    if len(found) != 1:
+        raise UserError(
+            f"{study.path} has no parameter {name}; it has {', '.join(study.parameters)}."
+        )
+    return found[0]
+
+
+def keep_on_wandb(study: Study, root: Path, table: pd.DataFrame, picture: Path) -> None:
+    """Table and picture on a W&B run of their own, in the group of the study's runs."""
+    import os
+
+    import wandb
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    folder = root / study.name / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    with wandb.init(
+        project="steadyfit", group=study.name, job_type="report", name=f"{study.name}/report",
+        dir=folder,
+    ) as run:  # fmt: skip
+        run.log({f"report/{picture.stem}": wandb.Image(str(picture))})
+        run.log({f"report/{picture.stem} table": wandb.Table(dataframe=table)})
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Learning curves of runs side by side, on the same axes.
+
+    Raises:
+        UserError: There are too many runs, or not one label for each.
+    """
+    runs = [Run.find(name, Path(options.root)) for name in options.runs]
+    labels = options.labels or [run.folder.name for run in runs]
+    if options.labels is None and len(set(labels)) < len(labels):
+        labels = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
+    if len(labels) != len(runs):
+        raise UserError(f"--labels needs one label for each of {len(runs)}, got {len(labels)}.")
+    if len(runs) > PANELS:
+        raise UserError(f"{len(runs)} runs cannot be read side by side; name {PANELS} at most.")
+    figure = learning_curves_of(
+        dict(zip(labels, [read_metrics(r.folder) for r in runs], strict=True))
+    )
+    output = options.output or runs[-1].folder / "comparison" / "learning_curves.png"
+    with atomic_write(Path(output)) as file:
+        figure.savefig(file, format="png", dpi=120)
+    print(f"The learning curves of {len(runs)} runs are in {output}")
+
+
+def learning_curves_of(runs: dict[str, pd.DataFrame]) -> Figure:
+    """A column for each run and a row for loss and accuracy, all with the same axes."""
+    rows = [
+        n
+        for n in ("loss", "accuracy")
+        if any(f"val/{n}" in m or f"train/{n}" in m for m in runs.values())
+    ]
+    figure = Figure(figsize=(1 + 3.4 * len(runs), 3 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(runs), sharex=True, sharey="row", squeeze=False)
+    for column, (label, metrics) in zip(grid.T, runs.items(), strict=True):
+        finite = metrics.where(metrics.abs() < float("inf"))
+        column[0].set_title(label, loc="left", fontsize="medium")
+        for axes, name in zip(column, rows, strict=True):
+            draw_metric(axes, name, finite)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        column[-1].set_xlabel("optimizer step")
+    for axes, name in zip(grid[:, 0], rows, strict=True):
+        axes.set_ylabel(name)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def add_arguments(commands: Any) -> None:
+    """The subcommands ``report`` and ``compare``."""
+    parser = commands.add_parser(
+        "report",
+        help="table and picture of a study",
+        description="Make the table (mean, sd, n, 95 % interval) and the picture of a study: "
+        "points with error bars, or with --x step curves with bands of one standard deviation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", metavar="STUDY", help="configs/studies/NAME.yaml")
+    parser.add_argument("--y", metavar="METRIC", help="default: the study's metric")
+    parser.add_argument("--x", metavar="PARAMETER", help="parameter, or step (default: the first)")
+    parser.add_argument("--hue", metavar="PARAMETER", help="a colour for each of its values")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="PARAMETER=VALUE", help="only these runs"
+    )
+    parser.add_argument(
+        "--below",
+        type=float,
+        metavar="LEVEL",
+        help="instead of the last value of the metric: optimizer steps until it is below this",
+    )
+    parser.add_argument(
+        "--window", type=int, default=100, metavar="N", help="mean of so many steps (default: 100)"
+    )
+    parser.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/STUDY/report")
+    parser = commands.add_parser(
+        "compare",
+        help="learning curves of any runs, side by side",
+        description="Draw the learning curves of runs side by side, on the same axes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run")
+    parser.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write")
+
+
+def main(options: argparse.Namespace) -> None:
+    {"report": report, "compare": compare}[options.command](options)
