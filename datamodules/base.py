@@ -109,9 +109,12 @@ class BaseDataModule(LightningDataModule):
         """Hook: the loader of one split whose tensors are on the device."""
         return ResidentLoader(tensors, **self.loader_arguments(stage))
 
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
     def resident(self, split: str, stage: Stage) -> ResidentLoader:
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        return self.make_loader(tuple(t.to(device) for t in self.splits[split]), stage)
+        return self.make_loader(tuple(t.to(self.device) for t in self.splits[split]), stage)
 
     def training_inputs(self, count: int) -> list[Tensor]:
         """The first ``count`` training inputs as the network sees them, without augmentation."""

@@ -4,8 +4,11 @@ Dimensions: N images, B batch, H height, W width, C channels. Images are kept as
 which is what a channels_last batch (B, C, H, W) looks like in memory.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +41,18 @@ def windows(images: Tensor, height: int, width: int) -> Tensor:
     return images.as_strided((count, height, width * channels), (channels, row * channels, 1))
 
 
+def balanced_order(targets: Tensor) -> Tensor:
+    """Numbers (N,) of the samples with classes (N,), so that the classes take turns.
+
+    Within a class the order is random, by a seed that is always the same.
+    """
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    classes, by_class = targets[shuffled].sort(stable=True)
+    counts = classes.bincount()
+    turn = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[classes]
+    return shuffled[by_class[(turn * len(counts) + classes).argsort()]]
+
+
 def cutout(images: Tensor, size: int, centers: Tensor) -> Tensor:
     """Set a square of ``size`` pixels to the mean (DeVries and Taylor, arXiv:1708.04552), in place.
 
@@ -61,7 +76,8 @@ class ImageLoader(ResidentLoader):
 
     Padded and mirrored images are resident too, so that a batch is one gather of windows of them.
     One table of uniform numbers (N, 5) per epoch decides the augmentation of every image: flip,
-    crop row and column, cutout row and column. It is drawn on the CPU, so a GPU run and any number
+    crop row and column, cutout row and column. Where an epoch goes over the images in P passes, it
+    has P * N rows. It is drawn on the CPU, so a GPU run and any number
     of processes see the same augmented images.
     """
 
@@ -95,12 +111,14 @@ class ImageLoader(ResidentLoader):
     def begin_epoch(self, generator: torch.Generator) -> None:
         if not self.augmenting:
             return
-        draws = torch.rand(self.samples, 5, generator=generator)
+        rows = self.passes * self.samples
+        draws = torch.rand(rows, 5, generator=generator)
         if self.flip == "alternating":
-            # a fair first epoch, then each image turns round every epoch (arXiv:2404.00498, 3.6)
+            # a fair first pass, then each image turns round every time (arXiv:2404.00498, 3.6)
             first = torch.rand(self.samples, generator=torch.Generator().manual_seed(self.seed))
-            draws[:, 0] = (first + 0.5 * (self.epoch % 2)) % 1.0
-        image = torch.arange(self.samples)
+            turns = self.epoch * self.passes + torch.arange(self.passes)
+            draws[:, 0] = ((first + 0.5 * (turns[:, None] % 2)) % 1.0).flatten()
+        image = torch.arange(rows) % self.samples
         if self.flip != "none":
             image += self.samples * (draws[:, 0] < 0.5)
         row, column = (draws[:, 1:3] * (2 * self.crop + 1)).long().unbind(1)
@@ -109,15 +127,18 @@ class ImageLoader(ResidentLoader):
         self.centers = draws[:, 3:].to(self.device)
 
     def batch(self, index: Tensor) -> list[Tensor]:
-        images, targets = self.tensors
-        target = targets.index_select(0, index)
+        target = self.tensors[1].index_select(0, self.sample(index))
         if not self.augmenting:
-            return [self.normalize(images.index_select(0, index).flatten(2)), target]
+            return [self.plain(index), target]
         # index_select copies whole rows; windows[...] would go value by value, 14 times slower
         batch = self.normalize(self.windows.index_select(0, self.starts[index]))
         if self.cutout:
             batch = cutout(batch, self.cutout, self.centers[index])
         return [batch, target]
+
+    def plain(self, index: Tensor) -> Tensor:
+        """The images ``index`` (B,) without augmentation, (B, C, H, W)."""
+        return self.normalize(self.tensors[0].index_select(0, self.sample(index)).flatten(2))
 
     def normalize(self, rows: Tensor) -> Tensor:
         """uint8 (B, H, W * C) -> float32 (B, C, H, W) in channels_last.
@@ -126,6 +147,47 @@ class ImageLoader(ResidentLoader):
         """
         floats = rows.to(torch.float32).mul_(self.scale).sub_(self.shift)
         return floats.unflatten(2, (-1, self.channels)).permute(0, 3, 1, 2)
+
+
+class SemiSupervisedLoader(ImageLoader):
+    """Labelled images, and in each batch more of which nobody tells the label.
+
+    A batch is ``[images, weak, strong, target]``: labelled images (B, C, H, W), augmented; U * B
+    others without augmentation; the same ones augmented; the labels (B,) of the first. The others
+    come in an order of their own, pass after pass, as many as an epoch needs.
+
+    Args:
+        images: Labelled images.
+        targets: Their labels.
+        unlabelled: The others (M, H, W, C).
+        ratio: How many of them come with each labelled one, U.
+        options: What :class:`ImageLoader` takes.
+    """
+
+    def __init__(
+        self, images: Tensor, targets: Tensor, *, unlabelled: Tensor, ratio: int, **options: Any
+    ) -> None:
+        super().__init__(images, targets, **options)
+        size = ratio * self.batch_size
+        others = {
+            "batch_size": size,
+            "epoch_size": size * self.world_size * len(self),
+            "seed": int(np.random.SeedSequence((self.seed, 0, 1)).generate_state(1)[0]),
+        }
+        numbers = torch.arange(len(unlabelled), device=unlabelled.device)  # in place of labels
+        self.others = ImageLoader(unlabelled, numbers, **{**options, **others})
+
+    def shares(self) -> Sequence[Any]:
+        """Indices of this process's labelled (B,) and other images (U * B,) of every batch."""
+        self.others = copy(self.others)  # a copy of this loader must not draw for the original
+        self.others.set_epoch(self.epoch)
+        return list(zip(super().shares()[: len(self)], self.others.shares(), strict=True))
+
+    def batch(self, index: Any) -> list[Tensor]:
+        labelled, other = index
+        images, target = super().batch(labelled)
+        strong, _ = self.others.batch(other)
+        return [images, self.others.plain(other), strong, target]
 
 
 class ImageDataModule(BaseDataModule):
@@ -141,6 +203,14 @@ class ImageDataModule(BaseDataModule):
         crop: Random crops from images padded by this many mirrored pixels.
         flip: Mirror left and right: never, at random, or at random once and then alternating.
         cutout: Side in pixels of a random square set to the mean; 0 leaves it out.
+        train_fraction: Share of the training part that is trained on: the first of one fixed order
+            in which the classes take turns, so that 20 % is contained in 50 %.
+        epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
+            they come again and again, augmented anew, so that any ``train_fraction`` has the same
+            number of optimizer steps and validations.
+        unlabelled: Images without label in a training batch for each labelled one, from what
+            ``train_fraction`` leaves out. The batch is ``[images, weak, strong, target]`` then, see
+            :class:`SemiSupervisedLoader`.
     """
 
     image_size: tuple[int, int, int] = (32, 32, 3)  # (H, W, C)
@@ -156,8 +226,20 @@ class ImageDataModule(BaseDataModule):
         crop: int = 0,
         flip: Flip = "none",
         cutout: int = 0,
+        train_fraction: float = 1.0,
+        epoch_size: int | None = None,
+        unlabelled: int = 0,
     ) -> None:
         super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        if not 0 < train_fraction <= 1:
+            raise UserError(
+                f"train_fraction must be above 0 and at most 1, got {train_fraction}; 1 trains on "
+                "all images."
+            )
+        if epoch_size is not None and epoch_size < 1:
+            raise UserError(f"epoch_size must be at least 1, got {epoch_size}.")
+        if unlabelled < 0:
+            raise UserError(f"unlabelled must not be negative, got {unlabelled}.")
         channels = self.image_size[2]
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
@@ -169,10 +251,42 @@ class ImageDataModule(BaseDataModule):
         self.std = torch.tensor(std)
         self.augmentation: dict[str, Any] = {"crop": crop, "flip": flip, "cutout": cutout}
 
+        self.train_fraction = train_fraction
+        self.epoch_size = epoch_size
+        self.unlabelled = unlabelled
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage in ("fit", "validate") and self.train_fraction < 1:
+            images, targets = self.splits["train"]
+            order = balanced_order(targets)
+            count = max(1, round(self.train_fraction * len(order)))
+            self.splits["train"] = images[order[:count]], targets[order[:count]]
+            if self.unlabelled:
+                self.splits["unlabelled"] = (images[order[count:]],)
+
+    def loader_arguments(self, stage: Stage) -> dict[str, Any]:
+        arguments = super().loader_arguments(stage) | {"mean": self.mean, "std": self.std}
+        if stage == "train":
+            arguments |= {"epoch_size": self.epoch_size, **self.augmentation}
+        return arguments
+
     def make_loader(self, tensors: tuple[Tensor, ...], stage: Stage) -> ImageLoader:
         images, targets = tensors
-        options = self.loader_arguments(stage) | (self.augmentation if stage == "train" else {})
-        return ImageLoader(images, targets, mean=self.mean, std=self.std, **options)
+        return ImageLoader(images, targets, **self.loader_arguments(stage))
+
+    def resident(self, split: str, stage: Stage) -> ResidentLoader:
+        if split != "train" or not self.unlabelled:
+            return super().resident(split, stage)
+        (unlabelled,) = self.splits.get("unlabelled", (torch.empty(0),))
+        if not len(unlabelled):
+            raise UserError(
+                f"unlabelled is {self.unlabelled}, but train_fraction {self.train_fraction} leaves "
+                "no image out; lower it."
+            )
+        images, targets, others = (t.to(self.device) for t in (*self.splits[split], unlabelled))
+        options = self.loader_arguments(stage) | {"unlabelled": others, "ratio": self.unlabelled}
+        return SemiSupervisedLoader(images, targets, **options)
 
     def denormalize(self, batch: Tensor) -> Tensor:
         """(B, C, H, W) as a network sees it -> uint8 (B, H, W, C) as a person does."""

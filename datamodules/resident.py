@@ -22,7 +22,8 @@ class ResidentLoader:
     Several processes share the batches by ``stage``:
 
     - ``train``: every process takes its rows of each global batch of ``batch_size * world_size``
-      samples. Only full batches are made; the few samples left over fall to other epochs.
+      samples. Only full batches are made; the few samples left over fall to other epochs. An epoch
+      of more samples than there are goes over them pass after pass, each in an order of its own.
     - ``evaluate``: likewise, but every sample comes exactly once and none is repeated.
     - ``predict``: rank r takes the whole batches r, r + world_size, ...; only the last may be
       short. Batches are the same for any number of processes, and so are the results.
@@ -34,6 +35,7 @@ class ResidentLoader:
         seed: Seed of the order and of all random draws.
         rank: Which process this is.
         world_size: How many processes there are.
+        epoch_size: Samples in an epoch of training; by default each one once.
 
     Raises:
         UserError: There are fewer samples than processes.
@@ -50,21 +52,24 @@ class ResidentLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        epoch_size: int | None = None,
     ) -> None:
         self.tensors = list(tensors)
         self.samples = len(self.tensors[-1])
+        self.epoch_size = epoch_size or self.samples
+        self.passes = max(1, -(-self.epoch_size // max(1, self.samples)))
         self.stage = stage
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        if stage != "predict" and self.samples < world_size:
+        if stage != "predict" and self.epoch_size < world_size:
             raise UserError(
-                f"{self.samples} samples cannot be shared by {world_size} processes; "
+                f"{self.epoch_size} samples cannot be shared by {world_size} processes; "
                 "use fewer with --trainer.devices."
             )
         self.batch_size = batch_size
         if stage == "train":  # few samples make a small batch rather than none
-            self.batch_size = min(batch_size, self.samples // world_size)
+            self.batch_size = min(batch_size, self.epoch_size // world_size)
         self.sampler = self
         self.epoch = 0
         self._position = 0  # batches handed out in this epoch
@@ -76,7 +81,7 @@ class ResidentLoader:
 
     def __len__(self) -> int:
         if self.stage == "train":
-            return self.samples // (self.batch_size * self.world_size)
+            return self.epoch_size // (self.batch_size * self.world_size)
         if self.stage == "evaluate":
             batches = -(-self.samples // (self.batch_size * self.world_size))
             return min(batches, self.samples // self.world_size)  # no process gets an empty one
@@ -119,12 +124,21 @@ class ResidentLoader:
         return torch.Generator().manual_seed(int(key))
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Hook: the samples (N,) in the order in which this epoch trains on them."""
-        return torch.randperm(self.samples, generator=generator)
+        """Hook: the order of this epoch, ``pass * N + sample`` for each of its samples."""
+        passes = [
+            number * self.samples + torch.randperm(self.samples, generator=generator)
+            for number in range(self.passes)
+        ]
+        return torch.cat(passes)[: self.epoch_size]
+
+    def sample(self, index: Tensor) -> Tensor:
+        """Sample numbers of an ``index`` (B,), which may count through several passes."""
+        return index if self.passes == 1 else index % self.samples
 
     def begin_epoch(self, generator: torch.Generator) -> None:
         """Hook: draw what the epoch needs at random."""
 
     def batch(self, index: Tensor) -> list[Tensor]:
         """Hook: the samples ``index`` (B,) as ``[*inputs, target]``."""
-        return [tensor.index_select(0, index) for tensor in self.tensors]
+        numbers = self.sample(index)
+        return [tensor.index_select(0, numbers) for tensor in self.tensors]
