@@ -1,4 +1,4 @@
-"""Single-label classification. Dimensions: B batch, K classes."""
+"""Single-label classification. Dimensions: B batch, K classes, M members of an ensemble."""
 
 from typing import Literal, get_args
 
@@ -16,21 +16,26 @@ from torchmetrics.classification import (
 from errors import UserError
 from lit_models.base import LitModel
 
-TTA = Literal["none", "mirror", "mirror_translate"]
+TTA = Literal["none", "mirror", "translate", "mirror_translate"]
 
 
 class LitClassifier(LitModel):
     """Inputs in, one of ``num_classes`` out.
 
     Args:
-        network: Maps the inputs to logits (B, K).
+        network: Maps the inputs to logits (B, K). An Ensemble gives in training those of its
+            members one after the other (M * B, K), and each is trained as if it were alone.
         optimizer: Makes the optimizer from the trainable parameters.
         num_classes: Number of classes K.
         lr_scheduler: Makes the schedule from the optimizer.
         label_smoothing: Share of the target probability spread over all classes, in training.
         tta: Test-time augmentation of images in ``validate``, ``test`` and prediction: logits are
-            averaged over the mirrored image, and over translations by a pixel. The validation
-            inside ``fit`` does without, because it would cost as much as training.
+            averaged over the mirrored image, and over translations by a pixel; ``translate`` alone
+            is for digits and letters, which no mirror keeps. The validation inside ``fit`` does
+            without, because it would cost as much as training.
+        l1_penalty: Factor on the sum of the absolute values of all trained weights of two or more
+            dimensions, which is added to the loss that is minimised (Tibshirani, "Regression
+            shrinkage and selection via the lasso", 1996). ``train/loss`` is the loss without it.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class LitClassifier(LitModel):
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         tta: TTA = "none",
+        l1_penalty: float = 0.0,
     ) -> None:
         # validate_args would read the device in every update
         top_k = min(3, num_classes)
@@ -57,15 +63,31 @@ class LitClassifier(LitModel):
             raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         if tta not in get_args(TTA):
             raise UserError(f"tta must be one of {', '.join(get_args(TTA))}, got {tta!r}.")
+        if not l1_penalty >= 0:
+            raise UserError(f"l1_penalty must not be negative, got {l1_penalty}; 0 turns it off.")
         self.label_smoothing = label_smoothing
+        self.l1_penalty = l1_penalty
         self.tta = tta
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         *inputs, target = batch
-        logits = self(*inputs)  # (B, K)
+        logits = self(*inputs)  # (M * B, K)
+        members = len(logits) // len(target)
+        if members > 1:
+            target = target.repeat(members)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         correct = (logits.argmax(1) == target).float().mean()
         self.record(loss=loss.detach(), accuracy=correct)
+        return self.objective(loss, members)
+
+    def objective(self, loss: Tensor, members: int) -> Tensor:
+        """What is minimised, given the mean loss of all members."""
+        if members > 1:  # by the mean each would get 1 / M of the gradient that it has alone
+            loss = loss * members
+        if self.l1_penalty:
+            trained = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+            norms = torch._foreach_norm(tuple(trained), 1)
+            loss = loss + self.l1_penalty * torch.stack(norms).sum()
         return loss
 
     def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
@@ -94,18 +116,16 @@ def views(images: Tensor, tta: TTA) -> list[tuple[float, Tensor]]:
     ``mirror_translate`` is the six views of arXiv:2404.00498, section 3.5: the image and its shifts
     by one pixel up-left and down-right, half the weight on the unshifted one, each also mirrored.
     """
-    shifts = [(1.0, images)]
-    if tta == "mirror_translate":
+    parts = [(1.0, images)]
+    if "translate" in tta:
         height, width = images.shape[2:]
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        shifts = [
+        parts = [
             (0.5, images),
             (0.25, padded[:, :, :height, :width]),
             (0.25, padded[:, :, 2:, 2:]),
         ]
+    if "mirror" in tta:
+        parts = [(weight / 2, side) for weight, view in parts for side in (view, view.flip(3))]
     layout = torch.channels_last
-    return [
-        (weight / 2, view.contiguous(memory_format=layout))
-        for weight, shifted in shifts
-        for view in (shifted, shifted.flip(3))
-    ]
+    return [(weight, view.contiguous(memory_format=layout)) for weight, view in parts]

@@ -210,6 +210,47 @@ def test_label_smoothing_out_of_range_is_refused(value: float) -> None:
         model(label_smoothing=value)
 
 
+# Penalty
+
+
+def test_the_penalty_is_added_to_the_objective_and_kept_out_of_the_record() -> None:
+    layers = [nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, NUM_CLASSES)]
+    lit = model(nn.Sequential(*layers))
+    frozen, first, last = (layer.weight for layer in layers)
+    frozen.requires_grad_(False)
+    batch = [torch.randn(6, 8), torch.arange(6) % NUM_CLASSES]
+    plain = lit.training_step(batch, 0)
+    lit.l1_penalty = 0.1
+    penalised = lit.training_step(batch, 0)
+    torch.testing.assert_close(penalised, plain + 0.1 * (first.abs().sum() + last.abs().sum()))
+    [(_, alone), (_, record)] = lit._pending
+    assert record == alone
+
+    (penalised - plain).backward()
+    torch.testing.assert_close(first.grad, 0.1 * first.sign())
+
+
+def test_the_penalty_drives_weights_to_zero(tmp_path: Path) -> None:
+    """Only one of the eight inputs says anything about the class."""
+    target = torch.arange(200) % 2
+    inputs = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    inputs[:, 0] += 4 * target
+
+    def useless(l1_penalty: float) -> float:
+        layer = nn.Linear(8, NUM_CLASSES)
+        data = Given(inputs, target, batch_size=180, val_size=20)
+        lit = model(layer, lr=0.01, l1_penalty=l1_penalty)
+        trainer(tmp_path, max_epochs=200).fit(lit, data)
+        return (layer.weight[:, 1:].abs().mean() / layer.weight.abs().mean()).item()
+
+    assert useless(0.05) < 0.1 < useless(0.0)
+
+
+def test_a_negative_penalty_is_refused() -> None:
+    with pytest.raises(UserError, match=r"l1_penalty must not be negative, got -1\.0; 0 turns it"):
+        model(l1_penalty=-1.0)
+
+
 # Test-time augmentation
 
 
@@ -234,7 +275,15 @@ def test_views_are_mirrors_and_one_pixel_shifts() -> None:
     assert torch.equal(view, images)
 
 
-@pytest.mark.parametrize("tta", ["mirror", "mirror_translate"])
+def test_translate_is_the_shifts_without_mirroring() -> None:
+    images = torch.rand(2, 3, 5, 6)
+    alone, both = views(images, "translate"), views(images, "mirror_translate")[::2]
+    assert [weight for weight, _ in alone] == [0.5, 0.25, 0.25]
+    for (_, view), (_, wanted) in zip(alone, both, strict=True):
+        assert torch.equal(view, wanted)
+
+
+@pytest.mark.parametrize("tta", ["mirror", "translate", "mirror_translate"])
 def test_tta_averages_logits_except_inside_fit(tta: TTA, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(40, 2, 4, 4, generator=generator)
@@ -253,7 +302,7 @@ def test_tta_averages_logits_except_inside_fit(tta: TTA, tmp_path: Path) -> None
     run = trainer(tmp_path, max_epochs=1)
     run.fit(lit, data)
     plain, augmented = losses("val")
-    assert plain != pytest.approx(augmented, rel=1e-3)
+    assert plain != pytest.approx(augmented, rel=1e-4)
     assert run.callback_metrics["val/loss"].item() == pytest.approx(plain)
     [validated] = run.validate(lit, data, verbose=False)
     assert validated["val/loss"] == pytest.approx(augmented)
@@ -266,9 +315,8 @@ def test_tta_averages_logits_except_inside_fit(tta: TTA, tmp_path: Path) -> None
 
 
 def test_an_unknown_tta_is_refused() -> None:
-    with pytest.raises(
-        UserError, match="tta must be one of none, mirror, mirror_translate, got 'x'"
-    ):
+    known = "none, mirror, translate, mirror_translate"
+    with pytest.raises(UserError, match=f"tta must be one of {known}, got 'x'"):
         model(tta="x")
 
 
