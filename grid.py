@@ -136,16 +136,36 @@ class Study:
             if key not in self.parameters:
                 rest.append(arg)
                 continue
-            typed = yaml.safe_load(text)  # W&B may write 1.0 as 1
-            values = [v for v in self.parameters[key] if v == typed or str(v) == text]
-            if not values:
-                known = ", ".join(map(str, self.parameters[key]))
-                raise UserError(f"{self.path} has no {key} {text!r}; its values are {known}.")
-            point[key] = values[0]
-            rest += self.groups[key][values[0]] if key in self.groups else [arg]
+            point[key] = self.value(key, text)
+            rest += self.groups[key][point[key]] if key in self.groups else [arg]
         if missing := self.parameters.keys() - point.keys():
             raise UserError(f"a run of {self.path} needs --{min(missing)}=VALUE.")
         return {key: point[key] for key in self.parameters}, rest
+
+    def value(self, key: str, text: str) -> Any:
+        """The value of a parameter that was typed as ``text``.
+
+        Raises:
+            UserError: The grid has no such value.
+        """
+        typed = yaml.safe_load(text)  # W&B may write 1.0 as 1
+        for value in self.parameters[key]:
+            if value == typed or str(value) == text:
+                return value
+        known = ", ".join(map(str, self.parameters[key]))
+        raise UserError(f"{self.path} has no {key} {text!r}; its values are {known}.")
+
+    def parameter(self, name: str) -> str:
+        """The parameter that goes by a name, whole or its last part.
+
+        Raises:
+            UserError: There is none, or more than one.
+        """
+        found = [key for key in self.parameters if name in (key, short(key))]
+        if len(found) != 1:
+            known = ", ".join(self.parameters)
+            raise UserError(f"{self.path} has no single parameter {name}; it has {known}.")
+        return found[0]
 
     def settings(self, args: list[str]) -> str:
         """SHA-256 of all that decides a run: what was typed behind ``fit``, and the configs."""

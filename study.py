@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -215,6 +216,20 @@ def ended_with_us(slots: int) -> Iterator[list[Job | None]]:
                 job.end()
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Display:
     """A bar for the whole study and a line for every running job; bare lines without a terminal."""
 
@@ -292,7 +307,11 @@ def main(args: list[str] | None = None) -> None:
     with told_in_one_sentence():
         options, flags = parse(sys.argv[1:] if args is None else args)
         if options.command == "run":
-            run(Study.load(options.study), options.jobs, flags)
+            try:
+                with terminable():
+                    run(Study.load(options.study), options.jobs, flags)
+            except KeyboardInterrupt:
+                raise UserError("interrupted; the same command goes on with the study.") from None
         else:
             import study_report
 

@@ -1,8 +1,9 @@
 """The table and the picture of a study, and learning curves of any runs side by side."""
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
 from callbacks.learning_curves import draw_metric
+from callbacks.wandb_logger import STEP
 from errors import UserError
 from files import atomic_write
-from grid import PointRecord, Study, short
+from grid import Point, PointRecord, Study, short
 from runs import ROOT, Run
 
 SEED = "seed_everything"
@@ -46,7 +48,7 @@ def metric_of(folder: Path, name: str) -> pd.Series:
     """
     metrics = read_metrics(folder)
     if name not in metrics or metrics[name].dropna().empty:
-        known = ", ".join(column for column in metrics if metrics[column].notna().any())
+        known = ", ".join(str(name) for name in metrics.columns[metrics.notna().any()])
         raise UserError(f"{folder} has no metric {name}; it has {known}.")
     return metrics[name].dropna()
 
@@ -64,28 +66,54 @@ def steps_until(values: pd.Series, below: float, window: int) -> float:
 
     NaN if that never happens. ``values`` are indexed by step, counted from 0.
     """
-    reached = values.rolling(window).mean() < below
-    return float(reached.idxmax() + 1) if reached.any() else float("nan")
+    reached = values.index[values.rolling(window).mean() < below]
+    return float(reached[0]) + 1 if len(reached) else float("nan")
 
 
-def collect(study: Study, root: Path, where: dict[str, str]) -> pd.DataFrame:
-    """The finished runs of a study: a row each, with its parameters and its ``folder``.
+Found = Iterator[tuple[Point, pd.Series]]  # a finished run, and its metric by optimizer step
+
+
+def from_folders(study: Study, root: Path, metric: str) -> Found:
+    """The finished runs below ``root``, made here or by agents.
 
     Raises:
-        UserError: There are none.
+        UserError: A run has no such metric.
     """
-    rows = []
     for point in study.points:
         folder = root / study.name / study.name_of(point)
         record = PointRecord(folder).read()
-        wanted = all(str(point[key]) == value for key, value in where.items())
-        if wanted and record and record["finished"]:
-            rows.append({**point, "folder": folder})
-    if not rows:
-        raise UserError(
-            f"{root / study.name} has no finished run; `python study.py run {study.path}` first."
-        )
-    return pd.DataFrame(rows)
+        if record and record["finished"]:
+            yield point, metric_of(folder, metric)
+
+
+def from_wandb(study: Study, sweep: str, metric: str) -> Found:
+    """The finished runs of a sweep on the W&B server, ``entity/project/id``.
+
+    Raises:
+        UserError: The sweep cannot be read, two runs are of one point, or one lacks the metric.
+    """
+    import wandb
+
+    try:
+        runs = list(wandb.Api().sweep(sweep).runs)
+    except (wandb.Error, ValueError) as error:
+        raise UserError(f"sweep {sweep} cannot be read: {' '.join(str(error).split())}.") from None
+    seen: dict[str, str] = {}
+    for run in runs:
+        if run.state != "finished":
+            continue
+        point = {key: study.value(key, str(run.config.get(key))) for key in study.parameters}
+        name = study.name_of(point)
+        if name in seen:
+            raise UserError(
+                f"{seen[name]} and {run.name} are both runs of the point {name}; delete one of "
+                "them on W&B."
+            )
+        seen[name] = run.name
+        rows = list(run.scan_history(keys=[STEP, metric]))
+        if not rows:
+            raise UserError(f"the W&B run {run.name} has no metric {metric}.")
+        yield point, pd.DataFrame(rows).set_index(STEP)[metric].sort_index()
 
 
 def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -216,7 +244,7 @@ def curves_picture(
         lowest = min(lowest, float((mean - sd).min()))
     if level is not None:
         axes.axhline(level, color=COLORS[-2], linewidth=0.8, linestyle=":")
-    low, high = axes.get_ylim()
+    high = axes.get_ylim()[1]
     if lowest > 0 and high > 30 * lowest:
         axes.set_yscale("log")
     axes.legend(frameon=False)
@@ -240,98 +268,108 @@ def report(options: argparse.Namespace) -> None:
     """Write the table and the picture, print the table, and keep both on a W&B run.
 
     Raises:
-        UserError: A parameter or metric is unknown, or a third parameter varies.
+        UserError: A parameter or metric is unknown, a third parameter varies, or there is no run.
     """
     study = Study.load(options.study)
-    root = Path(options.root)
-    where = dict(pair.partition("=")[::2] for pair in options.where)
-    where = {parameter_of(study, key): value for key, value in where.items()}
-    y = options.y or study.metric
-    if y is None:
+    metric = options.y or study.metric
+    if metric is None:
         raise UserError(f"{study.path} names no metric; say which with --y METRIC.")
-    hue = options.hue and parameter_of(study, options.hue)
-    curves = options.x == "step"
-    varied = [key for key, values in study.parameters.items() if len(values) > 1]
-    varied = [key for key in varied if key not in {SEED, hue, *where}]
-    if options.x is None or curves:
-        x = varied[0] if varied else SEED
+    pairs = [pair.partition("=") for pair in options.where]
+    where = {study.parameter(name): study.value(study.parameter(name), v) for name, _, v in pairs}
+    x, hue = axes_of(study, options.x, options.hue, set(where))
+    if options.sweep:
+        found = list(from_wandb(study, options.sweep, metric))
     else:
-        x = parameter_of(study, options.x)
-    if hue is None and curves:
-        hue = x
-    left = [key for key in varied if key not in (x, hue)]
-    if left:
+        found = list(from_folders(study, Path(options.root), metric))
+    kept = [(p, values) for p, values in found if all(p[k] == v for k, v in where.items())]
+    if not kept:
         raise UserError(
-            f"{left[0]} varies as well; draw it with --hue, or keep one value with "
-            f"--where {short(left[0])}=VALUE."
+            f"{study.name} has no finished run to report; `python study.py run {study.path}` first."
         )
-    runs = collect(study, root, where)
-    series = [metric_of(folder, y) for folder in runs["folder"]]
-    if options.below is None:
-        runs["y"] = [float(values.iloc[-1]) for values in series]
-    else:
-        runs["y"] = [steps_until(values, options.below, options.window) for values in series]
-    by = list(dict.fromkeys([*([hue] if hue else []), x]))
-    if curves:
-        by = [hue] if hue else [x]
+    y = metric
+    if options.below is not None:
+        y = f"steps until {metric} < {options.below:g}"
+    runs = pd.DataFrame([point for point, _ in kept])
+    runs["y"] = [
+        steps_until(values, options.below, options.window)
+        if options.below is not None
+        else float(values.iloc[-1])
+        for _, values in kept
+    ]
+    by = list(dict.fromkeys(key for key in (hue, x) if key not in (None, "step")))
     table = summary(runs, by)
-    title = y if options.below is None else f"steps until {y} < {options.below:g}"
-    if curves:
-        named: dict[str, list[pd.Series]] = {}
-        for (_, row), values in zip(runs.iterrows(), series, strict=True):
-            named.setdefault(str(row[by[0]]), []).append(values)
-        window = options.window if y.startswith("train/") else 1
-        figure = curves_picture(named, y, window, options.below)
+    if x == "step":
+        curves: dict[str, list[pd.Series]] = {}
+        for point, values in kept:
+            curves.setdefault(str(point[by[0]]), []).append(values)
+        window = options.window if metric.startswith("train/") else 1
+        figure = curves_picture(curves, metric, window, options.below)
+    elif pd.api.types.is_numeric_dtype(runs[x]):
+        figure = points_picture(runs, table, x, y, hue)
     else:
-        is_number = pd.api.types.is_numeric_dtype(runs[x])
-        draw = points_picture if is_number else names_picture
-        figure = draw(runs, table, x, title, None if hue == x else hue)
-    folder = options.output or root / study.name / "report"
-    stem = re.sub(r"[^\w.]+", "-", f"{title} by {'step' if curves else short(x)}")
-    with atomic_write(folder / f"{stem}.csv", "w") as file:
-        table.to_csv(file, index=False)
-    text = markdown(table, by, title)
-    with atomic_write(folder / f"{stem}.md", "w") as file:
-        file.write(text)
-    with atomic_write(folder / f"{stem}.png") as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure = names_picture(runs, table, x, y, hue)
+    folder = options.output or Path(options.root) / study.name / "report"
+    path = folder / re.sub(r"[^\w.]+", "-", f"{y} by {short(x)}")
+    text = markdown(table, by, y)
+    save_report(path, table, text, figure)
+    keep_on_wandb(study, folder, table, path)
     print(text, end="")
-    if len(runs) < len(study.points) and not where:
-        print(f"{len(study.points) - len(runs)} of {len(study.points)} runs are not finished.")
-    keep_on_wandb(study, root, table, folder / f"{stem}.png")
-    print(f"{stem}.png, .csv and .md are in {folder}")
+    if len(found) < len(study.points):
+        print(f"{len(study.points) - len(found)} of {len(study.points)} runs are not finished.")
+    print(f"{path.name}.png, .csv and .md are in {folder}")
 
 
-def parameter_of(study: Study, name: str) -> str:
-    """The parameter that a name, whole or its last part, stands for.
+def axes_of(
+    study: Study, x: str | None, hue: str | None, fixed: set[str]
+) -> tuple[str, str | None]:
+    """What the picture shows: a parameter or ``step`` across, and another one in colours.
+
+    Args:
+        study: The study.
+        x: As typed; by default the first parameter that varies.
+        hue: As typed, or None; for curves by default the first parameter that varies.
+        fixed: Parameters of which one value alone is shown.
 
     Raises:
-        UserError: The study has none or several of this name.
+        UserError: A parameter is unknown, or a third one varies.
     """
-    found = [key for key in study.parameters if name in (key, short(key))]
-    if len(found) != 1:
+    hue = hue and study.parameter(hue)
+    varied = [key for key, values in study.parameters.items() if len(values) > 1]
+    varied = [key for key in varied if key not in {SEED, hue, *fixed}]
+    first = varied[0] if varied else SEED
+    if x == "step":
+        hue = hue or first
+    else:
+        x = study.parameter(x) if x else first
+    if left := [key for key in varied if key not in (x, hue)]:
         raise UserError(
-            f"{study.path} has no parameter {name}; it has {', '.join(study.parameters)}."
+            f"{left[0]} varies as well; show it with --hue, or keep one value with "
+            f"--where {short(left[0])}=VALUE."
         )
-    return found[0]
+    return x, None if hue == x else hue
 
 
-def keep_on_wandb(study: Study, root: Path, table: pd.DataFrame, picture: Path) -> None:
+def save_report(path: Path, table: pd.DataFrame, text: str, figure: Figure) -> None:
+    with atomic_write(path.with_name(f"{path.name}.csv"), "w") as file:
+        table.to_csv(file, index=False)
+    with atomic_write(path.with_name(f"{path.name}.md"), "w") as file:
+        file.write(text)
+    with atomic_write(path.with_name(f"{path.name}.png")) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def keep_on_wandb(study: Study, folder: Path, table: pd.DataFrame, path: Path) -> None:
     """Table and picture on a W&B run of their own, in the group of the study's runs."""
-    import os
-
     import wandb
 
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    folder = root / study.name / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{study.name}/report"
     with wandb.init(
-        project="steadyfit", group=study.name, job_type="report", name=f"{study.name}/report",
-        dir=folder,
-    ) as run:  # fmt: skip
-        run.log({f"report/{picture.stem}": wandb.Image(str(picture))})
-        run.log({f"report/{picture.stem} table": wandb.Table(dataframe=table)})
+        project="steadyfit", group=study.name, job_type="report", name=name, dir=folder
+    ) as run:
+        picture = wandb.Image(f"{path}.png")
+        run.log({path.name: picture, f"{path.name} table": wandb.Table(dataframe=table)})
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -407,6 +445,9 @@ def add_arguments(commands: Any) -> None:
         "--window", type=int, default=100, metavar="N", help="mean of so many steps (default: 100)"
     )
     parser.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
+    parser.add_argument(
+        "--sweep", metavar="ENTITY/PROJECT/ID", help="read the runs of a sweep on the W&B server"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/STUDY/report")
     parser = commands.add_parser(
         "compare",

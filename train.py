@@ -204,9 +204,8 @@ class CLI(LightningCLI):
                 offline = logger.experiment.offline
                 place = logger.experiment.dir if offline else logger.experiment.url
                 print(f"W&B run: {Path(place).parent if offline else place}")
-        print(
-            f"Next: python {'predict.py' if self.config.fit.test else 'train.py test --run'} {folder}"
-        )
+        after = "predict.py" if self.config.fit.test else "train.py test --run"
+        print(f"Next: python {after} {folder}")
 
     def after_validate(self) -> None:
         self.after_test()

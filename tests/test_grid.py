@@ -1,0 +1,219 @@
+"""What a study file may hold, and how a run is found by its point."""
+
+import importlib.metadata
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from conftest import CONFIGS
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from errors import UserError
+from grid import PointRecord, Study
+
+STUDIES = sorted(p for p in (CONFIGS / "studies").glob("*.yaml") if "_groups" not in p.stem)
+ROOT = CONFIGS.parent
+
+
+def sweep(**changes: Any) -> dict[str, Any]:
+    """A small study with a setting and a group."""
+    return {
+        "program": "train.py",
+        "method": "grid",
+        "metric": {"name": "val/accuracy", "goal": "maximize"},
+        "parameters": {
+            "data.train_fraction": {"values": [0.5, 1.0]},
+            "variant": {"values": ["plain", "both"]},
+            "seed_everything": {"values": [0, 1]},
+        },
+        "command": [
+            "${env}",
+            "OMP_NUM_THREADS=1",
+            "${interpreter}",
+            "${program}",
+            "fit",
+            "--config=some.yaml",
+            "--study=small.yaml",
+            "${args}",
+        ],
+    } | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    groups = {"variant": {"plain": [], "both": ["--model.lr=2", "--config=more.yaml"]}}
+    (tmp_path / "small_groups.yaml").write_text(yaml.safe_dump(groups))
+    (tmp_path / "some.yaml").write_text("trainer: {}\n")
+    (tmp_path / "more.yaml").write_text("data: {}\n")
+    return tmp_path
+
+
+def load(content: Any) -> Study:
+    Path("small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return Study.load("small.yaml")
+
+
+def args_of(study: Study, point: dict[str, Any], *flags: str) -> list[str]:
+    command = study.command(point, flags)
+    return command[command.index("fit") + 1 :]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_files_are_sweeps_to_wandb(path: Path) -> None:
+    """Validated with the JSON schema that W&B publishes in its package ``sweeps``."""
+    files = importlib.metadata.files("sweeps") or []
+    (schema,) = [file for file in files if file.name == "schema.json"]
+    content = yaml.safe_load(path.read_text())
+    jsonschema.Draft7Validator(json.loads(schema.read_text())).validate(content)
+    study = Study.load(path)
+    behind_fit = study.template[study.template.index("fit") + 1]
+    assert behind_fit.startswith("--config=")
+    assert (ROOT / behind_fit.removeprefix("--config=")).is_file()
+    assert f"--study={path.relative_to(ROOT)}" in study.template
+    for line in path.read_text().splitlines():  # its header says how to run it and to read it
+        if line.startswith("#   python study.py"):
+            assert str(path.relative_to(ROOT)) in shlex.split(line)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_group_value_is_used(path: Path) -> None:
+    study = Study.load(path)
+    for name, flags in study.groups.items():
+        assert set(flags) == set(study.parameters[name])
+
+
+@pytest.mark.usefixtures("folder")
+def test_points_in_the_order_of_wandb() -> None:
+    study = load(sweep())
+    assert len(study.points) == 8
+    assert study.points[1] == {
+        "data.train_fraction": 0.5,
+        "variant": "plain",
+        "seed_everything": 1,
+    }
+    assert study.name_of(study.points[1]) == "train_fraction=0.5,variant=plain,seed_everything=1"
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_command_is_the_one_of_an_agent() -> None:
+    """The flags come from W&B's own function; the rest is replaced as its agent does it."""
+    study = load(sweep())
+    for point in study.points:
+        sent = {"args": {key: {"value": value} for key, value in point.items()}}
+        flags = create_sweep_command_args(sent)["args"]
+        ours = study.command(point)
+        assert ours[:2] == ["/usr/bin/env", "OMP_NUM_THREADS=1"]
+        assert ours[3:] == ["train.py", "fit", "--config=some.yaml", "--study=small.yaml", *flags]
+
+
+@pytest.mark.usefixtures("folder")
+def test_typed_arguments_mean_a_point() -> None:
+    study = load(sweep())
+    typed = ["--seed_everything=1", "--data.train_fraction=1", "--variant=both", "--trainer.x=3"]
+    point, flags = study.split(typed)  # W&B's server may turn 1.0 into 1
+    assert list(point.items()) == [
+        ("data.train_fraction", 1.0),
+        ("variant", "both"),
+        ("seed_everything", 1),
+    ]
+    assert flags == [
+        "--seed_everything=1",
+        "--data.train_fraction=1",
+        "--model.lr=2",
+        "--config=more.yaml",
+        "--trainer.x=3",
+    ]
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_record_knows_the_settings_it_was_made_with() -> None:
+    study = load(sweep())
+    plain, other = study.points[0], study.points[2]
+    args = args_of(study, plain)
+    settings = study.settings(args)
+    assert settings != study.settings(args_of(study, other))
+    assert settings != study.settings([*args, "--trainer.max_epochs=1"])
+    assert settings == study.settings([*args, "--data.data_dir=elsewhere", "--run=x"])
+    record = PointRecord(Path("run"))
+    assert not record.is_finished(settings)
+    record.write(study, args, finished=False)
+    assert not record.is_finished(settings)
+    record.write(study, args, finished=True)
+    assert record.is_finished(settings)
+    found = record.read()
+    assert found is not None
+    assert found["point"] == plain
+    with pytest.raises(UserError, match="run was trained with other settings than the study has"):
+        record.write(study, [*args, "--trainer.max_epochs=1"], finished=False)
+    assert record.read() == found
+    Path("some.yaml").write_text("trainer: {max_epochs: 3}\n")
+    with pytest.raises(UserError, match="delete this folder to train it again"):
+        record.is_finished(study.settings(args))
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_changed_group_or_overlay_is_another_setting() -> None:
+    study = load(sweep())
+    args = args_of(study, study.points[2])
+    before = study.settings(args)
+    Path("more.yaml").write_text("data: {x: 1}\n")
+    changed = study.settings(args)
+    assert changed != before
+    study.groups["variant"]["both"] = ["--model.lr=3", "--config=more.yaml"]
+    assert study.settings(args) not in (before, changed)
+
+
+def grid_of(**parameters: Any) -> dict[str, Any]:
+    return sweep(parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (grid_of(), "small.yaml has an empty grid"),
+        (grid_of(a={"values": []}), "a needs `values` with a list that is not empty"),
+        (grid_of(a={"min": 0, "max": 1}), "a needs `values`"),
+        (grid_of(a=3), "a needs `values`"),
+        (grid_of(a={"values": [1, 2, 1]}), "has two runs of the point a=1"),
+        (grid_of(variant={"values": ["new"]}), "small_groups.yaml does not say what variant 'new'"),
+        (sweep(method="bayes"), "method must be grid, got 'bayes'"),
+        (sweep(variants=[]), "has the unknown key variants; known are command"),
+        (sweep(command=["train.py"]), "must go on with --config"),
+        (sweep(command=["fit", "--seed=1", "--config=x"]), "must go on with --config"),
+        (sweep(command=["fit", "--config=x"]), "must hold --study= and the path of this file"),
+        (
+            sweep(command=["fit", "--config=x", "--study=other.yaml", "${args}"]),
+            "must hold --study=",
+        ),
+        (sweep(command=["fit", "--config=x", "--study=small.yaml"]), "must end with"),
+        ([1, 2], "must hold keys and values"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_wrong_file_is_told(content: Any, sentence: str) -> None:
+    with pytest.raises(UserError) as told:
+        load(content)
+    assert sentence in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        Study.load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="is not YAML"):
+        Study.load(tmp_path / "bad.yaml")
+
+
+@pytest.mark.usefixtures("folder")
+def test_arguments_outside_the_grid_are_told() -> None:
+    study = load(sweep())
+    with pytest.raises(UserError, match="has no variant 'new'; its values are plain, both"):
+        study.split(["--variant=new"])
+    with pytest.raises(UserError, match=r"a run of small.yaml needs --seed_everything=VALUE"):
+        study.split(["--variant=both", "--data.train_fraction=1"])

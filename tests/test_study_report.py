@@ -1,0 +1,283 @@
+"""What a study says: its numbers, its pictures, and what it refuses to say."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import wandb
+import yaml
+from matplotlib.figure import Figure
+
+import study
+import study_report
+from errors import UserError
+from grid import Study
+from study_report import curves_picture, learning_curves_of, steps_until, summary
+
+RATES, VARIANTS, SEEDS = [0.1, 0.2], ["plain", "steep"], [0, 1, 2]
+
+
+def accuracy(rate: float, variant: str, seed: int) -> float:
+    return 0.9 + rate / 10 + 0.05 * (variant == "steep") + 0.001 * seed
+
+
+def metrics(rate: float, variant: str, seed: int) -> pd.DataFrame:
+    """300 steps of a loss that falls exponentially, twice as fast in the steep variant."""
+    steps = np.arange(300)
+    speed = rate * (2 if variant == "steep" else 1) / 10
+    table = pd.DataFrame({"step": steps, "train/loss": np.exp(-speed * steps)})
+    table.loc[[99, 199, 299], "val/accuracy"] = [0.5, 0.8, accuracy(rate, variant, seed)]
+    return table
+
+
+@pytest.fixture(autouse=True)
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study of twelve finished runs."""
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "program": "train.py",
+        "method": "grid",
+        "metric": {"name": "val/accuracy", "goal": "maximize"},
+        "parameters": {
+            "model.rate": {"values": RATES},
+            "variant": {"values": VARIANTS},
+            "seed_everything": {"values": SEEDS},
+        },
+        "command": ["fit", "--config=x.yaml", "--study=small.yaml", "${args}"],
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    loaded = Study.load("small.yaml")
+    for point in loaded.points:
+        folder = Path("runs/small") / loaded.name_of(point)
+        folder.mkdir(parents=True)
+        metrics(*point.values()).to_csv(folder / "metrics.csv", index=False)
+        (folder / "point.json").write_text(json.dumps({"finished": True}))
+    return loaded
+
+
+@pytest.fixture
+def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_report, "keep_on_wandb", lambda *args: None)
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    capsys.readouterr()
+    study.main(["report", "small.yaml", *args])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        study.main([*args])
+    assert stop.value.code == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    return sentence
+
+
+def test_table_and_picture_of_points(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "--x", "rate", "--hue", "variant")
+    stem = Path("runs/small/report/val-accuracy by rate".replace(" ", "-"))
+    table = pd.read_csv(f"{stem}.csv")
+    assert table["variant"].tolist() == ["plain", "steep", "plain", "steep"]
+    np.testing.assert_allclose(table["mean"], [0.911, 0.961, 0.921, 0.971])
+    np.testing.assert_allclose(table["sd"], 0.001)
+    # Student's t for three runs: 4.303 standard errors
+    np.testing.assert_allclose(table["high"] - table["mean"], 4.3027 * 0.001 / 3**0.5, rtol=1e-4)
+    assert table["n"].tolist() == [3, 3, 3, 3]
+    assert "| steep | 0.2 | 97.10 ± 0.10 | 96.85 to 97.35 | 3 |" in out
+    assert "| variant | rate | val/accuracy, % | 95 % interval | runs |" in out
+    assert Path(f"{stem}.md").read_text() in out
+    assert Path(f"{stem}.png").stat().st_size > 10_000
+    (folder,) = Path("runs/small/report/wandb").glob("offline-run-*")
+    assert list(folder.glob("files/media/images/*.png"))
+    assert list(folder.glob("files/media/table/*.json"))
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_names_are_shown_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "--x", "variant", "--where", "model.rate=0.2")
+    assert "| steep | 97.10 ± 0.10 |" in out
+    assert len(out.splitlines()) == 5  # header, rule, two variants, and where the files are
+    assert "not finished" not in out
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_steps_until_a_level(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--y", "train/loss", "--below", "0.2", "--window", "10", "--hue", "variant"]
+    out = said(capsys, *options)
+    table = pd.read_csv("runs/small/report/steps-until-train-loss-0.2-by-rate.csv")
+    for row in table.to_dict("records"):
+        loss = metrics(row["model.rate"], row["variant"], 0)["train/loss"]
+        means = [loss[max(0, i - 9) : i + 1].mean() if i >= 9 else 1 for i in range(300)]
+        assert row["mean"] == 1 + next(i for i, mean in enumerate(means) if mean < 0.2)
+        assert row["sd"] == 0
+    assert "steps until train/loss < 0.2" in out
+    out = said(capsys, *options[:3], "0.04", *options[4:])
+    assert "3, 3 more never" not in out
+    assert "| 0, 3 more never |" in out
+
+
+def test_a_mean_needs_a_whole_window() -> None:
+    values = pd.Series([0.0, 1.0, 0.0, 0.0], index=[0, 1, 2, 3])
+    assert steps_until(values, 0.1, 2) == 4
+    assert np.isnan(steps_until(values, 0.1, 5))
+    assert np.isnan(steps_until(pd.Series([np.nan] * 4), 0.1, 2))
+
+
+def test_one_run_has_no_interval() -> None:
+    table = summary(pd.DataFrame({"a": ["x", "y", "y"], "y": [1.0, 2.0, np.nan]}), ["a"])
+    assert table["mean"].tolist() == [1, 2]
+    assert table[["sd", "low", "high"]].isna().all(axis=None)
+    assert table["missing"].tolist() == [0, 1]
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_curves_with_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+
+    def draw(*args: Any) -> Figure:
+        drawn.append(curves_picture(*args))
+        return drawn[0]
+
+    monkeypatch.setattr(study_report, "curves_picture", draw)
+    study.main([
+        *("report", "small.yaml", "--x", "step", "--y", "train/loss"),
+        *("--where", "rate=0.1", "--window", "1"),
+    ])  # fmt: skip
+    (axes,) = drawn[0].axes
+    assert [line.get_label() for line in axes.lines] == VARIANTS
+    expected = metrics(0.1, "steep", 0)["train/loss"]
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), expected)
+    assert axes.get_yscale() == "log"
+
+
+def test_the_band_is_one_standard_deviation() -> None:
+    runs = [pd.Series([1.0, 2.0]), pd.Series([3.0, 2.0])]
+    (axes,) = curves_picture({"a": runs}, "val/x", 1, None).axes
+    outline = axes.collections[0].get_paths()[0].vertices
+    half = 2**0.5  # of 1 and 3
+    assert np.asarray(outline)[:, 1].max() == pytest.approx(2 + half)
+    assert np.asarray(outline)[:, 1].min() == pytest.approx(2 - half)
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_unfinished_runs_are_left_out_and_told(
+    finished: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("runs/small") / finished.name_of(finished.points[0])
+    (folder / "point.json").write_text(json.dumps({"finished": False}))
+    out = said(capsys, "--hue", "variant")
+    assert "1 of 12 runs are not finished." in out
+    assert "| plain | 0.1 | 91.15 ± 0.07 |" in out
+
+
+def test_what_cannot_be_reported_is_told(
+    finished: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = ("report", "small.yaml")
+    sentence = refused(capsys, *report)
+    assert "variant varies as well; show it with --hue" in sentence
+    assert "has no single parameter color" in refused(capsys, *report, "--hue", "color")
+    sentence = refused(capsys, *report, "--hue", "variant", "--y", "val/loss")
+    assert "has no metric val/loss; it has train/loss, val/accuracy" in sentence
+    sentence = refused(capsys, *report, "--where", "rate=3")
+    assert "has no model.rate '3'; its values are 0.1, 0.2" in sentence
+    for point in finished.points:
+        (Path("runs/small") / finished.name_of(point) / "point.json").unlink()
+    sentence = refused(capsys, *report, "--hue", "variant")
+    assert "has no finished run to report; `python study.py run small.yaml` first" in sentence
+    text = Path("small.yaml").read_text().replace("name: val/accuracy", "goal: maximize")
+    Path("small.yaml").write_text(text)
+    assert "names no metric; say which with --y" in refused(capsys, *report)
+
+
+class Server:
+    """A W&B server that knows one sweep, as ``wandb.Api`` shows it."""
+
+    def __init__(self, runs: list[Any]) -> None:
+        self.runs = runs
+
+    def sweep(self, path: str) -> Any:
+        if path != "me/steadyfit/abc":
+            raise wandb.Error(f"could not find sweep {path}")
+        return SimpleNamespace(runs=self.runs)
+
+
+def wandb_run(name: str, point: dict[str, Any], **changes: Any) -> Any:
+    table = metrics(*point.values()).rename(columns={"step": "trainer/global_step"})
+
+    def scan_history(keys: list[str]) -> list[dict[str, Any]]:
+        return table[keys].dropna().to_dict("records") if set(keys) <= set(table) else []
+
+    config = point | {"model": {"nested": 1}}
+    found = {"name": name, "config": config, "state": "finished", "scan_history": scan_history}
+    return SimpleNamespace(**found | changes)
+
+
+def test_runs_of_agents_are_read_from_wandb(
+    finished: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [wandb_run(f"run-{n}", p) for n, p in enumerate(finished.points)]
+    runs.append(wandb_run("crashed", finished.points[0], state="crashed"))
+    monkeypatch.setattr(study_report, "keep_on_wandb", lambda *args: None)
+    monkeypatch.setattr(wandb, "Api", lambda: Server(runs))
+    sweep = ("--sweep", "me/steadyfit/abc")
+    here = said(capsys, "--hue", "variant")
+    assert said(capsys, "--hue", "variant", *sweep) == here
+    report = ("report", "small.yaml", "--hue", "variant", "--sweep")
+    assert "sweep other cannot be read: could not find" in refused(capsys, *report, "other")
+    assert "the W&B run run-0 has no metric val/x" in refused(
+        capsys, *report, sweep[1], "--y", "val/x"
+    )
+    runs.append(wandb_run("again", finished.points[3]))
+    sentence = refused(capsys, *report, sweep[1])
+    assert "run-3 and again are both runs of the point rate=0.1,variant=steep" in sentence
+
+
+# compare
+
+
+def make_run(name: str, rate: float) -> Path:
+    folder = Path("runs") / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed_everything: 0\n")
+    metrics(rate, "plain", 0).to_csv(folder / "metrics.csv", index=False)
+    return folder
+
+
+def test_learning_curves_side_by_side_have_the_same_axes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = {"a": metrics(0.1, "plain", 0), "b": metrics(0.2, "steep", 0)}
+    figure = learning_curves_of({name: table.set_index("step") for name, table in runs.items()})
+    loss_a, loss_b, accuracy_a, _ = figure.axes
+    assert [axes.get_title(loc="left") for axes in (loss_a, loss_b)] == ["a", "b"]
+    assert loss_a.get_ylim() == loss_b.get_ylim()
+    assert loss_a.get_yscale() == loss_b.get_yscale() == "log"
+    assert accuracy_a.get_xlim() == loss_a.get_xlim()
+
+    first, second = make_run("x/one", 0.1), make_run("y/one", 0.2)
+    study.main(["compare", str(first), "y/one"])
+    path = second / "comparison" / "learning_curves.png"
+    assert f"The learning curves of 2 runs are in {path}" in capsys.readouterr().out
+    assert path.stat().st_size > 10_000
+    study.main(["compare", str(first), "y/one", "--labels", "a", "b", "--output", "here.png"])
+    assert Path("here.png").exists()
+
+
+def test_what_cannot_be_compared_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(make_run("x/one", 0.1))
+    assert "none is not a run folder" in refused(capsys, "compare", run, "none")
+    sentence = refused(capsys, "compare", run, "--labels", "a", "b")
+    assert "--labels needs one label for each of 1, got 2" in sentence
+    assert "7 runs cannot be read side by side" in refused(capsys, "compare", *[run] * 7)
+    Path(run, "metrics.csv").write_text("")
+    assert "metrics.csv cannot be read" in refused(capsys, "compare", run)
+    Path(run, "metrics.csv").unlink()
+    with pytest.raises(UserError, match="train the run first"):
+        study_report.read_metrics(Path(run))
