@@ -57,11 +57,14 @@ class Member:
         checkpoint = load_checkpoint(path)
         config = yaml.safe_load(checkpoint["config"])
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
+        data = config["data"]
+        known = checkpoint.get(data["class_path"].rpartition(".")[2], {})  # the data's state_dict
+        data = data | {"init_args": data.get("init_args", {}) | known}
         parser = Parser()
         parser.add_subclass_arguments(LitModel, "model")
         parser.add_subclass_arguments(BaseDataModule, "data")
         link_facts(parser)
-        settings = parser.parse_object({"model": model, "data": config["data"]})
+        settings = parser.parse_object({"model": model, "data": data})
         built = parser.instantiate(parser.parse_args(overrides, settings))
         try:
             built.model.load_state_dict(checkpoint["state_dict"])
@@ -75,13 +78,14 @@ class Member:
     def describe(self) -> dict[str, Any]:
         accuracy = self.checkpoint["metrics"].get("val/accuracy")
         val_size = self.config["data"]["init_args"]["val_size"]
+        counted = val_size if isinstance(val_size, int) else None  # not a share of them
         return {
             "run": str(self.source),
             "checkpoint": str(self.path),
             "sha256": sha256(self.path),
             "epoch": self.checkpoint["epoch"],
             "validation_accuracy": accuracy,
-            "validation_samples": 0 if accuracy is None else val_size,
+            "validation_samples": 0 if accuracy is None else counted,
             "config": self.config,
         }
 
@@ -113,12 +117,12 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
 
 
 def write(members: list[Member], ids: np.ndarray, probabilities: np.ndarray, output: Path) -> None:
-    """The submission, the probabilities and the record of where they came from."""
+    """The predictions, the probabilities and the record of where they came from."""
     data = members[0].data
     submission = data.submission()
     with atomic_write(output.with_suffix(".npz")) as file:
         np.savez(file, ids=ids, probabilities=probabilities, classes=np.array(data.class_names))
-    submission.write(output, ids, probabilities.argmax(1))
+    submission.write_predictions(output, ids, probabilities)
     record = {
         "csv": output.name,
         "sha256": sha256(output),
@@ -126,6 +130,7 @@ def write(members: list[Member], ids: np.ndarray, probabilities: np.ndarray, out
         "competition": data.competition,
         "sample": str(submission.sample) if submission.sample else None,
         "labels": list(submission.labels),
+        "sendable": submission.sendable,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "tta": getattr(members[0].model, "tta", None),
         "data": {"class": type(data).__name__, "digest": data.digest},
@@ -145,7 +150,15 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or .ckpt file")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/submission.csv")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="photos to predict, for a run on a folder of photos"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: RUN/submission.csv; for a folder of photos, RUN/predictions.csv",
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--tta", choices=get_args(TTA), help="default: as the run was tested")
     parser.add_argument("--data", metavar="CLASS", help="predict another set than the run's own")
@@ -160,6 +173,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("several runs make one file: name it with --output FILE.")
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
+    if options.images:
+        overrides = [f"--data.predict_dir={options.images}", *overrides]
     if options.data_dir:
         overrides = [f"--data.data_dir={options.data_dir}", *overrides]
     if options.data:  # first: the class decides which settings there are
@@ -195,17 +210,18 @@ def main(args: list[str] | None = None) -> None:
             enable_model_summary=False,
         )
         single = members[0].source
-        output = (
-            options.output or (single.parent if single.is_file() else single) / "submission.csv"
-        )
+        submission = members[0].data.submission()
+        folder = single.parent if single.is_file() else single
+        output = options.output or folder / submission.filename
         parts = output.parent / f".{output.name}.parts"
         try:
             ids, probabilities = predict(trainer, members, parts)
             if trainer.is_global_zero:
                 write(members, ids, probabilities, output)
                 print(f"{len(ids):,} predictions in {output}")
-                target = members[0].source if options.output is None else output
-                print(f"Next: python submit.py {target} --dry_run")
+                if submission.sendable:
+                    target = members[0].source if options.output is None else output
+                    print(f"Next: python submit.py {target} --dry_run")
         finally:
             if trainer.is_global_zero:
                 shutil.rmtree(parts, ignore_errors=True)

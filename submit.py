@@ -153,6 +153,9 @@ def find_csv(run_or_csv: str) -> Path:
     if run_or_csv.endswith(".csv"):
         return Path(run_or_csv)
     path = Run.find(run_or_csv).folder / "submission.csv"
+    table = path.with_name(submission.FileTable.filename)
+    if not path.is_file() and table.is_file():
+        return table
     if not path.is_file():
         raise UserError(
             f"{path.parent} has no {path.name}; make it: python predict.py {path.parent}"
@@ -179,6 +182,7 @@ def read_prediction(
         try:
             made: dict[str, Any] = json.loads(origin.read_text())
             recorded, labels = made["sha256"], made["labels"]
+            sendable = made.get("sendable", True)
             competition = competition or made["competition"]
             sample = sample or (Path(made["sample"]) if made["sample"] else None)
             members = [
@@ -187,6 +191,11 @@ def read_prediction(
             ]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{origin} is not whole; run predict.py again.") from None
+        if not sendable:
+            raise UserError(
+                f"{path} is a table of photos and their labels, which no competition asks for; "
+                "submit.py sends the predictions for a competition's own data set."
+            )
         if digest != recorded:
             raise UserError(
                 f"{path} is not the file that {origin} records, its SHA-256 differs; "

@@ -3,6 +3,7 @@
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.demo import DemoDataModule
 from datamodules.digits import DigitsDataModule
+from datamodules.image_folder import ImageFolderDataModule
 from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
 from datamodules.mnist import MNISTDataModule
 from datamodules.temporal_order import TemporalOrderDataModule
@@ -12,6 +13,7 @@ __all__ = [
     "CIFAR10DataModule",
     "DemoDataModule",
     "DigitsDataModule",
+    "ImageFolderDataModule",
     "KaggleCIFAR10DataModule",
     "MNISTDataModule",
     "TemporalOrderDataModule",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,8 +23,15 @@ class Submission:
         sample: The competition's sample file, which gives header, ids and their order.
     """
 
+    filename: ClassVar[str] = "submission.csv"
+    sendable: ClassVar[bool] = True  # whether submit.py takes it
+
     labels: tuple[str, ...]
     sample: Path | None = None
+
+    def write_predictions(self, path: Path, ids: np.ndarray, probabilities: np.ndarray) -> None:
+        """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all."""
+        self.write(path, ids, probabilities.argmax(1))
 
     def write(self, path: Path, ids: np.ndarray, classes: np.ndarray) -> None:
         """Write the classes (N,) of the samples ``ids`` (N,) in the sample file's order.
@@ -45,6 +53,29 @@ class Submission:
         rows = "".join(f"{i},{label_of[i]}\n" for i in order)
         with atomic_write(path, "w", newline="") as file:
             file.write(f"{','.join(header)}\n{rows}")
+
+
+@dataclass(frozen=True)
+class FileTable(Submission):
+    """A table ``file,label,probability`` for people, not for a competition.
+
+    Args:
+        files: The files through which the ids count: 0, 1, ...
+    """
+
+    filename: ClassVar[str] = "predictions.csv"
+    sendable: ClassVar[bool] = False
+
+    files: tuple[str, ...] = ()
+
+    def write_predictions(self, path: Path, ids: np.ndarray, probabilities: np.ndarray) -> None:
+        # names that are not UTF-8 get back the bytes that they have on disk
+        with atomic_write(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+            table = csv.writer(out, lineterminator="\n")
+            table.writerow(["file", "label", "probability"])
+            for i, row in zip(ids.tolist(), probabilities, strict=True):
+                label = int(row.argmax())
+                table.writerow([self.files[i], self.labels[label], f"{row[label]:.4f}"])
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,17 @@ def write_mnist(root: Path, train: int = 200, test: int = 40) -> Path:
     return folder
 
 
+def write_photos(root: Path, per_class: int = 60) -> Path:
+    """Upright and lying JPEG photos of cats and dogs, in a folder for each."""
+    folder = root / "photos"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(draw(np.full(per_class, CLASSES.index(name)))):
+            size = (48, 32) if i % 2 else (32, 40)
+            Image.fromarray(image).resize(size).save(folder / name / f"{i}.jpg")
+    return folder
+
+
 def write_csv(path: Path, rows: list[tuple[int, str]], newline: str = "\n") -> None:
     lines = ["id,label", *(f"{i},{label}" for i, label in rows)]
     path.write_text("".join(line + newline for line in lines), newline="")

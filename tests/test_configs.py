@@ -12,8 +12,10 @@ OVERLAYS = sorted((CONFIGS / "hardware").glob("*.yaml"))
 
 
 def fake(config: Path, data_dir: Path) -> list[str]:
-    data = ["--data.verify=false"] if "CIFAR10DataModule" in config.read_text() else []
-    return [f"--data.data_dir={data_dir}", "--data.val_size=40", "--data.batch_size=20", *data]
+    text = config.read_text()
+    data = ["--data.verify=false"] if "CIFAR10DataModule" in text else []
+    folder = data_dir / "photos" if "ImageFolderDataModule" in text else data_dir
+    return [f"--data.data_dir={folder}", "--data.val_size=40", "--data.batch_size=20", *data]
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
