@@ -1,6 +1,7 @@
 """LeNet5 is the known network by default, and every knob does what it says."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -166,6 +167,17 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError) as error:
         LeNet5(**options)
     assert str(error.value) == message
+
+
+def test_images_of_another_size_are_refused() -> None:
+    message = (
+        "this LeNet5 takes images of 32 x 32 pixels, got 28 x 28; padded_size has to be their side "
+        "with its padding on both sides."
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        LeNet5(in_channels=1)(torch.zeros(2, 1, 28, 28))
+    assert LeNet5(in_channels=1, padding=2)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert LeNet5(in_channels=1, padded_size=28)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_train_tells_it_in_one_sentence(

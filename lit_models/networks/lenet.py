@@ -36,7 +36,8 @@ class LeNet5(nn.Module):
             arXiv:1502.01852), the last layer's from N(0, 1 / fan_in); biases start at zero.
 
     Raises:
-        UserError: If an argument is out of range, or no pixel is left for the linear layers.
+        UserError: If an argument is out of range, no pixel is left for the linear layers, or an
+            image has another size.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LeNet5(nn.Module):
             if choice not in get_args(known):
                 allowed = ", ".join(get_args(known))
                 raise UserError(f"{name} must be one of {allowed}, got {choice!r}.")
+        self.size = padded_size - 2 * padding  # of the images
         size = padded_size
         for _ in channels:
             size = (size - kernel_size) // stride + 1
@@ -98,8 +100,17 @@ class LeNet5(nn.Module):
                     nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, H) -> (B, K)
+        self.check(images)
         x = self.pool(F.relu(self.norm1(self.conv1(images))))  # (B, 6, 14, 14)
         x = self.pool(F.relu(self.norm2(self.conv2(x))))  # (B, 16, 5, 5)
         x = self.dropout(F.relu(self.norm3(self.fc1(x.flatten(1)))))
         x = self.dropout(F.relu(self.norm4(self.fc2(x))))
         return self.fc3(x)
+
+    def check(self, images: Tensor) -> None:
+        height, width = images.shape[2:]
+        if (height, width) != (self.size, self.size):
+            raise UserError(
+                f"this LeNet5 takes images of {self.size} x {self.size} pixels, got {height} x "
+                f"{width}; padded_size has to be their side with its padding on both sides."
+            )
