@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ NETWORKS = pytest.mark.parametrize(
     ],
 )
 def test_lenet_is_the_known_network(
-    options: dict[str, int], image: tuple[int, int, int], parameters: int
+    options: dict[str, Any], image: tuple[int, int, int], parameters: int
 ) -> None:
     network = LeNet5(**options)
     assert sum(p.numel() for p in network.parameters()) == parameters
