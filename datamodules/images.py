@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.augment import Effects
 from datamodules.base import BaseDataModule
 from datamodules.resident import ResidentLoader, Stage
 from errors import UserError
@@ -77,8 +78,8 @@ class ImageLoader(ResidentLoader):
     Padded and mirrored images are resident too, so that a batch is one gather of windows of them.
     One table of uniform numbers (N, 5) per epoch decides the augmentation of every image: flip,
     crop row and column, cutout row and column. Where an epoch goes over the images in P passes, it
-    has P * N rows. It is drawn on the CPU, so a GPU run and any number
-    of processes see the same augmented images.
+    has P * N rows. ``effects``, which come between crop and cutout, have a second table. Both are
+    drawn on the CPU, so a GPU run and any number of processes see the same augmented images.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class ImageLoader(ResidentLoader):
         crop: int = 0,
         flip: Flip = "none",
         cutout: int = 0,
+        effects: Effects | None = None,
         **loader: Any,
     ) -> None:
         super().__init__([images, targets], **loader)
@@ -100,7 +102,9 @@ class ImageLoader(ResidentLoader):
         self.crop = crop
         self.flip = flip
         self.cutout = cutout
-        self.augmenting = self.stage == "train" and (crop > 0 or flip != "none" or cutout > 0)
+        self.effects = effects or None
+        changing = crop > 0 or flip != "none" or cutout > 0 or self.effects is not None
+        self.augmenting = self.stage == "train" and changing
         if self.augmenting:
             padded = reflect_pad(images, crop) if crop else images
             if flip != "none":
@@ -125,13 +129,20 @@ class ImageLoader(ResidentLoader):
         height, width = self.padded_size
         self.starts = ((image * height + row) * width + column).to(self.device)
         self.centers = draws[:, 3:].to(self.device)
+        if self.effects:
+            draws = torch.rand(rows, self.effects.draws, generator=generator)
+            self.parameters = self.effects.parameters(draws).to(self.device)
 
     def batch(self, index: Tensor) -> list[Tensor]:
         target = self.tensors[1].index_select(0, self.sample(index))
         if not self.augmenting:
             return [self.plain(index), target]
         # index_select copies whole rows; windows[...] would go value by value, 14 times slower
-        batch = self.normalize(self.windows.index_select(0, self.starts[index]))
+        rows = self.windows.index_select(0, self.starts[index])
+        if self.effects:
+            pixels = self.effects(self.planes(rows / 255), self.parameters[index])
+            rows = pixels.permute(0, 2, 3, 1).flatten(2) * 255
+        batch = self.normalize(rows)
         if self.cutout:
             batch = cutout(batch, self.cutout, self.centers[index])
         return [batch, target]
@@ -141,12 +152,15 @@ class ImageLoader(ResidentLoader):
         return self.normalize(self.tensors[0].index_select(0, self.sample(index)).flatten(2))
 
     def normalize(self, rows: Tensor) -> Tensor:
-        """uint8 (B, H, W * C) -> float32 (B, C, H, W) in channels_last.
+        """Pixels from 0 to 255 (B, H, W * C) -> float32 (B, C, H, W) in channels_last.
 
         Rows are whole, because a loop over three channels takes a CPU seven times as long.
         """
-        floats = rows.to(torch.float32).mul_(self.scale).sub_(self.shift)
-        return floats.unflatten(2, (-1, self.channels)).permute(0, 3, 1, 2)
+        return self.planes(rows.to(torch.float32).mul_(self.scale).sub_(self.shift))
+
+    def planes(self, rows: Tensor) -> Tensor:
+        """(B, H, W * C) -> (B, C, H, W), a view."""
+        return rows.unflatten(2, (-1, self.channels)).permute(0, 3, 1, 2)
 
 
 class SemiSupervisedLoader(ImageLoader):
@@ -203,6 +217,18 @@ class ImageDataModule(BaseDataModule):
         crop: Random crops from images padded by this many mirrored pixels.
         flip: Mirror left and right: never, at random, or at random once and then alternating.
         cutout: Side in pixels of a random square set to the mean; 0 leaves it out.
+        rotate: Largest angle in degrees by which images are turned, either way; 10 to 15 is usual.
+        scale: Largest relative change of size; 0.1 is usual.
+        shear: Largest angle in degrees by which images are slanted; 5 to 10 is usual.
+        elastic: Standard deviation in pixels of the displacements of 4 x 4 control points, between
+            which images bend; 1 suits digits of 28 x 28, and 2 makes some of them hard to read.
+        brightness: Largest relative change of all pixels; 0.2 to 0.4 is usual, as for the next two.
+        contrast: Largest relative change of the distance from the image's mean grey.
+        saturation: Largest relative change of the distance from grey.
+        hue: Largest turn of the hue in HSV, either way, where 0.5 is half of the circle; 0.05 to
+            0.1 is usual.
+        blur: Largest standard deviation in pixels of a Gaussian blur; it is drawn from 0.1 up, and
+            1 is usual.
         train_fraction: Share of the training part that is trained on: the first of one fixed order
             in which the classes take turns, so that 20 % is contained in 50 %.
         epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
@@ -226,6 +252,15 @@ class ImageDataModule(BaseDataModule):
         crop: int = 0,
         flip: Flip = "none",
         cutout: int = 0,
+        rotate: float = 0.0,
+        scale: float = 0.0,
+        shear: float = 0.0,
+        elastic: float = 0.0,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        blur: float = 0.0,
         train_fraction: float = 1.0,
         epoch_size: int | None = None,
         unlabelled: int = 0,
@@ -249,7 +284,20 @@ class ImageDataModule(BaseDataModule):
                 )
         self.mean = torch.tensor(mean)
         self.std = torch.tensor(std)
-        self.augmentation: dict[str, Any] = {"crop": crop, "flip": flip, "cutout": cutout}
+        effects = Effects(
+            rotate, scale, shear, elastic, brightness, contrast, saturation, hue, blur
+        )
+        if channels != 3 and (saturation or hue):
+            raise UserError(
+                f"saturation and hue need images of 3 channels, these have {channels}; leave them "
+                "out."
+            )
+        self.augmentation: dict[str, Any] = {
+            "crop": crop,
+            "flip": flip,
+            "cutout": cutout,
+            "effects": effects,
+        }
 
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size
