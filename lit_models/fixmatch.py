@@ -55,8 +55,8 @@ class LitFixMatch(LitClassifier):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if len(batch) != 4:
             raise UserError(
-                "LitFixMatch needs unlabelled images; set --data.unlabelled=N, or train a "
-                "LitClassifier."
+                "LitFixMatch needs unlabelled images; set --data.unlabelled=N and a "
+                "--data.train_fraction below 1, or train a LitClassifier."
             )
         images, weak, strong, target = batch  # (B, ...), (U, ...), (U, ...), (B,)
         together = torch.cat([images, weak, strong])
