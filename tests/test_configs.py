@@ -13,7 +13,8 @@ OVERLAYS = sorted((CONFIGS / "hardware").glob("*.yaml"))
 
 def fake(config: Path, data_dir: Path) -> list[str]:
     text = config.read_text()
-    data = ["--data.verify=false"] if "CIFAR10DataModule" in text else []
+    verified = "CIFAR10DataModule" in text or "MNISTDataModule" in text
+    data = ["--data.verify=false"] if verified else []
     folder = data_dir / "photos" if "ImageFolderDataModule" in text else data_dir
     return [f"--data.data_dir={folder}", "--data.val_size=40", "--data.batch_size=20", *data]
 
