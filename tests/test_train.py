@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS
+from conftest import CONFIGS, end_wandb
 
 import train
 from runs import Run, load_checkpoint
@@ -247,3 +248,80 @@ def test_run_goes_on_without_its_config(
     settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in (trained, home)]
     assert settings[0]["model"] == settings[1]["model"]
     assert settings[0]["data"] == settings[1]["data"]
+
+
+def test_a_run_can_test_itself_when_it_is_trained(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says the same, at the same step, as a test in a program of its own."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["fit", *small, "--run=x", "--trainer.max_epochs=2", "--test=true"])
+    folder = tmp_path / "runs" / "cifar10_cpu" / "x"
+    [tested] = [row for row in rows(folder) if row["test/accuracy"]]
+    end_wandb()
+    train.main(["test", "--run=cifar10_cpu/x"])
+    assert [row for row in rows(folder) if row["test/accuracy"]] == [tested]
+
+
+def write_study(folder: Path, small: list[str]) -> str:
+    content = {
+        "program": "train.py",
+        "method": "grid",
+        "parameters": {"size": {"values": ["short", "long"]}, "seed_everything": {"values": [3]}},
+        "command": ["fit", small[0], "--study=tiny.yaml", *small[1:], "${args}"],
+    }
+    groups = {"size": {"short": ["--trainer.max_epochs=1"], "long": ["--trainer.max_epochs=2"]}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (folder / "tiny_groups.yaml").write_text(yaml.safe_dump(groups))
+    return "--study=tiny.yaml"
+
+
+def test_a_point_of_a_study_names_its_run(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    point = [*small, write_study(tmp_path, small), "--size=short", "--seed_everything=3"]
+    train.main(["fit", *point])
+    folder = tmp_path / "runs" / "tiny" / "size=short,seed_everything=3"
+    assert len(rows(folder)) == 10  # one epoch of 160 / 16 steps
+    record = json.loads((folder / "point.json").read_text())
+    assert record["point"] == {"size": "short", "seed_everything": 3}
+    assert record["finished"] is True
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["seed_everything"] == 3
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    payloads = (offline / f"run-{offline.name[-8:]}.wandb").read_bytes()
+    assert b"tiny/size=short,seed_everything=3" in payloads
+    end_wandb()
+    said = sentence(["fit", *point, "--data.batch_size=8"], capsys)
+    assert "was trained with other settings than the study has now" in said
+    assert "tiny.yaml has no size 'huge'" in sentence(["fit", *point, "--size=huge"], capsys)
+
+
+def test_two_programs_do_not_train_the_same_run(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run.claim(tmp_path / "runs" / "cifar10_cpu", "x")
+    with run.lock():
+        said = sentence(["fit", *small, "--run=x"], capsys)
+    assert "runs/cifar10_cpu/x is being trained by another program; wait for it, or choose" in said
+    assert not list(run.folder.iterdir())
+
+
+def test_an_agents_run_is_sent_to_its_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for sweep, mode in ((None, "offline"), ("abc", "online")):
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        if sweep:
+            monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+        with pytest.raises(SystemExit):
+            train.main(["fit", f"--config={CONFIGS / 'demo.yaml'}", "--print_config"])
+        assert os.environ["WANDB_MODE"] == mode
