@@ -165,7 +165,8 @@ class ImageFolderDataModule(ImageDataModule):
         if not self.predicted:
             raise UserError(f"{folder} holds no photos ({', '.join(SUFFIXES)}).")
         size, title = self.image_size[:2], f"Decoding {folder.resolve().name}/"
-        pixels, unreadable = [], {}
+        pixels: list[bytes] = []
+        unreadable: dict[int, str] = {}
         for chunk, reasons in decode_all(folder, self.predicted, size, "fit", CHUNK, title):
             pixels.append(chunk)
             unreadable |= reasons
@@ -182,7 +183,7 @@ def digest(*tensors: Tensor) -> str:
     """SHA-256 over the values of tensors."""
     sha256 = hashlib.sha256()
     for tensor in tensors:
-        sha256.update(tensor.numpy())
+        sha256.update(tensor.numpy().data)
     return sha256.hexdigest()
 
 

@@ -88,7 +88,9 @@ def image_files(folder: Path) -> tuple[list[str], list[str]]:
 
     Links are followed, but no folder is entered twice. Hidden files and folders are passed over.
     """
-    images, others, entered = [], [], set()
+    images: list[str] = []
+    others: list[str] = []
+    entered: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         if (real := os.path.realpath(path)) in entered:

@@ -50,8 +50,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = conv(inputs, outputs, stride=stride)
-        self.conv2 = conv(outputs, outputs)
-        nn.init.zeros_(self.conv2[1].weight)
+        self.conv2 = conv(outputs, outputs, scale=0.0)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, stride)
 
@@ -66,11 +65,16 @@ def stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(ResidualBlock(inputs, outputs, stride), *rest)
 
 
-def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-    """A convolution that keeps the image's size, or its part by the stride, and its normalisation.
+def conv(
+    inputs: int, outputs: int, size: int = 3, stride: int = 1, scale: float = 1.0
+) -> nn.Sequential:
+    """A convolution that divides the image's sides by the stride, and its batch normalisation.
 
-    Its weights start as He et al. (arXiv:1502.01852) draw them, for ReLU.
+    The weights start as He et al. (arXiv:1502.01852) draw them for ReLU, the normalisation starts
+    with the factor ``scale``.
     """
     convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+    norm = nn.BatchNorm2d(outputs)
+    nn.init.constant_(norm.weight, scale)
+    return nn.Sequential(convolution, norm)
