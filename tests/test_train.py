@@ -292,10 +292,9 @@ def test_a_point_of_a_study_names_its_run(
     assert record["finished"] is True
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["seed_everything"] == 3
-    (offline,) = (folder / "wandb").glob("offline-run-*")
-    payloads = (offline / f"run-{offline.name[-8:]}.wandb").read_bytes()
-    assert b"tiny/size=short,seed_everything=3" in payloads
     end_wandb()
+    (written,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"tiny/size=short,seed_everything=3" in written.read_bytes()
     said = sentence(["fit", *point, "--data.batch_size=8"], capsys)
     assert "was trained with other settings than the study has now" in said
     assert "tiny.yaml has no size 'huge'" in sentence(["fit", *point, "--size=huge"], capsys)
