@@ -298,7 +298,6 @@ class ImageDataModule(BaseDataModule):
             "cutout": cutout,
             "effects": effects,
         }
-
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size
         self.unlabelled = unlabelled
