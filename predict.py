@@ -174,7 +174,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
     if options.images:
-        overrides = [f"--data.predict_dir={options.images}", *overrides]
+        overrides = [f"--data.images={options.images}", *overrides]
     if options.data_dir:
         overrides = [f"--data.data_dir={options.data_dir}", *overrides]
     if options.data:  # first: the class decides which settings there are

@@ -42,7 +42,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     Photos become squares once (:func:`datamodules.decode_images.decode_photo`), kept as bytes in
     ``data_dir/.cache`` until a file changes. Those that cannot be read are left out with a warning.
-    Predicting runs over the test part, or over ``predict_dir``.
+    Predicting runs over the test part, or over the photos in ``images``.
 
     Args:
         data_dir: The folder of photos.
@@ -50,7 +50,7 @@ class ImageFolderDataModule(ImageDataModule):
         val_size: Photos kept for validation: a number or, below 1, a share. Where there is a
             validation folder, it is that. 0 trains on the photos for validation, in either case.
         test_size: Photos kept for the test, likewise; 0 keeps none.
-        predict_dir: Photos to predict, with any folders below; nothing is written there.
+        images: Folder of photos to predict, with any folders below; nothing is written there.
         cache_dir: Where the squares are kept, if not in ``data_dir``.
         class_names: The classes; null takes the names of the folders in alphabetical order. A
             checkpoint knows them, so that predicting needs no training photos.
@@ -63,7 +63,7 @@ class ImageFolderDataModule(ImageDataModule):
         image_size: int = 64,
         val_size: float = 0.15,
         test_size: float = 0.15,
-        predict_dir: str | None = None,
+        images: str | None = None,
         cache_dir: str | None = None,
         class_names: list[str] | None = None,
         **options: Any,
@@ -76,7 +76,7 @@ class ImageFolderDataModule(ImageDataModule):
             raise UserError(f"test_size must not be negative, got {test_size}; 0 keeps none.")
         self.image_size = (image_size, image_size, 3)
         self.test_size = test_size
-        self.predict_dir = Path(predict_dir) if predict_dir else None
+        self.images = Path(images) if images else None
         self.cache_dir = Path(cache_dir) if cache_dir else self.data_dir / ".cache"
         self.class_names = tuple(class_names or class_folders(self.folders["train"]))
         self.predicted: list[str] = []  # the files through which the ids of predictions count
@@ -102,7 +102,7 @@ class ImageFolderDataModule(ImageDataModule):
         if stage in ("fit", "validate"):
             self.photos("train")
             self.photos("val")
-        elif stage == "test" or self.predict_dir is None:
+        elif stage == "test" or self.images is None:
             self.photos("test")
 
     def read_train(self) -> Tensors:
@@ -125,11 +125,11 @@ class ImageFolderDataModule(ImageDataModule):
         return images, classes
 
     def read_predict(self) -> Tensors:
-        if self.predict_dir is None:
+        if self.images is None:
             images, _ = self.read_test()
             self.predicted = self.photos("test").files
             return images, torch.arange(len(images))
-        images, ids = self.read_unlabelled(self.predict_dir)
+        images, ids = self.read_unlabelled(self.images)
         self.digest = digest(images)
         return images, ids
 

@@ -142,8 +142,8 @@ def read_photos(folder: Path, class_names: Sequence[str], size: Size, cache: Pat
         classes += [index] * len(found)
     if others:
         rank_zero_warn(
-            f"{len(others)} files in {folder} are passed over, since they are not named as photos "
-            f"({', '.join(SUFFIXES)}); the first is {others[0]}."
+            f"files in {folder} that are not named as photos ({', '.join(SUFFIXES)}) are passed "
+            f"over: {len(others)}, the first is {others[0]}."
         )
     decoded = cached(folder, files, size, cache)
     if decoded.unreadable:

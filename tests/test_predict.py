@@ -149,6 +149,7 @@ def test_mistakes_are_told_in_one_sentence(
     assert "none.ckpt does not exist" in sentence(capsys, "none.ckpt")
     assert "several runs make one file" in sentence(capsys, run, run)
     assert "unknown argument --foo" in sentence(capsys, run, "--foo=3")
+    assert "Option 'images' is not accepted" in sentence(capsys, run, "--images=photos")
     assert "Option 'foo' is not accepted" in sentence(capsys, run, "--data.foo=3")
     assert "missing" in sentence(capsys, run, "--data_dir=missing")
     assert "NoSuch is neither a class" in sentence(capsys, run, "--data=NoSuch")
