@@ -289,9 +289,48 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     runner.add_argument(
         "--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU; without, 4)"
     )
-    import study_report
-
-    study_report.add_arguments(commands)
+    reporter = commands.add_parser(
+        "report",
+        help="table and picture of a study",
+        description="Make the table (mean, sd, n, 95 % interval) and the picture of a study: "
+        "points with error bars, or with --x step curves with bands of one standard deviation.",
+        allow_abbrev=False,
+    )
+    reporter.add_argument("study", metavar="STUDY", help="configs/studies/NAME.yaml")
+    reporter.add_argument("--y", metavar="METRIC", help="default: the study's metric")
+    reporter.add_argument(
+        "--x", metavar="PARAMETER", help="parameter, or step (default: the first)"
+    )
+    reporter.add_argument("--hue", metavar="PARAMETER", help="a colour for each of its values")
+    reporter.add_argument(
+        "--where", nargs="+", default=[], metavar="PARAMETER=VALUE", help="only these runs"
+    )
+    reporter.add_argument(
+        "--below",
+        type=float,
+        metavar="LEVEL",
+        help="instead of the last value of the metric: optimizer steps until it is below this",
+    )
+    reporter.add_argument(
+        "--window", type=int, default=100, metavar="N", help="mean of so many steps (default: 100)"
+    )
+    reporter.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
+    reporter.add_argument(
+        "--sweep", metavar="ENTITY/PROJECT/ID", help="read the runs of a sweep on the W&B server"
+    )
+    reporter.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="default: runs/STUDY/report"
+    )
+    comparer = commands.add_parser(
+        "compare",
+        help="learning curves of any runs, side by side",
+        description="Draw the learning curves of runs side by side, on the same axes.",
+        allow_abbrev=False,
+    )
+    comparer.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    comparer.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run")
+    comparer.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
+    comparer.add_argument("--output", type=Path, metavar="FILE", help="picture to write")
     options, flags = parser.parse_known_args(args)
     if unknown := [f for f in flags if options.command != "run" or not SETTING.match(f)]:
         raise UserError(
@@ -313,9 +352,11 @@ def main(args: list[str] | None = None) -> None:
             except KeyboardInterrupt:
                 raise UserError("interrupted; the same command goes on with the study.") from None
         else:
-            import study_report
+            import study_report  # seconds of imports
 
-            study_report.main(options)
+            {"report": study_report.report, "compare": study_report.compare}[options.command](
+                options
+            )
 
 
 if __name__ == "__main__":

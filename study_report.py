@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from callbacks.wandb_logger import STEP
 from errors import UserError
 from files import atomic_write
 from grid import Point, PointRecord, Study, short
-from runs import ROOT, Run
+from runs import Run
 
 SEED = "seed_everything"
 # told apart by the colour-blind too (Okabe and Ito, "Color Universal Design", 2008)
@@ -417,49 +416,3 @@ def learning_curves_of(runs: dict[str, pd.DataFrame]) -> Figure:
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     return figure
-
-
-def add_arguments(commands: Any) -> None:
-    """The subcommands ``report`` and ``compare``."""
-    parser = commands.add_parser(
-        "report",
-        help="table and picture of a study",
-        description="Make the table (mean, sd, n, 95 % interval) and the picture of a study: "
-        "points with error bars, or with --x step curves with bands of one standard deviation.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("study", metavar="STUDY", help="configs/studies/NAME.yaml")
-    parser.add_argument("--y", metavar="METRIC", help="default: the study's metric")
-    parser.add_argument("--x", metavar="PARAMETER", help="parameter, or step (default: the first)")
-    parser.add_argument("--hue", metavar="PARAMETER", help="a colour for each of its values")
-    parser.add_argument(
-        "--where", nargs="+", default=[], metavar="PARAMETER=VALUE", help="only these runs"
-    )
-    parser.add_argument(
-        "--below",
-        type=float,
-        metavar="LEVEL",
-        help="instead of the last value of the metric: optimizer steps until it is below this",
-    )
-    parser.add_argument(
-        "--window", type=int, default=100, metavar="N", help="mean of so many steps (default: 100)"
-    )
-    parser.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
-    parser.add_argument(
-        "--sweep", metavar="ENTITY/PROJECT/ID", help="read the runs of a sweep on the W&B server"
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/STUDY/report")
-    parser = commands.add_parser(
-        "compare",
-        help="learning curves of any runs, side by side",
-        description="Draw the learning curves of runs side by side, on the same axes.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run")
-    parser.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write")
-
-
-def main(options: argparse.Namespace) -> None:
-    {"report": report, "compare": compare}[options.command](options)
