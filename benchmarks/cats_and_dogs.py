@@ -6,7 +6,8 @@
 The shape of the course notebook's ``cats_and_dogs_filtered``: 1,000 photos of each in ``train/``,
 500 of each in ``validation/``, here of 32 x 32 pixels. They are CIFAR-10's first 1,500 cats and
 dogs in its training batches; its test batch is not touched. ``--flaws`` adds a broken photo, a text
-file and an empty folder of a third class; without the folder the rest can be trained on.
+file and an empty folder of a third class; without the folder the rest can be trained on. Flags that
+are not the script's own go to `train.py fit`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from runs import ROOT
 CONFIG = "image_folder"
 CLASSES = {"cats": 3, "dogs": 5}  # CIFAR-10's numbers
 SIZES = {"train": 1000, "validation": 500}  # photos of each class
+SETTINGS = ["--data.image_size=32"]
 
 
 def make(folder: Path, data_dir: str, flaws: bool) -> None:
@@ -50,7 +52,7 @@ def train_and_test(folder: Path, seed: int, flags: list[str]) -> dict[str, float
     name = f"cats-dogs-s{seed}-{time.strftime('%H%M%S')}"
     start = time.perf_counter()
     run("fit", f"--config=configs/{CONFIG}.yaml", f"--data.data_dir={folder}", "--run", name,
-        f"--seed_everything={seed}", *flags)  # fmt: skip
+        f"--seed_everything={seed}", *SETTINGS, *flags)  # fmt: skip
     seconds = time.perf_counter() - start
     run("test", "--run", f"{CONFIG}/{name}")
     with (ROOT / CONFIG / name / "metrics.csv").open(newline="") as file:

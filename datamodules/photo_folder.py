@@ -173,7 +173,10 @@ def cached(folder: Path, files: Sequence[str], size: Size, cache: Path) -> Decod
     if decoded is None:
         title = f"Decoding {folder.name}/, only this time"
         chunks = decode_all(folder, files, size[:2], "fit", CHUNK, title)
-        decoded = make_cache(cache, shape, key, chunks)
+        try:
+            decoded = make_cache(cache, shape, key, chunks)
+        except UserError as error:
+            raise UserError(f"{error} Keep it elsewhere with --data.cache_dir=FOLDER.") from error
     return decoded
 
 

@@ -278,6 +278,13 @@ def test_the_cache_can_be_elsewhere(photos: Path, tmp_path: Path) -> None:
     assert not (photos / ".cache").exists()
 
 
+def test_a_cache_that_cannot_be_written_names_the_remedy(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    complaint = r"photos-16px.npy could not be written .*elsewhere with --data.cache_dir=FOLDER"
+    with pytest.raises(UserError, match=complaint):
+        data(photos, cache_dir=str(tmp_path / "file")).setup("fit")
+
+
 @pytest.mark.parametrize(("chunk", "cores"), [(64, 1), (7, 3), (1, 2)])
 def test_same_bytes_for_any_number_of_processes(
     photos: Path, chunk: int, cores: int, monkeypatch: pytest.MonkeyPatch
