@@ -1,4 +1,4 @@
-"""Compare the spikes of finished runs:  python compare.py runs/plain/1 runs/steady/1"""
+"""Compare the spikes of finished runs:  python spikes.py runs/plain/1 runs/steady/1"""
 
 import argparse
 import sys
@@ -179,7 +179,7 @@ def replay(run: Run) -> ThroughTime:
 
 def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="compare.py",
+        prog="spikes.py",
         description="Draw finished runs side by side and print how spiky they are.",
         epilog="Runs that differ in nothing but the seed belong together: those of equal label, or "
         "by default those of the same config. One of each is drawn; the others are in the table "
