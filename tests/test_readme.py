@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import compare
 import predict
+import spikes
+import study
 import submit
 import train
 
@@ -17,8 +18,9 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.D
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line.removeprefix("python ") for line in LINES if line.startswith("python ")]
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "compare.py": compare.parse,
+    "spikes.py": spikes.parse,
     "predict.py": predict.parse,
+    "study.py": study.parse,
     "submit.py": submit.make_parser().parse_args,
 }
 
