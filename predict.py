@@ -199,6 +199,9 @@ def main(args: list[str] | None = None) -> None:
         quiet_libraries()
         fix_threads()
         members = [Member.load(run, options.checkpoint, overrides) for run in options.runs]
+        if len(classes := {member.data.class_names for member in members}) > 1:
+            named = " and ".join(", ".join(names) for names in sorted(classes))
+            raise UserError(f"runs with different classes have no average: {named}.")
         trainer = Trainer(
             accelerator=options.accelerator,
             devices=options.devices,

@@ -660,6 +660,17 @@ def test_a_run_does_not_go_on_with_other_classes(
     assert "the run was trained on cat, dog, but photos has dog, tiger; train a new run" in said
 
 
+def test_runs_with_other_classes_are_not_averaged(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["ImageFolderDataModule"]["class_names"].reverse()
+    torch.save(checkpoint, "other.ckpt")
+    said = sentence(capsys, predict.main, str(run), "other.ckpt", "--images=.", "--output=both.csv")
+    assert "different classes have no average: cat, dog and dog, cat" in said
+
+
 def test_the_recorded_classes_are_in_the_checkpoint(run: Path) -> None:
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["ImageFolderDataModule"] == {"class_names": ["cat", "dog"]}
