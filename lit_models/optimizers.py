@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from errors import UserError
@@ -23,20 +24,18 @@ class Muon(Optimizer):
     large as an update of AdamW, so learning rate and weight decay are those of AdamW. On matrices
     it is ``torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")``, which refuses all else.
 
-    Vectors (biases, gains of normalisation) take steps of SGD with the same momentum. Every
-    parameter of two or more dimensions is a matrix here, the first and the last layer included.
+    Vectors (biases, gains of normalisation) and the last matrix, from which the outputs are read,
+    are trained by AdamW, as Muon's author recommends.
 
-    Learning rate, momentum and weight decay are those of the parameter group, so schedules act on
-    matrices and vectors alike.
+    Learning rate and weight decay are those of the parameter group, so schedules act on all alike.
 
     Args:
-        params: What is trained.
+        params: What is trained, from the inputs to the outputs.
         lr: Learning rate of the matrices.
         momentum: Share of the old in the moving average of gradients; Nesterov's look ahead is on.
-        weight_decay: Decoupled, that is ``lr * weight_decay`` of each matrix and vector is lost.
-        vector_scale: Learning rate of the vectors, in units of ``lr``. The average of gradients is
-            not the sum that ``torch.optim.SGD`` keeps, so ``lr * vector_scale`` is its
-            ``lr / (1 - momentum)``.
+        weight_decay: Decoupled, that is ``lr * weight_decay`` of every weight is lost.
+        adamw_scale: Learning rate of AdamW, in units of ``lr``.
+        adamw_betas: Shares of the old in AdamW's two averages.
         steps: Iterations of Newton-Schulz.
 
     Raises:
@@ -49,14 +48,16 @@ class Muon(Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        vector_scale: float = 10.0,
+        adamw_scale: float = 0.15,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
         steps: int = 5,
     ) -> None:
         if not lr >= 0:
             raise UserError(f"lr must not be negative, got {lr}.")
-        if not 0 <= momentum < 1:
-            raise UserError(f"momentum must be in [0, 1), got {momentum}.")
-        for name, value in (("weight_decay", weight_decay), ("vector_scale", vector_scale)):
+        for share in (momentum, *adamw_betas):
+            if not 0 <= share < 1:
+                raise UserError(f"momentum and adamw_betas must be in [0, 1), got {share}.")
+        for name, value in (("weight_decay", weight_decay), ("adamw_scale", adamw_scale)):
             if not value >= 0:
                 raise UserError(f"{name} must not be negative, got {value}; 0 turns it off.")
         if steps < 1:
@@ -65,7 +66,8 @@ class Muon(Optimizer):
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "vector_scale": vector_scale,
+            "adamw_scale": adamw_scale,
+            "adamw_betas": adamw_betas,
             "steps": steps,
             "decoupled_weight_decay": True,  # torch's word for it, also for our callbacks
         }
@@ -78,25 +80,52 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if params := [p for p in group["params"] if p.grad is not None]:
-                self._step(params, group)
+            matrices = [p for p in group["params"] if p.ndim >= 2]
+            hidden = {id(p) for p in matrices[:-1]}
+            moved = [p for p in group["params"] if p.grad is not None]
+            if group["weight_decay"] and moved:
+                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+            self._step_by_muon([p for p in moved if id(p) in hidden], group)
+            self._step_by_adamw([p for p in moved if id(p) not in hidden], group)
         return loss
 
-    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_by_muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not params:
+            return
         gradients = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum_buffer"] for p in params]
+        averages = self._states(params, "momentum_buffer")
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
-
-        matrices = iter(muon_updates([m for m in ahead if m.ndim >= 2], group["steps"]))
-        scale = group["vector_scale"]
-        updates = [next(matrices) if m.ndim >= 2 else m.mul_(scale) for m in ahead]
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        updates = muon_updates(list(ahead), group["steps"])
         torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def _step_by_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not params:
+            return
+        for p in params:
+            self.state[p].setdefault("step", torch.zeros(()))
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            self._states(params, "exp_avg"),
+            self._states(params, "exp_avg_sq"),
+            [],
+            [self.state[p]["step"] for p in params],
+            amsgrad=False,
+            beta1=group["adamw_betas"][0],
+            beta2=group["adamw_betas"][1],
+            lr=group["adamw_scale"] * group["lr"],
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+    def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """A tensor of each parameter's state, zero at first."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in params]
 
 
 def muon_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:

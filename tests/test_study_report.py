@@ -152,7 +152,7 @@ def test_curves_with_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = drawn[0].axes
     assert [line.get_label() for line in axes.lines] == VARIANTS
     expected = metrics(0.1, "steep", 0)["train/loss"]
-    np.testing.assert_allclose(axes.lines[1].get_ydata(), expected)
+    np.testing.assert_allclose(np.asarray(axes.lines[1].get_ydata()), expected)
     assert axes.get_yscale() == "log"
 
 
@@ -211,7 +211,7 @@ class Server:
 def wandb_run(name: str, point: dict[str, Any], **changes: Any) -> Any:
     table = metrics(*point.values()).rename(columns={"step": "trainer/global_step"})
 
-    def scan_history(keys: list[str]) -> list[dict[str, Any]]:
+    def scan_history(keys: list[str]) -> list[Any]:
         return table[keys].dropna().to_dict("records") if set(keys) <= set(table) else []
 
     config = point | {"model": {"nested": 1}}
