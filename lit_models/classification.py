@@ -58,7 +58,9 @@ class LitClassifier(LitModel):
             "macro_f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
             "calibration_error": MulticlassCalibrationError(num_classes, validate_args=False),
         }
-        super().__init__(network, optimizer, lr_scheduler, MetricCollection(metrics))
+        # groups are found on the first batch: were it all right, top 3 would be accuracy for good
+        collection = MetricCollection(metrics, compute_groups=False)
+        super().__init__(network, optimizer, lr_scheduler, collection)
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         if tta not in get_args(TTA):

@@ -168,6 +168,18 @@ def test_metrics_equal_a_reference_over_unequal_batches(split: str, tmp_path: Pa
     assert result == pytest.approx({f"{split}/{k}": v for k, v in expected.items()}, rel=1e-5)
 
 
+def test_metrics_that_agree_on_the_first_batch_stay_apart(tmp_path: Path) -> None:
+    """A first batch without a mistake made top 3 a copy of accuracy for the rest of the run."""
+    target = torch.tensor([0, 1, 2, 3, 0, 1])
+    logits = F.one_hot(target, NUM_CLASSES).float() * 4
+    logits[4:] = torch.tensor([[1.0, 3, 0, 0, 0], [3.0, 1, 0, 0, 0]])  # second best is right
+    lit, data = model(nn.Identity()), Given(logits, target, eval_batch_size=4)
+    trainer(tmp_path).test(lit, data, verbose=False)
+    found = lit.trainer.callback_metrics
+    assert found["test/accuracy"].item() == pytest.approx(4 / 6)
+    assert found["test/top3"].item() == 1
+
+
 def test_metrics_start_afresh_each_epoch(tmp_path: Path) -> None:
     """The value of the last epoch equals that of a validation of the final weights alone."""
     lit, data = model(), Points(val_size=30, eval_batch_size=7)
