@@ -10,6 +10,7 @@ from conftest import CONFIGS, end_wandb
 import predict
 import submit
 import train
+from datamodules import MNISTDataModule
 
 pytestmark = [
     pytest.mark.real_data,
@@ -75,3 +76,30 @@ def test_ucsb_score(short_run: Path, real_data: Path, monkeypatch: pytest.Monkey
         recorded_accuracy(short_run), abs=0.03
     )  # 2,000 of the 10,000 test images
     submit.main(["ucsb.csv", "--dry_run"])
+
+
+def test_lenet_learns_mnist_in_560_steps(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of the steps in which vanilla SGD gets there, and the submission has them right."""
+    if not (real_data / "MNIST").is_dir():
+        pytest.skip("REAL_DATA has no MNIST")
+    monkeypatch.chdir(tmp_path)
+    config = f"--config={CONFIGS / 'mnist_lenet_fast.yaml'}"
+    train.main(["fit", config, f"--data.data_dir={real_data}", "--run=x", "--test=true"])
+    run = Path("runs/mnist_lenet_fast/x")
+    accuracy = recorded_accuracy(run)
+    assert accuracy > 0.975
+    with (run / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 560
+    assert np.mean(losses[-100:]) < 0.07
+
+    predict.main([str(run)])
+    names = MNISTDataModule.class_names
+    _, labels = MNISTDataModule(data_dir=str(real_data)).read_test()
+    key = [("id", "label"), *enumerate((names[k] for k in labels.tolist()), start=1)]
+    Path("key.csv").write_text("".join(f"{i},{name}\n" for i, name in key))
+    count, score = accuracy_of(run / "submission.csv", Path("key.csv"))
+    assert count == 10_000
+    assert score == pytest.approx(accuracy, abs=1e-6)
