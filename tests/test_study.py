@@ -236,7 +236,7 @@ def test_an_interrupted_study_ends_with_the_same_numbers(
     study.main(["run", "digits.yaml", "--jobs=2", "--trainer.default_root_dir=whole"])
     whole = results(Path("whole"))
     assert len(whole) == 4
-    assert all(rows[-1]["test/accuracy"] or rows[-2]["test/accuracy"] for rows in whole.values())
+    assert all(any(row["test/accuracy"] for row in rows) for rows in whole.values())
 
     script = [sys.executable, str(ROOT / "study.py"), "run", "digits.yaml", "--jobs=1"]
     process = subprocess.Popen(script, start_new_session=True, stderr=subprocess.DEVNULL)
