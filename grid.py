@@ -4,12 +4,13 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,16 +20,27 @@ from files import atomic_write
 DEFAULTS = Path(__file__).parent / "configs" / "defaults.yaml"
 KEYS = {"program", "method", "name", "description", "project", "metric", "parameters", "command"}
 RECORD = "point.json"
-# where a run is made and kept, which changes nothing in it
-PLACES = (
-    "--run=",
-    "--data.data_dir=",
-    "--trainer.accelerator=",
-    "--trainer.default_root_dir=",
-    "--trainer.devices=",
-)
+# where a run finds its data and leaves its folder, which changes nothing in it
+PLACES = ("--data.data_dir=", "--data.download=", "--trainer.default_root_dir=")
+BARE = ("-h", "--help", "--print_config")  # what is typed without a value
 
 Point = dict[str, Any]  # one value for each parameter
+
+
+class Arguments(NamedTuple):
+    """What is typed behind ``fit``, with each group spelled out.
+
+    ``own`` is what the point says, in the order of the grid, whatever the order it was typed in.
+    """
+
+    point: Point
+    before: list[str]
+    own: list[str]
+    after: list[str]
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.before, *self.own, *self.after]
 
 
 @dataclass(frozen=True)
@@ -68,19 +80,19 @@ class Study:
             raise UserError(f"{path} has the unknown key {unknown[0]}; known are {known}.")
         if sweep.get("method") != "grid":
             raise UserError(f"{path}: method must be grid, got {sweep.get('method')!r}.")
-        parameters = {
-            name: values_of(path, name, each)
-            for name, each in (sweep.get("parameters") or {}).items()
-        }
+        if sweep.get("program") != "train.py":
+            raise UserError(f"{path}: program must be train.py, got {sweep.get('program')!r}.")
+        parameters = sweep.get("parameters") or {}
+        metric = sweep.get("metric") or {}
+        for key, value in (("parameters", parameters), ("metric", metric)):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {key} must hold keys and values, got {value!r}.")
         if not parameters:
             raise UserError(f"{path} has an empty grid; give it parameters with values.")
-        groups_file = path.with_name(f"{path.stem}_groups.yaml")
-        groups = read_yaml(groups_file) if groups_file.exists() else {}
-        for name, flags in groups.items():
-            if missing := [v for v in parameters.get(name, []) if v not in flags]:
-                raise UserError(f"{groups_file} does not say what {name} {missing[0]!r} is.")
+        grid = {name: values_of(path, name, each) for name, each in parameters.items()}
+        groups = read_groups(path.with_name(f"{path.stem}_groups.yaml"), grid)
         template = [str(part) for part in sweep.get("command") or []]
-        study = cls(path, parameters, template, groups, (sweep.get("metric") or {}).get("name"))
+        study = cls(path, grid, template, groups, metric.get("name"))
         study.check_template()
         names = [study.name_of(point) for point in study.points]
         if doubled := {name for name in names if names.count(name) > 1}:
@@ -99,8 +111,11 @@ class Study:
 
     def name_of(self, point: Point) -> str:
         """What the run of a point is called: ``train_fraction=0.2,seed_everything=0``."""
-        return ",".join(f"{short(key)}={Path(str(v)).stem if '/' in str(v) else v}"
-                        for key, v in point.items())  # fmt: skip
+        texts = {key: str(value) for key, value in point.items()}
+        return ",".join(
+            f"{short(key)}={Path(text).stem if '/' in text else text}"
+            for key, text in texts.items()
+        )
 
     def command(self, point: Point, flags: Iterable[str] = ()) -> list[str]:
         """What W&B's agent runs for a point, and ``flags`` behind it."""
@@ -118,29 +133,40 @@ class Study:
         after_fit = words[words.index("fit") + 1 :] if "fit" in words else [""]
         if not after_fit[0].startswith("--config="):
             raise UserError(f"{self.path}: command must go on with --config=... behind fit.")
-        if f"--study={self.path.name}" not in [f"--study={Path(w[8:]).name}" for w in words]:
+        studies = [Path(word[8:]).name for word in words if word.startswith("--study=")]
+        if studies != [self.path.name]:
             raise UserError(f"{self.path}: command must hold --study= and the path of this file.")
-        if "${args}" not in words:
-            raise UserError(f"{self.path}: command must end with ${{args}}, where the point goes.")
+        if words.count("${args}") != 1:
+            raise UserError(f"{self.path}: command must hold ${{args}} once, for the point.")
 
-    def split(self, args: list[str]) -> tuple[Point, list[str]]:
-        """The point that typed arguments mean, and the arguments with each group spelled out.
+    def read(self, args: list[str]) -> Arguments:
+        """What arguments behind ``fit`` mean.
 
         Raises:
-            UserError: A parameter is missing or has a value that the grid does not have.
+            UserError: A parameter is missing or has a value that the grid does not have, or an
+                argument is not written as ``--NAME=VALUE``.
         """
-        point: Point = {}
-        rest: list[str] = []
+        typed: Point = {}
+        before: list[str] = []
+        after: list[str] = []
         for arg in args:
-            key, _, text = arg.removeprefix("--").partition("=")
-            if key not in self.parameters:
-                rest.append(arg)
-                continue
-            point[key] = self.value(key, text)
-            rest += self.groups[key][point[key]] if key in self.groups else [arg]
-        if missing := self.parameters.keys() - point.keys():
-            raise UserError(f"a run of {self.path} needs --{min(missing)}=VALUE.")
-        return {key: point[key] for key in self.parameters}, rest
+            name, equals, text = arg.partition("=")
+            if name not in BARE and not (equals and name.startswith("--")):
+                raise UserError(f"with --study, write {arg} as --NAME=VALUE.")
+            key = name.removeprefix("--")
+            if key in self.parameters:
+                typed[key] = self.value(key, text)
+            else:
+                (after if typed else before).append(arg)
+        if missing := [key for key in self.parameters if key not in typed]:
+            raise UserError(f"a run of {self.path} needs --{missing[0]}=VALUE.")
+        point = {key: typed[key] for key in self.parameters}
+        own = [flag for key, value in point.items() for flag in self.flags_of(key, value)]
+        return Arguments(point, before, own, after)
+
+    def flags_of(self, key: str, value: Any) -> list[str]:
+        """What a value of a parameter stands for."""
+        return self.groups[key][value] if key in self.groups else [f"--{key}={value}"]
 
     def value(self, key: str, text: str) -> Any:
         """The value of a parameter that was typed as ``text``.
@@ -167,13 +193,37 @@ class Study:
             raise UserError(f"{self.path} has no single parameter {name}; it has {known}.")
         return found[0]
 
-    def settings(self, args: list[str]) -> str:
-        """SHA-256 of all that decides a run: what was typed behind ``fit``, and the configs."""
-        point, flags = self.split(args)
-        flags = [flag for flag in flags if not flag.startswith(PLACES)]
-        files = [Path(flag.partition("=")[2]) for flag in flags if flag.startswith("--config=")]
-        texts = [path.read_text() for path in (DEFAULTS, *files) if path.exists()]
-        return hashlib.sha256(json.dumps([point, flags, texts]).encode()).hexdigest()
+    def where(self, pairs: list[str]) -> Point:
+        """Values that were typed as ``PARAMETER=VALUE``.
+
+        Raises:
+            UserError: There is no such parameter or value.
+        """
+        typed = [pair.partition("=")[::2] for pair in pairs]
+        return {key: self.value(key, v) for n, v in typed if (key := self.parameter(n))}
+
+    def record(self, args: list[str]) -> dict[str, Any]:
+        """What ``point.json`` says of a run with these arguments behind ``fit``.
+
+        ``settings`` is a digest of all that decides the run, flags and configs; ``common`` of what
+        all points share. Comments in a config, and where data and runs lie, are not in them.
+        """
+        arguments = self.read(args)
+        return {
+            "study": self.name,
+            "point": arguments.point,
+            "common": digest([*arguments.before, *arguments.after]),
+            "settings": digest(arguments.all),
+        }
+
+
+def digest(flags: list[str]) -> str:
+    """SHA-256 of flags and of what the configs among them, and the defaults, hold."""
+    flags = [flag for flag in flags if not flag.startswith(PLACES)]
+    files = [Path(flag.partition("=")[2]) for flag in flags if flag.startswith("--config=")]
+    contents = [read_yaml(path) for path in (DEFAULTS, *files)]
+    text = json.dumps([flags, contents], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -188,32 +238,50 @@ class PointRecord:
         except FileNotFoundError:
             return None
 
-    def write(self, study: Study, args: list[str], *, finished: bool) -> None:
-        """Say what this folder holds: the run that ``fit`` makes of these arguments.
-
-        Raises:
-            UserError: It holds a run with other settings.
-        """
-        settings = study.settings(args)
-        self.is_finished(settings)
-        record = {"study": study.name, "point": study.split(args)[0], "settings": settings}
+    def write(self, record: dict[str, Any], *, finished: bool) -> None:
+        """Say what this folder holds: a record of :meth:`Study.record`."""
         with atomic_write(self.folder / RECORD, "w") as file:
             json.dump(record | {"finished": finished}, file, indent=2)
             file.write("\n")
 
-    def is_finished(self, settings: str) -> bool:
-        """Whether the run is finished.
+    def is_finished(self, record: dict[str, Any]) -> bool:
+        """Whether this is a finished run with these settings.
 
         Raises:
-            UserError: It was trained with other settings.
+            UserError: It is a run with other settings, finished or with a checkpoint to go on from.
         """
         found = self.read()
-        if found and found["settings"] != settings:
+        if found is None:
+            return False
+        if found["settings"] == record["settings"]:
+            return found["finished"]
+        if found["finished"] or (self.folder / "checkpoints" / "last.ckpt").exists():
             raise UserError(
                 f"{self.folder} was trained with other settings than the study has now; delete "
                 "this folder to train it again, or give the study another name."
             )
-        return bool(found and found["finished"])
+        return False  # nothing came of it
+
+
+def read_groups(path: Path, grid: dict[str, list[Any]]) -> dict[str, dict[str, list[str]]]:
+    """The groups of a study, if it has any.
+
+    Raises:
+        UserError: A value of the grid is missing, or does not stand for a list of flags.
+    """
+    groups = read_yaml(path) if path.exists() else {}
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {name} must hold its values, got {values!r}.")
+        if missing := [value for value in grid.get(name, []) if value not in values]:
+            raise UserError(f"{path} does not say what {name} {missing[0]!r} is.")
+        for value, flags in values.items():
+            listed = flags if isinstance(flags, list) else [flags]
+            if flags is not listed or not all(re.match(r"--\S+=", str(f)) for f in listed):
+                raise UserError(
+                    f"{path}: {name} {value!r} must be a list of flags --NAME=VALUE, got {flags!r}."
+                )
+    return groups
 
 
 def values_of(path: Path, name: str, parameter: Any) -> list[Any]:
@@ -222,6 +290,8 @@ def values_of(path: Path, name: str, parameter: Any) -> list[Any]:
         if parameter.keys() == {"value"}:
             return [parameter["value"]]
         values = parameter.get("values")
+        if parameter.keys() == {"values"} and isinstance(values, list) and None in values:
+            raise UserError(f"{path}: {name} has the value null, which cannot be typed; leave it.")
         if parameter.keys() == {"values"} and isinstance(values, list) and values:
             return values
     raise UserError(

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -23,6 +24,7 @@ from runs import ROOT, Run
 
 SETTING = re.compile(r"--[\w.]+\+?=")  # what is handed on to train.py
 POLL = 0.2  # seconds between two looks at the running jobs
+GRACE = 10  # seconds that jobs have to end when they are asked to
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Job:
     """A run of a study: a process of its own, whose output goes to ``log``."""
 
     point: Point
+    command: list[str]
+    record: dict[str, Any]  # what point.json will say
     run: Run
     log: Path
     process: subprocess.Popen[bytes] | None = None
@@ -40,13 +44,13 @@ class Job:
     def name(self) -> str:
         return self.run.folder.name
 
-    def start(self, command: list[str], slot: int, gpus: int) -> None:
-        """Start the process; with several GPUs, each slot has one to itself."""
-        own_gpu = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus > 1 else {}
+    def start(self, gpu: str | None) -> None:
+        """Start the process, on a GPU of its own if one is given."""
+        own_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
+        with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                command,
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -54,15 +58,13 @@ class Job:
             )
         self.started = time.monotonic()
 
-    def end(self) -> None:
-        """Ask the process to stop, and make sure that it does."""
-        if self.process and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+    def is_finished(self) -> bool:
+        """Whether the run is done, by whomever.
+
+        Raises:
+            UserError: It was trained with other settings.
+        """
+        return PointRecord(self.run.folder).is_finished(self.record)
 
     def is_busy(self) -> bool:
         """Whether a process, ours or another's, is training this run."""
@@ -89,84 +91,106 @@ class Job:
         return said[-1].removeprefix("error: ") if said and code != -9 else f"ended with {code}"
 
 
-def run(study: Study, jobs: int | None, flags: list[str]) -> None:
+def run(study: Study, jobs: int | None, flags: list[str], where: dict[str, Any]) -> None:
     """Run every point that is not finished, ``jobs`` at a time.
+
+    Args:
+        study: The study.
+        jobs: Runs at a time; by default one for each GPU, or for each core up to 4.
+        flags: Settings for every run.
+        where: Only the points with these values.
 
     Raises:
         UserError: A run has been trained with other settings, or some runs failed.
     """
-    root = root_of(flags)
-    folder = root / study.name
-    every = [make_job(study, point, folder) for point in study.points]
-    waiting = [job for job in every if not is_finished(study, job, flags)]
+    for flag in flags:
+        name = flag.partition("=")[0].removeprefix("--")
+        if name in (*study.parameters, "run", "study"):
+            raise UserError(f"--{name} is the study's to set; choose points with --where.")
+    points = [p for p in study.points if all(p[key] == value for key, value in where.items())]
+    every = [make_job(study, point, flags) for point in points]
+    waiting = [job for job in every if not job.is_finished()]
     done = len(every) - len(waiting)
     if waiting:
-        check_settings(study, [job.point for job in waiting], flags)
-    gpus = count_gpus() if waiting else 0
-    slots = jobs or gpus or min(4, os.cpu_count() or 1)
+        check_settings(waiting)
+    gpus = visible_gpus() if waiting else []
+    slots = jobs or len(gpus) or min(4, os.cpu_count() or 1)
     failed: dict[str, str] = {}
-    console = Console(stderr=True)
-    with Display(console, len(every), done) as display, ended_with_us(slots) as running:
+    with Display(len(every), done) as display, ended_with_us(slots) as running:
         while waiting or any(running):
             for slot, job in enumerate(running):
-                if job and job.process and job.process.poll() is not None:
+                if job is None:
+                    if free := next_free(waiting, failed, display):
+                        free.start(gpus[slot % len(gpus)] if len(gpus) > 1 else None)
+                        running[slot] = free
+                        display.show(free)
+                elif job.process and job.process.poll() is not None:
                     running[slot] = None
-                    if is_finished(study, job, flags):
-                        display.finish(job, f"{job.name}{value_of(study, job.run)}")
-                    elif job.process.returncode and job.is_busy():  # another program was faster
+                    if job.process.returncode and job.is_busy():  # another program was faster
                         display.hide(job)
                         waiting.append(job)
                     else:
-                        failed[job.name] = job.error()
-                        display.finish(job, f"{job.name} FAILED: {failed[job.name]}")
-                elif job is None and (free := next_free(study, waiting, flags, display)):
-                    free.start(study.command(free.point, flags), slot, gpus)
-                    running[slot] = free
-                    display.show(free)
+                        conclude(study, job, failed, display)
             display.refresh([job for job in running if job])
             time.sleep(POLL)
     print(f"{len(every) - len(failed)} of {len(every)} runs of {study.name} are finished.")
+    root = root_of(study, flags)
     if failed:
         name, reason = next(iter(failed.items()))
         raise UserError(
             f"{len(failed)} of {len(every)} runs failed, the first is {name} ({reason}); what they "
-            f"printed is in {folder / 'logs'}, and the same command tries them again."
+            f"printed is in {root / study.name / 'logs'}, and the same command tries them again."
         )
-    print(f"Next: python study.py report {study.path}")
+    elsewhere = "" if root == ROOT else f" --root {root}"
+    print(f"Next: python study.py report {study.path}{elsewhere}")
 
 
-def next_free(study: Study, waiting: list[Job], flags: list[str], display: "Display") -> Job | None:
+def next_free(waiting: list[Job], failed: dict[str, str], display: "Display") -> Job | None:
     """The next run that nobody else is training; what others have finished is done."""
     for job in list(waiting):
         if job.is_busy():
             continue
         waiting.remove(job)
-        if not is_finished(study, job, flags):
-            return job
-        display.finish(job, f"{job.name}, by another program")
+        try:
+            if not job.is_finished():
+                return job
+            display.finish(job, f"{job.name}, by another program")
+        except UserError as error:
+            failed[job.name] = str(error)
+            display.finish(job, f"{job.name} FAILED: {error}")
     return None
 
 
-def make_job(study: Study, point: Point, folder: Path) -> Job:
+def conclude(study: Study, job: Job, failed: dict[str, str], display: "Display") -> None:
+    """Say what became of a job whose process has ended."""
+    try:
+        finished = job.is_finished()
+        reason = "" if finished else job.error()
+    except UserError as error:
+        finished, reason = False, str(error)
+    if finished:
+        display.finish(job, f"{job.name}{value_of(study, job.run)}")
+    else:
+        failed[job.name] = reason
+        display.finish(job, f"{job.name} FAILED: {reason}")
+
+
+def make_job(study: Study, point: Point, flags: list[str]) -> Job:
     name = study.name_of(point)
-    return Job(point, Run(folder / name), folder / "logs" / f"{name}.txt")
+    command = study.command(point, flags)
+    record = study.record(command[command.index("fit") + 1 :])
+    folder = root_of(study, flags) / study.name
+    return Job(point, command, record, Run(folder / name), folder / "logs" / f"{name}.txt")
 
 
-def is_finished(study: Study, job: Job, flags: list[str]) -> bool:
-    return PointRecord(job.run.folder).is_finished(study.settings(arguments(study, job, flags)))
-
-
-def arguments(study: Study, job: Job, flags: list[str]) -> list[str]:
-    command = study.command(job.point, flags)
-    return command[command.index("fit") + 1 :]
-
-
-def root_of(flags: Iterable[str]) -> Path:
+def root_of(study: Study, flags: list[str]) -> Path:
+    """The folder of all runs: what is typed last wins."""
     name = "--trainer.default_root_dir="
-    return Path(next((f.removeprefix(name) for f in flags if f.startswith(name)), ROOT))
+    named = [f.removeprefix(name) for f in (*study.template, *flags) if f.startswith(name)]
+    return Path(named[-1]) if named else ROOT
 
 
-def check_settings(study: Study, points: list[Point], flags: list[str]) -> None:
+def check_settings(jobs: list[Job]) -> None:
     """Let train.py read, but not run, a command with each value of each parameter.
 
     An unknown parameter is told in a second, and not by every run after its imports.
@@ -174,24 +198,26 @@ def check_settings(study: Study, points: list[Point], flags: list[str]) -> None:
     import train  # seconds of imports
 
     seen: set[tuple[str, str]] = set()
-    for point in points:
-        values = {(k, str(v)) for k, v in point.items() if k != "seed_everything"}
-        if values <= seen:
+    for number, job in enumerate(jobs):
+        values = {(k, str(v)) for k, v in job.point.items() if k != "seed_everything"}
+        if number and values <= seen:
             continue
         seen |= values
-        command = study.command(point, flags)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                train.main([*command[command.index("fit") :], "--print_config"])
+                train.main([*job.command[job.command.index("fit") :], "--print_config"])
         except SystemExit as stop:
             if stop.code:
                 raise
 
 
-def count_gpus() -> int:
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may say to show a process one of the GPUs that we see."""
     import torch
 
-    return torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def value_of(study: Study, run: Run) -> str:
@@ -211,9 +237,16 @@ def ended_with_us(slots: int) -> Iterator[list[Job | None]]:
     try:
         yield running
     finally:
-        for job in running:
-            if job:
-                job.end()
+        processes = [job.process for job in running if job and job.process]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in processes:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextlib.contextmanager
@@ -233,14 +266,14 @@ def terminable() -> Iterator[None]:
 class Display:
     """A bar for the whole study and a line for every running job; bare lines without a terminal."""
 
-    def __init__(self, console: Console, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             Elapsed(),
             TextColumn("{task.fields[state]}"),
-            console=console,
+            console=Console(stderr=True),
         )
         self.whole = self.progress.add_task("runs", total=total, completed=done, state="")
 
@@ -289,6 +322,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     runner.add_argument(
         "--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU; without, 4)"
     )
+    runner.add_argument(
+        "--where", nargs="+", default=[], metavar="PARAMETER=VALUE", help="only these points"
+    )
     reporter = commands.add_parser(
         "report",
         help="table and picture of a study",
@@ -297,7 +333,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     reporter.add_argument("study", metavar="STUDY", help="configs/studies/NAME.yaml")
-    reporter.add_argument("--y", metavar="METRIC", help="default: the study's metric")
+    reporter.add_argument(
+        "--y", metavar="METRIC", help="what is reported, at the end (default: the study's metric)"
+    )
     reporter.add_argument(
         "--x", metavar="PARAMETER", help="parameter, or step (default: the first)"
     )
@@ -305,14 +343,20 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     reporter.add_argument(
         "--where", nargs="+", default=[], metavar="PARAMETER=VALUE", help="only these runs"
     )
+    level = reporter.add_mutually_exclusive_group()
+    for name in ("below", "above"):
+        level.add_argument(
+            f"--{name}",
+            type=float,
+            metavar="LEVEL",
+            help=f"instead of the metric: optimizer steps until it is {name} this",
+        )
     reporter.add_argument(
-        "--below",
-        type=float,
-        metavar="LEVEL",
-        help="instead of the last value of the metric: optimizer steps until it is below this",
-    )
-    reporter.add_argument(
-        "--window", type=int, default=100, metavar="N", help="mean of so many steps (default: 100)"
+        "--window",
+        type=int,
+        default=100,
+        metavar="N",
+        help="train/... is the mean of so many steps (default: 100)",
     )
     reporter.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
     reporter.add_argument(
@@ -337,8 +381,10 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"unknown argument {unknown[0]}; see study.py {options.command} --help"
             f"{', and write settings as --NAME=VALUE' if options.command == 'run' else ''}."
         )
-    if options.command == "run" and options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {options.jobs}.")
+    for name in ("jobs", "window"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}.")
     return options, flags
 
 
@@ -348,7 +394,8 @@ def main(args: list[str] | None = None) -> None:
         if options.command == "run":
             try:
                 with terminable():
-                    run(Study.load(options.study), options.jobs, flags)
+                    study = Study.load(options.study)
+                    run(study, options.jobs, flags, study.where(options.where))
             except KeyboardInterrupt:
                 raise UserError("interrupted; the same command goes on with the study.") from None
         else:

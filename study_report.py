@@ -27,15 +27,18 @@ PANELS = 6  # runs side by side; with more of them nothing could be read
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:
-    """The metrics of a run, a row an optimizer step.
+    """The metrics of a run as text, a row an optimizer step; empty where nothing was logged.
+
+    As text, because to pandas a loss that is not a number is a cell without a number.
 
     Raises:
         UserError: The run has none.
     """
     path = folder / "metrics.csv"
     try:
-        return pd.read_csv(path, index_col="step").sort_index()
-    except (FileNotFoundError, ValueError, pd.errors.ParserError) as error:
+        metrics = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return metrics.set_index(metrics.pop("step").astype(int)).sort_index()
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); train the run first.") from None
 
 
@@ -46,10 +49,11 @@ def metric_of(folder: Path, name: str) -> pd.Series:
         UserError: The run has no such metric.
     """
     metrics = read_metrics(folder)
-    if name not in metrics or metrics[name].dropna().empty:
-        known = ", ".join(str(name) for name in metrics.columns[metrics.notna().any()])
+    filled = metrics != ""
+    if name not in metrics or not filled[name].any():
+        known = ", ".join(str(column) for column in metrics.columns[filled.any()])
         raise UserError(f"{folder} has no metric {name}; it has {known}.")
-    return metrics[name].dropna()
+    return metrics.loc[filled[name], name].astype(float)
 
 
 def last_value(folder: Path, name: str) -> float | None:
@@ -60,13 +64,13 @@ def last_value(folder: Path, name: str) -> float | None:
         return None
 
 
-def steps_until(values: pd.Series, below: float, window: int) -> float:
-    """Optimizer steps after which the mean of the last ``window`` values is below ``below``.
+def steps_until(reached: pd.Series) -> float:
+    """Optimizer steps after which something is reached; NaN if that never happens.
 
-    NaN if that never happens. ``values`` are indexed by step, counted from 0.
+    ``reached`` says of each step, counted from 0, whether it is.
     """
-    reached = values.index[values.rolling(window).mean() < below]
-    return float(reached[0]) + 1 if len(reached) else float("nan")
+    steps = reached.index[reached]
+    return float(steps[0]) + 1 if len(steps) else float("nan")
 
 
 Found = Iterator[tuple[Point, pd.Series]]  # a finished run, and its metric by optimizer step
@@ -76,13 +80,23 @@ def from_folders(study: Study, root: Path, metric: str) -> Found:
     """The finished runs below ``root``, made here or by agents.
 
     Raises:
-        UserError: A run has no such metric.
+        UserError: A run has no such metric, or two were trained with different settings that a
+            study's runs have in common.
     """
+    first: tuple[Path, str | None] | None = None
     for point in study.points:
         folder = root / study.name / study.name_of(point)
         record = PointRecord(folder).read()
-        if record and record["finished"]:
-            yield point, metric_of(folder, metric)
+        if record is None or not record["finished"]:
+            continue
+        common = record.get("common")
+        first = first or (folder, common)
+        if common != first[1]:
+            raise UserError(
+                f"{folder} and {first[0]} were trained with different settings, which the study "
+                "has changed in between; delete the older one."
+            )
+        yield point, metric_of(folder, metric)
 
 
 def from_wandb(study: Study, sweep: str, metric: str) -> Found:
@@ -122,15 +136,15 @@ def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
     Args:
         runs: A row a run.
-        by: The parameters whose values make a group.
+        by: The columns whose values make a group.
 
     Returns:
         A row for each group in order of appearance: its values, ``mean``, ``sd``, ``low``,
-        ``high``, ``n``, and how many runs have no value in ``missing``.
+        ``high``, ``n``, and in ``missing`` how many runs have no finite value.
     """
     rows = []
     for values, group in runs.groupby(list(by), sort=False):
-        y = group["y"].dropna()
+        y = group["y"][np.isfinite(group["y"])]
         n, sd = len(y), y.std()
         half = sd / np.sqrt(n) * stats.t.ppf(0.975, n - 1) if n > 1 else float("nan")
         mean = y.mean()
@@ -139,8 +153,15 @@ def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def markdown(table: pd.DataFrame, by: Sequence[str], y: str) -> str:
-    """The table of :func:`summary` for people; accuracies in percent."""
+def markdown(table: pd.DataFrame, by: Sequence[str], y: str, missing: str) -> str:
+    """The table of :func:`summary` for people; accuracies in percent.
+
+    Args:
+        table: The table.
+        by: The columns whose values make a group.
+        y: What the means are of.
+        missing: What became of the runs without a value.
+    """
     percent = y.endswith("accuracy")
     head = [*map(short, by), f"{y}{', %' if percent else ''}", "95 % interval", "runs"]
 
@@ -153,8 +174,8 @@ def markdown(table: pd.DataFrame, by: Sequence[str], y: str) -> str:
     for row in table.to_dict("records"):
         spread = "" if np.isnan(row["sd"]) else f" ± {say(row['sd'])}"
         interval = "-" if np.isnan(row["low"]) else f"{say(row['low'])} to {say(row['high'])}"
-        never = f", {row['missing']} more never" if row["missing"] else ""
-        cells = [f"{say(row['mean'])}{spread}", interval, f"{row['n']}{never}"]
+        lost = f", {row['missing']} more {missing}" if row["missing"] else ""
+        cells = [f"{say(row['mean'])}{spread}", interval, f"{row['n']}{lost}"]
         lines.append([*(str(row[key]) for key in by), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -227,7 +248,7 @@ def curves_picture(
     Args:
         curves: For each name the values of its runs, by optimizer step.
         y: What they are.
-        window: Values that a point of a curve is the mean of.
+        window: Steps that each value is the mean of.
         level: Draw a line there.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -236,11 +257,11 @@ def curves_picture(
     for number, (name, runs) in enumerate(curves.items()):
         color = COLORS[number % len(COLORS)]
         style = ["-", "--", ":"][number // len(COLORS) % 3]
-        smooth = pd.concat([run.rolling(window, min_periods=1).mean() for run in runs], axis=1)
-        mean, sd = smooth.mean(axis=1), smooth.std(axis=1).fillna(0)
+        together = pd.concat(runs, axis=1)
+        mean, sd = together.mean(axis=1), together.std(axis=1).fillna(0)
         axes.plot(mean, style, color=color, label=name)
         axes.fill_between(mean.index, mean - sd, mean + sd, color=color, alpha=0.2, linewidth=0)
-        lowest = min(lowest, float((mean - sd).min()))
+        lowest = min(lowest, float(mean.min()))
     if level is not None:
         axes.axhline(level, color=COLORS[-2], linewidth=0.8, linestyle=":")
     high = axes.get_ylim()[1]
@@ -258,9 +279,7 @@ def finish(axes: Axes, x_label: str, y_label: str, *, vertical: bool = True) -> 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if (y_label if vertical else x_label).endswith("accuracy"):
-        decimals = None if axes.get_xlim() else 0
-        axis = axes.yaxis if vertical else axes.xaxis
-        axis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+        (axes.yaxis if vertical else axes.xaxis).set_major_formatter(PercentFormatter(1))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -273,8 +292,7 @@ def report(options: argparse.Namespace) -> None:
     metric = options.y or study.metric
     if metric is None:
         raise UserError(f"{study.path} names no metric; say which with --y METRIC.")
-    pairs = [pair.partition("=") for pair in options.where]
-    where = {study.parameter(name): study.value(study.parameter(name), v) for name, _, v in pairs}
+    where = study.where(options.where)
     x, hue = axes_of(study, options.x, options.hue, set(where))
     if options.sweep:
         found = list(from_wandb(study, options.sweep, metric))
@@ -285,37 +303,54 @@ def report(options: argparse.Namespace) -> None:
         raise UserError(
             f"{study.name} has no finished run to report; `python study.py run {study.path}` first."
         )
-    y = metric
+    window = options.window if metric.startswith("train/") else 1
+    means = [values.rolling(window).mean() for _, values in kept]
+    y, missing, level = metric, "not finite", None
     if options.below is not None:
-        y = f"steps until {metric} < {options.below:g}"
-    runs = pd.DataFrame([point for point, _ in kept])
-    runs["y"] = [
-        steps_until(values, options.below, options.window)
-        if options.below is not None
-        else float(values.iloc[-1])
-        for _, values in kept
-    ]
+        y, missing, level = f"steps until {metric} < {options.below:g}", "never", options.below
+        ends = [steps_until(values < options.below) for values in means]
+    elif options.above is not None:
+        y, missing, level = f"steps until {metric} > {options.above:g}", "never", options.above
+        ends = [steps_until(values > options.above) for values in means]
+    else:
+        ends = [float(values.iloc[-1]) for values in means]
+    runs = pd.DataFrame([frame_row(study, point) for point, _ in kept])
+    runs["y"] = ends
     by = list(dict.fromkeys(key for key in (hue, x) if key not in (None, "step")))
     table = summary(runs, by)
     if x == "step":
         curves: dict[str, list[pd.Series]] = {}
-        for point, values in kept:
-            curves.setdefault(str(point[by[0]]), []).append(values)
-        window = options.window if metric.startswith("train/") else 1
-        figure = curves_picture(curves, metric, window, options.below)
+        for name, values in zip(runs[by[0]], means, strict=True):
+            curves.setdefault(str(name), []).append(values.dropna())
+        figure = curves_picture(curves, metric, window, level)
     elif pd.api.types.is_numeric_dtype(runs[x]):
         figure = points_picture(runs, table, x, y, hue)
     else:
         figure = names_picture(runs, table, x, y, hue)
     folder = options.output or Path(options.root) / study.name / "report"
-    path = folder / re.sub(r"[^\w.]+", "-", f"{y} by {short(x)}")
-    text = markdown(table, by, y)
+    shown = [f"{y} by {short(x)}", *([short(hue)] if hue else [])]
+    chosen = ", ".join(f"{short(key)}={value}" for key, value in where.items())
+    name = " and ".join(shown) + (f" where {chosen}" if chosen else "")
+    path = folder / re.sub(r"[^\w.=]+", "-", name)
+    text = markdown(table, by, y, missing)
     save_report(path, table, text, figure)
-    keep_on_wandb(study, folder, table, path)
     print(text, end="")
     if len(found) < len(study.points):
         print(f"{len(study.points) - len(found)} of {len(study.points)} runs are not finished.")
     print(f"{path.name}.png, .csv and .md are in {folder}")
+    keep_on_wandb(study, folder, table, path)
+
+
+def frame_row(study: Study, point: Point) -> Point:
+    """A point for a table: lists as text, and 1e-3, which is text to YAML, as a number."""
+    row: Point = {"study": study.name}
+    for key, value in point.items():
+        row[key] = value
+        if isinstance(value, list | dict):
+            row[key] = str(value)
+        elif all(re.fullmatch(r"-?[\d.]+e-?\d+", str(v)) for v in study.parameters[key]):
+            row[key] = float(value)
+    return row
 
 
 def axes_of(
@@ -335,7 +370,7 @@ def axes_of(
     hue = hue and study.parameter(hue)
     varied = [key for key, values in study.parameters.items() if len(values) > 1]
     varied = [key for key in varied if key not in {SEED, hue, *fixed}]
-    first = varied[0] if varied else SEED
+    first = varied[0] if varied else "study"  # nothing but seeds: one mean of all runs
     if x == "step":
         hue = hue or first
     else:
@@ -358,17 +393,25 @@ def save_report(path: Path, table: pd.DataFrame, text: str, figure: Figure) -> N
 
 
 def keep_on_wandb(study: Study, folder: Path, table: pd.DataFrame, path: Path) -> None:
-    """Table and picture on a W&B run of their own, in the group of the study's runs."""
+    """Table and picture on a W&B run of their own, in the group of the study's runs.
+
+    Raises:
+        UserError: W&B does not take them.
+    """
     import wandb
 
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     name = f"{study.name}/report"
-    with wandb.init(
-        project="steadyfit", group=study.name, job_type="report", name=name, dir=folder
-    ) as run:
-        picture = wandb.Image(f"{path}.png")
-        run.log({path.name: picture, f"{path.name} table": wandb.Table(dataframe=table)})
+    try:
+        with wandb.init(
+            project="steadyfit", group=study.name, job_type="report", name=name, dir=folder
+        ) as run:
+            picture = wandb.Image(f"{path}.png")
+            run.log({path.name: picture, f"{path.name} table": wandb.Table(dataframe=table)})
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the report is written, but W&B does not take it: {reason}") from None
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -383,10 +426,12 @@ def compare(options: argparse.Namespace) -> None:
         labels = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
     if len(labels) != len(runs):
         raise UserError(f"--labels needs one label for each of {len(runs)}, got {len(labels)}.")
+    if len(set(labels)) < len(labels):
+        raise UserError("two runs have the same label; name each run once, or give --labels.")
     if len(runs) > PANELS:
         raise UserError(f"{len(runs)} runs cannot be read side by side; name {PANELS} at most.")
     figure = learning_curves_of(
-        dict(zip(labels, [read_metrics(r.folder) for r in runs], strict=True))
+        dict(zip(labels, [read_metrics(run.folder) for run in runs], strict=True))
     )
     output = options.output or runs[-1].folder / "comparison" / "learning_curves.png"
     with atomic_write(Path(output)) as file:
@@ -395,16 +440,20 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def learning_curves_of(runs: dict[str, pd.DataFrame]) -> Figure:
-    """A column for each run and a row for loss and accuracy, all with the same axes."""
-    rows = [
-        n
-        for n in ("loss", "accuracy")
-        if any(f"val/{n}" in m or f"train/{n}" in m for m in runs.values())
-    ]
+    """A column for each run and a row for loss and accuracy, all with the same axes.
+
+    Raises:
+        UserError: The runs have neither.
+    """
+    logged = {column for metrics in runs.values() for column in metrics}
+    rows = [n for n in ("loss", "accuracy") if logged & {f"train/{n}", f"val/{n}"}]
+    if not rows:
+        raise UserError("the runs have no loss and no accuracy to draw.")
     figure = Figure(figsize=(1 + 3.4 * len(runs), 3 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(runs), sharex=True, sharey="row", squeeze=False)
     for column, (label, metrics) in zip(grid.T, runs.items(), strict=True):
-        finite = metrics.where(metrics.abs() < float("inf"))
+        numbers = metrics.replace("", "nan").astype(float)
+        finite = numbers.where(numbers.abs() < float("inf"))
         column[0].set_title(label, loc="left", fontsize="medium")
         for axes, name in zip(column, rows, strict=True):
             draw_metric(axes, name, finite)

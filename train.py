@@ -122,6 +122,8 @@ class CLI(LightningCLI):
             trainer.callbacks = kept
         self.record = RunRecord(self.describe(config))
         self.study = Study.load(config.study) if config.study else None
+        # once, so that a file that is edited meanwhile changes nothing
+        self.point = self.study.record(self.typed[1:]) if self.study else {}
         if trainer.fast_dev_run:
             return
         run = self.run_folder(config)
@@ -163,8 +165,9 @@ class CLI(LightningCLI):
             return Run(root / name / Path(config.run or "unknown").name)
         run = Run.claim(root / name, config.run and Path(config.run).name)
         self.held.enter_context(run.lock())
-        if self.study:
-            PointRecord(run.folder).write(self.study, self.typed[1:], finished=False)
+        point = PointRecord(run.folder)
+        if self.study and not point.is_finished(self.point):
+            point.write(self.point, finished=False)
         return run
 
     def describe(self, config: Namespace) -> str:
@@ -187,16 +190,17 @@ class CLI(LightningCLI):
             say("No validation part: the last checkpoint takes the place of the best.")
 
     def after_fit(self) -> None:
-        folder = self.trainer.default_root_dir
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        # asked on all ranks: Lightning broadcasts the answer
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.config.fit.test:
-            best = Run(Path(folder)).checkpoint()
+            best = Run(folder).checkpoint()
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         if not self.trainer.is_global_zero:
             return
         if self.study:
-            PointRecord(Path(folder)).write(self.study, self.typed[1:], finished=True)
+            PointRecord(folder).write(self.point, finished=True)
         show_metrics(self.trainer.callback_metrics)
         print(f"The run is in {folder}: metrics.csv, pictures (*.png), checkpoints/")
         for logger in self.trainer.loggers:
@@ -268,9 +272,11 @@ def arrange(args: list[str]) -> list[str]:
     known, rest = parser.parse_known_args(args[1:])
     if known.study:
         study = Study.load(known.study)
-        point, spelled_out = study.split(args[1:])
-        known, rest = parser.parse_known_args(spelled_out)
-        known.run = known.run or study.name_of(point)
+        arguments = study.read(args[1:])
+        known, rest = parser.parse_known_args(arguments.all)
+        if known.run:
+            raise UserError("a run of a study is named by its point; leave --run out.")
+        known.run = study.name_of(arguments.point)
     asks_for_help = {"-h", "--help"} & set(rest)
     if known.run is None and args[0] != "fit" and not asks_for_help:
         raise UserError(f"{args[0]} needs a trained run: add --run RUN.")

@@ -114,58 +114,82 @@ def test_the_command_is_the_one_of_an_agent() -> None:
 @pytest.mark.usefixtures("folder")
 def test_typed_arguments_mean_a_point() -> None:
     study = load(sweep())
-    typed = ["--seed_everything=1", "--data.train_fraction=1", "--variant=both", "--trainer.x=3"]
-    point, flags = study.split(typed)  # W&B's server may turn 1.0 into 1
-    assert list(point.items()) == [
+    read = study.read([
+        *("--config=some.yaml", "--seed_everything=1", "--data.train_fraction=1"),
+        *("--variant=both", "--trainer.x=3"),
+    ])  # fmt: skip
+    assert list(read.point.items()) == [  # W&B's server may turn 1.0 into 1
         ("data.train_fraction", 1.0),
         ("variant", "both"),
         ("seed_everything", 1),
     ]
-    assert flags == [
-        "--seed_everything=1",
-        "--data.train_fraction=1",
-        "--model.lr=2",
-        "--config=more.yaml",
-        "--trainer.x=3",
-    ]
+    own = ["--data.train_fraction=1.0", "--model.lr=2", "--config=more.yaml", "--seed_everything=1"]
+    assert read.all == ["--config=some.yaml", *own, "--trainer.x=3"]
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_record_knows_the_settings_it_was_made_with() -> None:
+def test_an_agents_run_has_the_record_of_ours() -> None:
+    """Whatever the order in which the server sends a point, and with 1 for 1.0."""
     study = load(sweep())
-    plain, other = study.points[0], study.points[2]
+    point = study.points[7]
+    ours = study.record(args_of(study, point))
+    assert ours["point"] == point
+    theirs = [
+        *("--config=some.yaml", "--study=small.yaml"),
+        *("--seed_everything=1", "--variant=both", "--data.train_fraction=1"),
+    ]
+    assert study.record(theirs) == ours
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_decides_a_run_is_in_its_record() -> None:
+    study = load(sweep())
+    plain, both = study.points[0], study.points[2]
     args = args_of(study, plain)
-    settings = study.settings(args)
-    assert settings != study.settings(args_of(study, other))
-    assert settings != study.settings([*args, "--trainer.max_epochs=1"])
-    assert settings == study.settings([*args, "--data.data_dir=elsewhere", "--run=x"])
-    record = PointRecord(Path("run"))
-    assert not record.is_finished(settings)
-    record.write(study, args, finished=False)
-    assert not record.is_finished(settings)
-    record.write(study, args, finished=True)
-    assert record.is_finished(settings)
-    found = record.read()
-    assert found is not None
-    assert found["point"] == plain
-    with pytest.raises(UserError, match="run was trained with other settings than the study has"):
-        record.write(study, [*args, "--trainer.max_epochs=1"], finished=False)
-    assert record.read() == found
+    before = study.record(args)
+    assert study.record(args_of(study, both))["settings"] != before["settings"]
+    assert study.record(args_of(study, both))["common"] == before["common"]
+    longer = study.record([*args, "--trainer.max_epochs=1"])
+    assert longer["settings"] != before["settings"]
+    assert longer["common"] != before["common"]
+    for place in ("--data.data_dir=x", "--trainer.default_root_dir=y", "--data.download=true"):
+        assert study.record([*args, place]) == before
+    Path("some.yaml").write_text("# a comment changes nothing\ntrainer: {}\n")
+    assert study.record(args) == before
     Path("some.yaml").write_text("trainer: {max_epochs: 3}\n")
-    with pytest.raises(UserError, match="delete this folder to train it again"):
-        record.is_finished(study.settings(args))
+    assert study.record(args)["common"] != before["common"]
 
 
 @pytest.mark.usefixtures("folder")
 def test_a_changed_group_or_overlay_is_another_setting() -> None:
     study = load(sweep())
     args = args_of(study, study.points[2])
-    before = study.settings(args)
+    before = study.record(args)["settings"]
     Path("more.yaml").write_text("data: {x: 1}\n")
-    changed = study.settings(args)
+    changed = study.record(args)["settings"]
     assert changed != before
     study.groups["variant"]["both"] = ["--model.lr=3", "--config=more.yaml"]
-    assert study.settings(args) not in (before, changed)
+    assert study.record(args)["settings"] not in (before, changed)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_trained_run_with_other_settings_is_refused() -> None:
+    study = load(sweep())
+    now = study.record(args_of(study, study.points[0]))
+    other = study.record(args_of(study, study.points[0], "--trainer.max_epochs=1"))
+    kept = PointRecord(Path("run"))
+    assert not kept.is_finished(now)
+    kept.write(other, finished=False)
+    assert not kept.is_finished(now)  # nothing came of it: the settings were what was wrong
+    (kept.folder / "checkpoints").mkdir()
+    (kept.folder / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match="run was trained with other settings than the study has"):
+        kept.is_finished(now)
+    (kept.folder / "checkpoints" / "last.ckpt").unlink()
+    kept.write(other, finished=True)
+    assert kept.is_finished(other)
+    with pytest.raises(UserError, match="delete this folder to train it again"):
+        kept.is_finished(now)
 
 
 def grid_of(**parameters: Any) -> dict[str, Any]:
@@ -179,9 +203,13 @@ def grid_of(**parameters: Any) -> dict[str, Any]:
         (grid_of(a={"values": []}), "a needs `values` with a list that is not empty"),
         (grid_of(a={"min": 0, "max": 1}), "a needs `values`"),
         (grid_of(a=3), "a needs `values`"),
+        (grid_of(a={"values": [1, None]}), "a has the value null, which cannot be typed"),
         (grid_of(a={"values": [1, 2, 1]}), "has two runs of the point a=1"),
         (grid_of(variant={"values": ["new"]}), "small_groups.yaml does not say what variant 'new'"),
+        (sweep(parameters=["a"]), "parameters must hold keys and values, got ['a']"),
+        (sweep(metric="val/accuracy"), "metric must hold keys and values, got 'val/accuracy'"),
         (sweep(method="bayes"), "method must be grid, got 'bayes'"),
+        (sweep(program="mine.py"), "program must be train.py, got 'mine.py'"),
         (sweep(variants=[]), "has the unknown key variants; known are command"),
         (sweep(command=["train.py"]), "must go on with --config"),
         (sweep(command=["fit", "--seed=1", "--config=x"]), "must go on with --config"),
@@ -190,7 +218,7 @@ def grid_of(**parameters: Any) -> dict[str, Any]:
             sweep(command=["fit", "--config=x", "--study=other.yaml", "${args}"]),
             "must hold --study=",
         ),
-        (sweep(command=["fit", "--config=x", "--study=small.yaml"]), "must end with"),
+        (sweep(command=["fit", "--config=x", "--study=small.yaml"]), "must hold ${args} once"),
         ([1, 2], "must hold keys and values"),
     ],
 )
@@ -210,10 +238,36 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         Study.load(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ({"variant": None}, "variant must hold its values, got None"),
+        ({"variant": {"plain": [], "both": "--x=1"}}, "variant 'both' must be a list of flags"),
+        ({"variant": {"plain": [], "both": None}}, "variant 'both' must be a list of flags"),
+        ({"variant": {"plain": [], "both": ["x=1"]}}, "variant 'both' must be a list of flags"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_wrong_groups_are_told(groups: Any, sentence: str) -> None:
+    Path("small_groups.yaml").write_text(yaml.safe_dump(groups))
+    with pytest.raises(UserError) as told:
+        load(sweep())
+    assert sentence in str(told.value)
+
+
 @pytest.mark.usefixtures("folder")
 def test_arguments_outside_the_grid_are_told() -> None:
     study = load(sweep())
     with pytest.raises(UserError, match="has no variant 'new'; its values are plain, both"):
-        study.split(["--variant=new"])
+        study.read(["--variant=new"])
     with pytest.raises(UserError, match=r"a run of small.yaml needs --seed_everything=VALUE"):
-        study.split(["--variant=both", "--data.train_fraction=1"])
+        study.read(["--variant=both", "--data.train_fraction=1"])
+    for arg in ("--seed_everything", "-c", "3"):
+        with pytest.raises(UserError, match=f"with --study, write {arg} as --NAME=VALUE"):
+            study.read([arg])
+    assert study.where(["variant=both", "train_fraction=1"]) == {
+        "variant": "both",
+        "data.train_fraction": 1.0,
+    }
+    with pytest.raises(UserError, match="has no single parameter color"):
+        study.where(["color=red"])

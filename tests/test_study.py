@@ -26,22 +26,24 @@ from pathlib import Path
 from grid import PointRecord, Study
 args = sys.argv[2:]
 study = Study.load("small.yaml")
-point, _ = study.split(args)
+made = study.record(args)
+point = made["point"]
 folder = Path("runs/small") / study.name_of(point)
 folder.mkdir(parents=True, exist_ok=True)
 handle = os.open(folder, os.O_RDONLY)
 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 record = PointRecord(folder)
-record.write(study, args, finished=False)
+record.write(made, finished=False)
 with open("starts.txt", "a") as file:
     file.write(folder.name + "\\n")
+print("GPU", os.environ.get("CUDA_VISIBLE_DEVICES"))
 rate = point["model.optimizer.lr"]
 print("Epoch 3:  38%|###     | 300/781 [00:02<00:03]")
 time.sleep(float(os.environ.get("SLEEP", "0")))
 if rate == 0.5 and not Path("mended").exists():
     sys.exit("error: it broke; mend it.")
 (folder / "metrics.csv").write_text(f"step,train/loss,val/accuracy\\n0,1,\\n1,{rate},{1 - rate}\\n")
-record.write(study, args, finished=True)
+record.write(made, finished=True)
 """
 
 
@@ -72,6 +74,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Path("stand_in.py").write_text(STAND_IN)
+
+
+ONE_RATE = {"model.optimizer.lr": {"values": [0.1]}}
 
 
 def starts() -> Counter[str]:
@@ -125,6 +130,8 @@ def test_an_unknown_parameter_is_told_before_anything_runs(
 ) -> None:
     write_study([0.1], parameters={"model.optimizer.momentun": {"values": [0.9]}})
     assert "momentun" in refused(capsys, "run", "small.yaml")
+    write_study([0.1], parameters={"seed_everything": {"values": [0]}})
+    assert "max_epoch" in refused(capsys, "run", "small.yaml", "--trainer.max_epoch=1")
     assert not starts()
 
 
@@ -135,9 +142,83 @@ def test_a_run_with_other_settings_is_told(capsys: pytest.CaptureFixture[str]) -
     assert "lr=0.1,seed_everything=0 was trained with other settings" in sentence
 
 
+def test_a_part_of_the_grid_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+    write_study([0.1, 0.2])
+    study.main(["run", "small.yaml", "--where", "seed_everything=1"])
+    assert set(starts()) == {"lr=0.1,seed_everything=1", "lr=0.2,seed_everything=1"}
+    assert "2 of 2 runs of small are finished." in capsys.readouterr().out
+
+
+def test_an_edited_config_fails_no_run_that_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is started has its settings; what is finished with others fails, and stops no other."""
+    config = tmp_path / "own.yaml"
+    config.write_text((CONFIGS / "mnist_lenet.yaml").read_text())
+    write_study([0.1, 0.2])
+    path = Path("small.yaml")
+    path.write_text(path.read_text().replace(f"{CONFIGS}/mnist_lenet.yaml", str(config)))
+    study.main(["run", "small.yaml", "--where", "lr=0.1", "seed_everything=0"])
+    made: list[study.Job] = []
+    conclude = study.conclude
+
+    def edit_first(loaded: Study, job: study.Job, *others: Any) -> None:
+        if not made:
+            config.write_text(config.read_text().replace("max_epochs: 10", "max_epochs: 9"))
+        made.append(job)
+        conclude(loaded, job, *others)
+
+    monkeypatch.setattr(study, "conclude", edit_first)
+    sentence = refused(capsys, "run", "small.yaml", "--jobs=1")
+    assert len(made) == 3  # none was left out
+    assert "2 of 4 runs failed" in sentence  # begun after the edit, and finished with it
+    assert "was trained with other settings" in sentence
+
+
+def test_a_run_that_another_program_has_taken_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between our look at the lock and the run's own, another program may come first."""
+    write_study([0.1], parameters={"seed_everything": {"values": [0]}, **ONE_RATE})
+    monkeypatch.setenv("SLEEP", "1")
+    loaded = Study.load("small.yaml")
+    other = subprocess.Popen(loaded.command(loaded.points[0]), stdout=subprocess.DEVNULL)
+    while not starts():
+        time.sleep(0.05)
+    looks = iter([False])  # the first look is too early
+    is_busy = study.Job.is_busy
+    monkeypatch.setattr(study.Job, "is_busy", lambda job: next(looks, is_busy(job)))
+    study.main(["run", "small.yaml"])
+    other.wait()
+    assert sum(starts().values()) == 1
+    assert "by another program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, {"0", "1"}), ("2,5", {"2", "5"})], ids=["all", "some"]
+)
+def test_with_several_gpus_each_slot_has_its_own(
+    visible: str | None, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    write_study([0.1, 0.2])
+    study.main(["run", "small.yaml"])
+    logs = [path.read_text().split() for path in Path("runs/small/logs").iterdir()]
+    assert {words[words.index("GPU") + 1] for words in logs} == expected
+
+
 def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     write_study([0.1])
     assert "--jobs must be at least 1, got 0" in refused(capsys, "run", "small.yaml", "--jobs=0")
+    report = ("report", "small.yaml", "--window=0")
+    assert "--window must be at least 1, got 0" in refused(capsys, *report)
+    sentence = refused(capsys, "run", "small.yaml", "--seed_everything=1")
+    assert "--seed_everything is the study's to set; choose points with --where" in sentence
+    sentence = refused(capsys, "run", "small.yaml", "--run=x")
+    assert "--run is the study's to set" in sentence
     sentence = refused(capsys, "run", "small.yaml", "--data.data_dir", "x")
     assert "unknown argument --data.data_dir" in sentence
     assert "write settings as --NAME=VALUE" in sentence

@@ -81,7 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 def test_table_and_picture_of_points(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "--x", "rate", "--hue", "variant")
-    stem = Path("runs/small/report/val-accuracy by rate".replace(" ", "-"))
+    stem = Path("runs/small/report/val-accuracy-by-rate-and-variant")
     table = pd.read_csv(f"{stem}.csv")
     assert table["variant"].tolist() == ["plain", "steep", "plain", "steep"]
     np.testing.assert_allclose(table["mean"], [0.911, 0.961, 0.921, 0.971])
@@ -110,7 +110,7 @@ def test_names_are_shown_a_line_each(capsys: pytest.CaptureFixture[str]) -> None
 def test_steps_until_a_level(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--y", "train/loss", "--below", "0.2", "--window", "10", "--hue", "variant"]
     out = said(capsys, *options)
-    table = pd.read_csv("runs/small/report/steps-until-train-loss-0.2-by-rate.csv")
+    table = pd.read_csv("runs/small/report/steps-until-train-loss-0.2-by-rate-and-variant.csv")
     for row in table.to_dict("records"):
         loss = metrics(row["model.rate"], row["variant"], 0)["train/loss"]
         means = [loss[max(0, i - 9) : i + 1].mean() if i >= 9 else 1 for i in range(300)]
@@ -122,11 +122,88 @@ def test_steps_until_a_level(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 0, 3 more never |" in out
 
 
-def test_a_mean_needs_a_whole_window() -> None:
-    values = pd.Series([0.0, 1.0, 0.0, 0.0], index=[0, 1, 2, 3])
-    assert steps_until(values, 0.1, 2) == 4
-    assert np.isnan(steps_until(values, 0.1, 5))
-    assert np.isnan(steps_until(pd.Series([np.nan] * 4), 0.1, 2))
+@pytest.mark.usefixtures("_no_wandb")
+def test_steps_until_validation_is_above_a_level(capsys: pytest.CaptureFixture[str]) -> None:
+    """A validation is no mean of steps: the window is for training alone."""
+    out = said(capsys, "--hue", "variant", "--above", "0.7")
+    assert "| plain | 0.1 | 200 ± 0 |" in out
+    assert "steps until val/accuracy > 0.7" in out
+
+
+def test_steps_are_counted_from_one() -> None:
+    assert steps_until(pd.Series([False, True, True], index=[3, 4, 5])) == 5
+    assert np.isnan(steps_until(pd.Series([False, False])))
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_a_training_metric_is_the_mean_of_the_last_steps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said(capsys, "--hue", "variant", "--y", "train/loss", "--window", "20")
+    table = pd.read_csv("runs/small/report/train-loss-by-rate-and-variant.csv")
+    expected = metrics(0.1, "plain", 0)["train/loss"][-20:].mean()
+    np.testing.assert_allclose(table["mean"][0], expected)
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_a_run_that_diverged_has_no_value(
+    finished: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last loss is not a number, which is not the same as none."""
+    path = Path("runs/small") / finished.name_of(finished.points[0]) / "metrics.csv"
+    path.write_text("step,train/loss,val/accuracy\n0,1,0.5\n1,nan,nan\n")
+    assert "| plain | 0.1 | 91.15 ± 0.07 |" in (out := said(capsys, "--hue", "variant"))
+    assert "| 2, 1 more not finite |" in out
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_a_study_of_seeds_alone_has_one_mean(
+    finished: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = said(capsys, "--where", "rate=0.1", "variant=plain")
+    assert "| small | 91.10 ± 0.10 | 90.85 to 91.35 | 3 |" in out
+    assert "by-study-where-rate=0.1-variant=plain.png" in out
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_lists_and_powers_of_ten_are_values_too(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"model.rate": {"values": ["1e-3", "1e-2"]}, "channels": {"values": [[6, 16], [3]]}}
+    text = yaml.safe_load(Path("small.yaml").read_text()) | {"parameters": values}
+    Path("small.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    loaded = Study.load("small.yaml")
+    for point in loaded.points:
+        folder = Path("runs/small") / loaded.name_of(point)
+        folder.mkdir()
+        metrics(0.1, "plain", 0).to_csv(folder / "metrics.csv", index=False)
+        (folder / "point.json").write_text(json.dumps({"finished": True}))
+    out = said(capsys, "--x", "rate", "--hue", "channels")
+    assert "| [6, 16] | 0.001 | 91.00 |" in out
+
+
+@pytest.mark.usefixtures("_no_wandb")
+def test_runs_from_before_a_change_are_not_mixed_with_those_behind_it(
+    finished: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("runs/small") / finished.name_of(finished.points[5])
+    (folder / "point.json").write_text(json.dumps({"finished": True, "common": "other"}))
+    sentence = refused(capsys, "report", "small.yaml", "--hue", "variant")
+    assert f"{folder} and runs/small/rate=0.1,variant=plain,seed_everything=0 were" in sentence
+
+
+def test_a_report_that_wandb_refuses_is_still_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**settings: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        study.main(["report", "small.yaml", "--hue", "variant"])
+    said = capsys.readouterr()
+    assert "| plain | 0.1 | 91.10 ± 0.10 |" in said.out
+    assert "the report is written, but W&B does not take it: No API key" in said.err
+    assert Path("runs/small/report/val-accuracy-by-rate-and-variant.png").exists()
 
 
 def test_one_run_has_no_interval() -> None:
@@ -254,7 +331,8 @@ def test_learning_curves_side_by_side_have_the_same_axes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs = {"a": metrics(0.1, "plain", 0), "b": metrics(0.2, "steep", 0)}
-    figure = learning_curves_of({name: table.set_index("step") for name, table in runs.items()})
+    texts = {name: table.set_index("step").astype(str) for name, table in runs.items()}
+    figure = learning_curves_of(texts)
     loss_a, loss_b, accuracy_a, _ = figure.axes
     assert [axes.get_title(loc="left") for axes in (loss_a, loss_b)] == ["a", "b"]
     assert loss_a.get_ylim() == loss_b.get_ylim()
@@ -275,7 +353,12 @@ def test_what_cannot_be_compared_is_told(capsys: pytest.CaptureFixture[str]) -> 
     assert "none is not a run folder" in refused(capsys, "compare", run, "none")
     sentence = refused(capsys, "compare", run, "--labels", "a", "b")
     assert "--labels needs one label for each of 1, got 2" in sentence
-    assert "7 runs cannot be read side by side" in refused(capsys, "compare", *[run] * 7)
+    sentence = refused(capsys, "compare", *[run] * 7, "--labels", *"abcdefg")
+    assert "7 runs cannot be read side by side" in sentence
+    sentence = refused(capsys, "compare", run, run)
+    assert "two runs have the same label; name each run once" in sentence
+    Path(run, "metrics.csv").write_text("step,other\n0,1\n")
+    assert "no loss and no accuracy to draw" in refused(capsys, "compare", run)
     Path(run, "metrics.csv").write_text("")
     assert "metrics.csv cannot be read" in refused(capsys, "compare", run)
     Path(run, "metrics.csv").unlink()
