@@ -93,21 +93,37 @@ class Member:
 def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Ids (N,) in ascending order and class probabilities (N, K), averaged over the members.
 
-    Every process writes its share below ``folder``; the first one puts them together.
+    Every process writes its shares below ``folder``; the first one puts them together.
+
+    Raises:
+        UserError: The members did not predict the same samples.
     """
-    shares = []
-    for member in members:
-        batches = trainer.predict(member.model, member.data) or []
-        shares.append([torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)])
-    share = folder / f"rank{trainer.global_rank}.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    if all(shares):  # a process may have had no batch
-        ids = shares[0][0]
-        np.savez(share, ids=ids, probabilities=np.mean([p for _, p in shares], axis=0))
+    for number, member in enumerate(members):
+        batches = trainer.predict(member.model, member.data) or []
+        if batches:  # a process may have had none
+            ids, probabilities = (torch.cat(c).cpu().numpy() for c in zip(*batches, strict=True))
+            share = folder / f"member{number}-rank{trainer.global_rank}.npz"
+            np.savez(share, ids=ids, probabilities=probabilities)
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return np.empty(0), np.empty(0)
-    parts = [np.load(path) for path in sorted(folder.glob("rank*.npz"))]
+    # batch sizes may differ, and with them what a process had: only the whole can be averaged
+    predictions = [assemble(folder, number) for number in range(len(members))]
+    ids = predictions[0][0]
+    for member, (others, _) in zip(members, predictions, strict=True):
+        if member.data.digest != members[0].data.digest or not np.array_equal(ids, others):
+            raise UserError(
+                f"{members[0].source} and {member.source} predict different samples, which have no "
+                "average; give all runs the same data with --data_dir, --images or "
+                "--data.NAME=VALUE (of photos also test_size and image_size)."
+            )
+    return ids, np.mean([probabilities for _, probabilities in predictions], axis=0)
+
+
+def assemble(folder: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) in ascending order and probabilities (N, K) of one member, from all processes."""
+    parts = [np.load(path) for path in sorted(folder.glob(f"member{number}-rank*.npz"))]
     ids = np.concatenate([part["ids"] for part in parts])
     probabilities = np.concatenate([part["probabilities"] for part in parts])
     if len(np.unique(ids)) != len(ids):

@@ -1,6 +1,7 @@
 """Any folder of photos, in a folder for each class. Dimensions: N images, H height, W width."""
 
 import hashlib
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,7 @@ class ImageFolderDataModule(ImageDataModule):
             validation folder, it is that. 0 trains on the photos for validation, in either case.
         test_size: Photos kept for the test, likewise; 0 keeps none.
         images: Folder of photos to predict, with any folders below; nothing is written there.
-        cache_dir: Where the squares are kept, if not in ``data_dir``.
+        cache_dir: Where the squares are kept, if not in ``data_dir``; sets of photos may share it.
         class_names: The classes; null takes the names of the folders in alphabetical order. A
             checkpoint knows them, so that predicting needs no training photos.
         options: What :class:`ImageDataModule` takes.
@@ -68,16 +69,16 @@ class ImageFolderDataModule(ImageDataModule):
         class_names: list[str] | None = None,
         **options: Any,
     ) -> None:
-        # the base class counts in photos, but asks no more than whether there are any
-        super().__init__(data_dir=data_dir, val_size=val_size, **options)  # type: ignore[arg-type]
         if image_size < 1:
             raise UserError(f"image_size must be at least 1, got {image_size}.")
         if test_size < 0:
             raise UserError(f"test_size must not be negative, got {test_size}; 0 keeps none.")
-        self.image_size = (image_size, image_size, 3)
+        self.image_size = (image_size, image_size, 3)  # by which the base class checks the options
+        # the base class counts in photos, but asks no more than whether there are any
+        super().__init__(data_dir=data_dir, val_size=val_size, **options)  # type: ignore[arg-type]
         self.test_size = test_size
         self.images = Path(images) if images else None
-        self.cache_dir = Path(cache_dir) if cache_dir else self.data_dir / ".cache"
+        self.cache_dir = Path(cache_dir) if cache_dir else None
         self.class_names = tuple(class_names or class_folders(self.folders["train"]))
         self.predicted: list[str] = []  # the files through which the ids of predictions count
         self._photos: dict[Path, Photos] = {}  # by folder
@@ -140,8 +141,8 @@ class ImageFolderDataModule(ImageDataModule):
         """The photos of one part, from the folder that it has for itself or shares with others."""
         folder = self.folders[part]
         if folder not in self._photos:
-            cache = self.cache_dir / f"{folder.resolve().name}-{self.image_size[0]}px.npy"
-            self._photos[folder] = read_photos(folder, self.class_names, self.image_size, cache)
+            size, cache = self.image_size, self.cache(folder)
+            self._photos[folder] = read_photos(folder, self.class_names, size, cache)
         photos = self._photos[folder]
         sharing = [name for name, other in self.folders.items() if other == folder]
         if part == "test" and not self.test_size:
@@ -153,6 +154,16 @@ class ImageFolderDataModule(ImageDataModule):
         if sharing == ["val", "test"] and self.test_size:
             return photos.take(halves(len(photos.files))[part == "test"])
         return photos
+
+    def cache(self, folder: Path) -> Path:
+        """Where the squares of a folder are kept."""
+        source = folder.resolve()
+        end = f"{self.image_size[0]}px.npy"
+        if self.cache_dir is None:
+            return self.data_dir / ".cache" / f"{source.name}-{end}"
+        # many sets have a folder of that name
+        whose = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+        return self.cache_dir / f"{source.name}-{whose}-{end}"
 
     def read_unlabelled(self, folder: Path) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) of a folder and their positions (N,) among its files.

@@ -214,7 +214,7 @@ class ImageDataModule(BaseDataModule):
         val_size: Training images kept for validation by one fixed split; 0 trains on all of them.
         mean: Mean of each channel, of pixels scaled to [0, 1].
         std: Standard deviation of each channel, likewise.
-        crop: Random crops from images padded by this many mirrored pixels.
+        crop: Random crops from images padded by this many mirrored pixels, fewer than a side has.
         flip: Mirror left and right: never, at random, or at random once and then alternating.
         cutout: Side in pixels of a random square set to the mean; 0 leaves it out.
         rotate: Largest angle in degrees by which images are turned, either way; 10 to 15 is usual.
@@ -284,6 +284,14 @@ class ImageDataModule(BaseDataModule):
                 )
         self.mean = torch.tensor(mean)
         self.std = torch.tensor(std)
+        largest = min(self.image_size[:2]) - 1  # the edge itself is not mirrored
+        if not 0 <= crop <= largest:
+            raise UserError(
+                f"crop must be from 0 to {largest}, got {crop}; mirrored pixels can pad an image "
+                "by at most its smaller side - 1."
+            )
+        if cutout < 0:
+            raise UserError(f"cutout must not be negative, got {cutout}; 0 leaves it out.")
         effects = Effects(
             rotate, scale, shear, elastic, brightness, contrast, saturation, hue, blur
         )

@@ -25,7 +25,8 @@ class Muon(Optimizer):
     it is ``torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")``, which refuses all else.
 
     Vectors (biases, gains of normalisation) and the last matrix, from which the outputs are read,
-    are trained by AdamW, as Muon's author recommends.
+    are trained by AdamW, as Muon's author recommends; of a whole Ensemble that is the last member's
+    alone, and the other members' output layers move as hidden matrices do.
 
     Learning rate and weight decay are those of the parameter group, so schedules act on all alike.
 

@@ -274,13 +274,28 @@ def test_each_size_has_its_cache(photos: Path, decodings: list[Path]) -> None:
 
 def test_the_cache_can_be_elsewhere(photos: Path, tmp_path: Path) -> None:
     data(photos, cache_dir=str(tmp_path / "cache")).setup("fit")
-    assert (tmp_path / "cache" / "photos-16px.npy").is_file()
+    (cache,) = (tmp_path / "cache").glob("*.npy")
+    assert re.fullmatch(r"photos-[0-9a-f]{8}-16px.npy", cache.name)
     assert not (photos / ".cache").exists()
+
+
+def test_photo_sets_may_share_the_place_of_their_caches(
+    photos: Path, tmp_path: Path, decodings: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sets with a ``train`` each overwrote one file, and decoded again at every start."""
+    folders = [shutil.copytree(photos, tmp_path / name / "train").parent for name in "ab"]
+    for folder in (*folders, *folders):
+        data(folder, cache_dir=str(tmp_path / "cache")).setup("fit")
+    monkeypatch.chdir(tmp_path)
+    data(Path("a"), cache_dir="cache").setup("fit")  # the same folder by another name
+    assert len(set(decodings)) == len(decodings) == 2
 
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    complaint = r"photos-16px.npy could not be written .*elsewhere with --data.cache_dir=FOLDER"
+    complaint = (
+        r"photos-\w{8}-16px.npy could not be written .*elsewhere with --data.cache_dir=FOLDER"
+    )
     with pytest.raises(UserError, match=complaint):
         data(photos, cache_dir=str(tmp_path / "file")).setup("fit")
 
@@ -530,6 +545,8 @@ def test_a_folder_that_does_not_fit_is_refused(
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"test_size": -1}, "test_size must not be negative, got -1; 0 keeps none"),
         ({"val_size": -1}, "val_size must not be negative"),
+        ({"image_size": 16, "crop": 16}, "crop must be from 0 to 15, got 16"),
+        ({"image_size": 64, "crop": 64}, "crop must be from 0 to 63, got 64"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(
@@ -537,6 +554,13 @@ def test_a_setting_that_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         ImageFolderDataModule(str(photos), **options)
+
+
+def test_large_photos_take_a_crop_that_small_images_do_not(photos: Path) -> None:
+    datamodule = ImageFolderDataModule(str(photos), image_size=64, crop=63)
+    datamodule.setup("fit")
+    images, _ = next(iter(datamodule.train_dataloader()))
+    assert images.shape[2:] == (64, 64)
 
 
 # --- predicting -----------------------------------------------------------------------------------
@@ -669,6 +693,39 @@ def test_runs_with_other_classes_are_not_averaged(
     torch.save(checkpoint, "other.ckpt")
     said = sentence(capsys, predict.main, str(run), "other.ckpt", "--images=.", "--output=both.csv")
     assert "different classes have no average: cat, dog and dog, cat" in said
+
+
+@pytest.fixture
+def other(run: Path) -> Callable[..., Path]:
+    """The run again, with other settings of the data."""
+
+    def make(**settings: object) -> Path:
+        checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+        config = yaml.safe_load(checkpoint["config"])
+        config["data"]["init_args"] |= settings
+        checkpoint["config"] = yaml.safe_dump(config)
+        torch.save(checkpoint, "other.ckpt")
+        return Path("other.ckpt")
+
+    return make
+
+
+def test_other_photos_are_not_averaged(
+    run: Path, trained: Path, other: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another ``test_size`` ended in a traceback, other photos in the mean of unlike ones."""
+    shutil.copytree(trained.parents[2] / "moved", "photos")
+    shutil.copytree("photos/cat", "swapped/dog")
+    shutil.copytree("photos/dog", "swapped/cat")
+    for change in ({"test_size": 0.3}, {"data_dir": "swapped"}):
+        arguments = [str(run), str(other(**change)), "--accelerator=cpu", "--output=both.csv"]
+        said = sentence(capsys, predict.main, *arguments)
+        assert f"{run} and other.ckpt predict different samples, which have no average" in said
+        assert not list(Path().glob("*both*"))
+        predict.main([*arguments, "--images=photos/cat"])
+        assert len(rows(Path("both.csv"))) == 1 + 60
+        for path in Path().glob("both*"):
+            path.unlink()
 
 
 def test_the_recorded_classes_are_in_the_checkpoint(run: Path) -> None:

@@ -13,10 +13,14 @@ import pytest
 import torch
 import yaml
 from conftest import on_full_disk
+from fake_data import draw, labels_of, write_batch
 
 import predict
+from datamodules import CIFAR10DataModule
 from datamodules.images import ImageDataModule
 from files import sha256
+
+KAGGLE = "KaggleCIFAR10DataModule"
 
 
 @pytest.fixture
@@ -73,8 +77,6 @@ def test_predictions_are_those_of_the_test(run: Path, trained: Path) -> None:
     predict_csv(run)
     saved = np.load(run / "submission.npz")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    from datamodules import CIFAR10DataModule
-
     settings = config["data"]["init_args"]
     data = CIFAR10DataModule(data_dir=settings["data_dir"], verify=False)
     targets = data.read_test()[1].numpy()
@@ -111,6 +113,51 @@ def test_ensemble_is_the_mean_of_the_probabilities(run: Path) -> None:
     assert len(json.loads(Path("both.json").read_text())["runs"]) == 2
 
 
+def beside(run: Path, **data: object) -> Path:
+    """A copy of a run, with other settings of the data."""
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    change_config(other / "checkpoints" / "best.ckpt", **data)
+    return other
+
+
+def other_images(data_dir: Path) -> Path:
+    """Data of which only the test images differ."""
+    folder = Path("moved/cifar-10-batches-py")
+    shutil.copytree(data_dir / folder.name, folder)
+    write_batch(folder / "test_batch", draw(labels_of(40)), labels_of(40))
+    return folder.parent
+
+
+def test_other_data_are_not_averaged(
+    run: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The probabilities of different images were averaged where their ids were the same."""
+    other = beside(run, data_dir=str(other_images(data_dir)))
+    said = sentence(capsys, run, other, "--output=both.csv")
+    assert f"{run} and {other} predict different samples, which have no average" in said
+    assert "--data_dir" in said
+    assert not list(Path().glob("*both*"))
+    predict_csv(run, other, f"--data_dir={data_dir}", "--output", "both.csv")
+    predict_csv(run, other, f"--data_dir={data_dir}", "--data", KAGGLE, "--output", "kaggle.csv")
+    assert len(np.load("kaggle.npz")["ids"]) == 30
+
+
+def test_other_ids_are_not_averaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def read_predict(self: CIFAR10DataModule) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(self)
+        images, _ = self.read_test()
+        return images, torch.arange(len(images)) + len(calls)
+
+    monkeypatch.setattr(CIFAR10DataModule, "read_predict", read_predict)
+    said = sentence(capsys, run, beside(run), "--output=both.csv")
+    assert "predict different samples" in said
+
+
 def test_test_time_augmentation_can_be_chosen(run: Path) -> None:
     probabilities = {}
     for tta in ("none", "mirror", "mirror_translate"):
@@ -136,7 +183,7 @@ def test_other_set_with_the_normalisation_of_the_run(run: Path, data_dir: Path) 
 
 
 def test_kaggle_form_follows_the_sample_file(run: Path) -> None:
-    written = predict_csv(run, "--data", "KaggleCIFAR10DataModule", "--output", "kaggle.csv")
+    written = predict_csv(run, "--data", KAGGLE, "--output", "kaggle.csv")
     rows = list(csv.reader(written.decode().splitlines()))
     assert [int(i) for i, _ in rows[1:]] == list(range(1, 31))
     assert {label for _, label in rows[1:]} <= set(np.load("kaggle.npz")["classes"].tolist())
@@ -192,14 +239,43 @@ def test_full_disk_keeps_the_former_prediction(run: Path) -> None:
     assert not list(run.glob(".submission*"))
 
 
+def by_two(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """Predict in two processes, into two.csv."""
+    command = [sys.executable, predict.__file__, *map(str, args), "--devices=2"]
+    command += ["--accelerator=cpu", "--output=two.csv"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert not list(Path().glob(".two*"))
+    return result
+
+
+def predict_csv_by_two(*args: str | Path) -> bytes:
+    by_two(*args).check_returncode()
+    return Path("two.csv").read_bytes()
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(run: Path) -> None:
     first = predict_csv(run, "--data.eval_batch_size=9")
-    script = Path(predict.__file__)
-    command = [sys.executable, str(script), str(run), "--data.eval_batch_size=9", "--devices=2"]
-    command += ["--accelerator=cpu", "--output=two.csv"]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert Path("two.csv").read_bytes() == first
+    assert predict_csv_by_two(run, "--data.eval_batch_size=9") == first
     ids = np.load("two.npz")["ids"]
     assert ids.tolist() == list(range(1, 41))
-    assert not list(Path().glob(".two*"))
+
+
+@pytest.mark.slow
+def test_members_of_an_ensemble_may_share_their_batches_differently(run: Path) -> None:
+    """Two processes averaged what each had, which other batch sizes made different samples."""
+    change_config(run / "checkpoints" / "best.ckpt", eval_batch_size=9)
+    members = [run, beside(run, eval_batch_size=7)]
+    one = predict_csv(*members, "--output", "one.csv")
+    assert predict_csv_by_two(*members) == one
+    saved = [np.load(name)["probabilities"] for name in ("one.npz", "two.npz")]
+    np.testing.assert_array_equal(*saved)
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_other_data(run: Path, data_dir: Path) -> None:
+    other = beside(run, data_dir=str(other_images(data_dir)))
+    result = by_two(run, other, "--data.eval_batch_size=9")
+    assert result.returncode == 1
+    assert "predict different samples" in result.stderr.splitlines()[-1]

@@ -281,6 +281,31 @@ def test_only_training_images_are_augmented(images: Tensor, stage: Stage) -> Non
     assert torch.equal(numbers, torch.arange(24))
 
 
+class Flat(ImageDataModule):
+    image_size = (32, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ({"crop": 8}, r"crop must be from 0 to 7, got 8; .* by at most its smaller side - 1"),
+        ({"crop": -1}, r"crop must be from 0 to 7, got -1"),
+        ({"cutout": -1}, r"cutout must not be negative, got -1; 0 leaves it out"),
+    ],
+)
+def test_impossible_augmentation_is_refused(option: dict[str, int], complaint: str) -> None:
+    """A crop as large as the image ended in an index out of bounds."""
+    with pytest.raises(UserError, match=complaint):
+        Flat(**option)  # type: ignore[arg-type]
+
+
+def test_the_largest_crop_is_padded() -> None:
+    images = torch.randint(256, (4, 32, 8, 3), dtype=torch.uint8)
+    datamodule = Flat(crop=7, cutout=40)
+    batch, _ = next(iter(datamodule.make_loader((images, torch.arange(4)), "train")))
+    assert batch.shape == (4, 3, 32, 8)
+
+
 def test_fewer_samples_than_processes_are_refused() -> None:
     with pytest.raises(UserError, match=r"3 samples cannot be shared by 4 processes; use fewer"):
         ranks(3, 1, 4, "evaluate")

@@ -16,7 +16,8 @@ class Ensemble(nn.Module):
     Deep ensembles (Lakshminarayanan et al., arXiv:1612.01474). That every member starts with
     weights of its own is what makes them differ; other batches would add little (Fort et al.,
     arXiv:1912.02757). LitClassifier trains each member as if it were alone; what looks at the whole
-    gradient, as clipping by its norm does, sees all of them at once.
+    gradient, as clipping by its norm does, sees all of them at once, and Muon leaves to AdamW only
+    the last member's output layer.
 
     Args:
         member: Makes a network that maps inputs to logits (B, K).
