@@ -268,7 +268,7 @@ class Display:
 
     def __init__(self, total: int, done: int) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a value may be [6, 16]
             BarColumn(),
             MofNCompleteColumn(),
             Elapsed(),
@@ -296,7 +296,8 @@ class Display:
         self.hide(job)
         self.progress.advance(self.whole)
         seconds = time.monotonic() - job.started
-        self.progress.console.print(f"{sentence} ({seconds:.0f} s)", highlight=False)
+        line = f"{sentence} ({seconds:.0f} s)"
+        self.progress.console.print(line, highlight=False, markup=False)
 
     def refresh(self, jobs: list[Job]) -> None:
         for job in jobs:

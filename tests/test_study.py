@@ -41,7 +41,7 @@ rate = point["model.optimizer.lr"]
 print("Epoch 3:  38%|###     | 300/781 [00:02<00:03]")
 time.sleep(float(os.environ.get("SLEEP", "0")))
 if rate == 0.5 and not Path("mended").exists():
-    sys.exit("error: it broke; mend it.")
+    sys.exit("error: it broke at [3]; mend it.")
 (folder / "metrics.csv").write_text(f"step,train/loss,val/accuracy\\n0,1,\\n1,{rate},{1 - rate}\\n")
 record.write(made, finished=True)
 """
@@ -115,9 +115,14 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_study([0.5, 0.1])
-    sentence = refused(capsys, "run", "small.yaml", "--jobs=2")
+    with pytest.raises(SystemExit) as stop:
+        study.main(["run", "small.yaml", "--jobs=2"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "lr=0.5,seed_everything=1 FAILED: it broke at [3]; mend it." in said
+    (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "2 of 4 runs failed, the first is lr=0.5,seed_everything=" in sentence
-    assert "(it broke; mend it.)" in sentence
+    assert "(it broke at [3]; mend it.)" in sentence
     assert len(starts()) == 4
     Path("mended").touch()
     study.main(["run", "small.yaml"])
