@@ -141,6 +141,7 @@ def flags(data_dir: Path, tmp_path: Path) -> list[str]:
     return [f"--config={config}", "--data.batch_size=16", "--trainer.devices=1"]
 
 
+@pytest.mark.slow
 def test_from_yaml_to_a_prediction_and_back(flags: list[str], tmp_path: Path) -> None:
     train.main(["fit", *flags, "--run=two"])
     folder = tmp_path / "lenets" / "two"

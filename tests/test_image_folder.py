@@ -300,6 +300,7 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(photos: Path, tmp_path:
         data(photos, cache_dir=str(tmp_path / "file")).setup("fit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chunk", "cores"), [(64, 1), (7, 3), (1, 2)])
 def test_same_bytes_for_any_number_of_processes(
     photos: Path, chunk: int, cores: int, monkeypatch: pytest.MonkeyPatch
@@ -674,6 +675,7 @@ def test_the_table_is_for_no_competition(
         assert "predictions.csv is a table of photos and their labels, which no competition" in said
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_classes(
     run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -710,6 +712,7 @@ def other(run: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.mark.slow
 def test_other_photos_are_not_averaged(
     run: Path, trained: Path, other: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -228,6 +228,7 @@ def test_stranger_cannot_have_other_classes_built(
     assert not Path("trapped").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_former_prediction(run: Path) -> None:
     predict_csv(run)
     before = {p.name: p.read_bytes() for p in run.glob("submission.*")}

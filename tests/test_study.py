@@ -147,6 +147,7 @@ def test_a_run_with_other_settings_is_told(capsys: pytest.CaptureFixture[str]) -
     assert "lr=0.1,seed_everything=0 was trained with other settings" in sentence
 
 
+@pytest.mark.slow
 def test_a_part_of_the_grid_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     write_study([0.1, 0.2])
     study.main(["run", "small.yaml", "--where", "seed_everything=1"])
@@ -154,6 +155,7 @@ def test_a_part_of_the_grid_can_be_run(capsys: pytest.CaptureFixture[str]) -> No
     assert "2 of 2 runs of small are finished." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_edited_config_fails_no_run_that_is_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +182,7 @@ def test_an_edited_config_fails_no_run_that_is_under_way(
     assert "was trained with other settings" in sentence
 
 
+@pytest.mark.slow
 def test_a_run_that_another_program_has_taken_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +202,7 @@ def test_a_run_that_another_program_has_taken_is_waited_for(
     assert "by another program" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("visible", "expected"), [(None, {"0", "1"}), ("2,5", {"2", "5"})], ids=["all", "some"]
 )

@@ -250,6 +250,7 @@ def test_run_goes_on_without_its_config(
     assert settings[0]["data"] == settings[1]["data"]
 
 
+@pytest.mark.slow
 def test_a_run_can_test_itself_when_it_is_trained(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
