@@ -297,7 +297,7 @@ class Display:
         self.progress.advance(self.whole)
         seconds = time.monotonic() - job.started
         line = f"{sentence} ({seconds:.0f} s)"
-        self.progress.console.print(line, highlight=False, markup=False)
+        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def refresh(self, jobs: list[Job]) -> None:
         for job in jobs:
