@@ -234,6 +234,7 @@ def names_picture(
     axes.axvline(table["mean"].iloc[0], color=COLORS[-2], linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), [str(name) for name in names])
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=6)  # labels in percent are long
     if hue is not None:
         axes.legend(title=short(hue), frameon=False)
     finish(axes, y, "", vertical=False)
