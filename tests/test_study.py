@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,13 @@ def in_the_background() -> subprocess.Popen[bytes]:
     """``study.py run`` with jobs that take two seconds, once the first two of them run."""
     write_study([0.1, 0.2])
     script = [sys.executable, str(ROOT / "study.py"), "run", "small.yaml", "--jobs=2"]
-    process = subprocess.Popen(script, env=os.environ | {"SLEEP": "2"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        script,
+        env=os.environ | {"SLEEP": "2"},
+        stderr=subprocess.DEVNULL,
+        # a shell's job in the background, as tests may be, has its programs ignore Ctrl-C
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     while len(starts()) < 2:
         assert process.poll() is None
         time.sleep(0.05)
