@@ -305,11 +305,7 @@ class Display:
                 self.progress.update(job.bar, state=job.doing())
 
 
-def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="study.py", description="Many runs that answer one question.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def add_run(commands: Any) -> None:
     runner = commands.add_parser(
         "run",
         help="run the grid of a study on this machine",
@@ -326,6 +322,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     runner.add_argument(
         "--where", nargs="+", default=[], metavar="PARAMETER=VALUE", help="only these points"
     )
+
+
+def add_report(commands: Any) -> None:
     reporter = commands.add_parser(
         "report",
         help="table and picture of a study",
@@ -366,6 +365,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     reporter.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: runs/STUDY/report"
     )
+
+
+def add_compare(commands: Any) -> None:
     comparer = commands.add_parser(
         "compare",
         help="learning curves of any runs, side by side",
@@ -376,6 +378,16 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     comparer.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run")
     comparer.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
     comparer.add_argument("--output", type=Path, metavar="FILE", help="picture to write")
+
+
+def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="study.py", description="Many runs that answer one question.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_run(commands)
+    add_report(commands)
+    add_compare(commands)
     options, flags = parser.parse_known_args(args)
     if unknown := [f for f in flags if options.command != "run" or not SETTING.match(f)]:
         raise UserError(

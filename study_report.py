@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
-from callbacks.learning_curves import draw_metric
+from callbacks.learning_curves import GREY, LINES, draw_metric
 from callbacks.wandb_logger import STEP
 from errors import UserError
 from files import atomic_write
@@ -21,8 +21,6 @@ from grid import Point, PointRecord, Study, short
 from runs import Run
 
 SEED = "seed_everything"
-# told apart by the colour-blind too (Okabe and Ito, "Color Universal Design", 2008)
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
 PANELS = 6  # runs side by side; with more of them nothing could be read
 
 
@@ -188,7 +186,7 @@ def points_picture(
     axes = figure.subplots()
     groups = [(None, table)] if hue is None else table.groupby(hue, sort=False)
     for number, (label, means) in enumerate(groups):
-        color = COLORS[number % len(COLORS)]
+        color = LINES[number % len(LINES)]
         means = means.sort_values(x)
         errors = means["high"] - means["mean"]
         axes.errorbar(
@@ -216,7 +214,7 @@ def names_picture(
     axes = figure.subplots()
     groups = [(None, table)] if hue is None else list(table.groupby(hue, sort=False))
     for number, (label, means) in enumerate(groups):
-        color = COLORS[number % len(COLORS)]
+        color = LINES[number % len(LINES)]
         shift = 0.5 * (number + 0.5) / len(groups) - 0.25
         places = {name: place + shift for place, name in enumerate(names)}
         own = runs if hue is None else runs[runs[hue] == label]
@@ -231,7 +229,7 @@ def names_picture(
             capsize=3,
             label=label,
         )
-    axes.axvline(table["mean"].iloc[0], color=COLORS[-2], linewidth=0.8, linestyle=":")
+    axes.axvline(table["mean"].iloc[0], color=GREY, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), [str(name) for name in names])
     axes.invert_yaxis()
     axes.locator_params(axis="x", nbins=6)  # labels in percent are long
@@ -256,15 +254,15 @@ def curves_picture(
     axes = figure.subplots()
     lowest = np.inf
     for number, (name, runs) in enumerate(curves.items()):
-        color = COLORS[number % len(COLORS)]
-        style = ["-", "--", ":"][number // len(COLORS) % 3]
+        color = LINES[number % len(LINES)]
+        style = ["-", "--", ":"][number // len(LINES) % 3]
         together = pd.concat(runs, axis=1)
         mean, sd = together.mean(axis=1), together.std(axis=1).fillna(0)
         axes.plot(mean, style, color=color, label=name)
         axes.fill_between(mean.index, mean - sd, mean + sd, color=color, alpha=0.2, linewidth=0)
         lowest = min(lowest, float(mean.min()))
     if level is not None:
-        axes.axhline(level, color=COLORS[-2], linewidth=0.8, linestyle=":")
+        axes.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
     high = axes.get_ylim()[1]
     if lowest > 0 and high > 30 * lowest:
         axes.set_yscale("log")

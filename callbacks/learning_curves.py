@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # a third of a second of imports, which only a picture needs
 
 # told apart by the colour-blind too (Okabe and Ito, "Color Universal Design", 2008)
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
+ORANGE, SKY, GREEN, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#CC79A7"
+LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
 
 
 class LearningCurves(PictureCallback):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from callbacks.gradient_spikes import scale_left
 from callbacks.gradient_through_time import ThroughTime, WorstStep, is_sequence, through_time
-from callbacks.learning_curves import BLUE, GREY, VERMILION
+from callbacks.learning_curves import BLUE, GREY, LINES, ORANGE, SKY, VERMILION
 from callbacks.pictures import PictureCallback
 from callbacks.spike_measures import Curves, SpikeMeasures, excursions, kinks, measure
 from errors import UserError
@@ -33,8 +33,6 @@ from errors import UserError
 if TYPE_CHECKING:  # a third of a second of imports, which only a picture needs
     import pandas as pd
 
-ORANGE, SKY, GREEN, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#CC79A7"  # Okabe and Ito, too
-LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
 POINTS = 3000  # of a line; what is more is drawn by the largest value of each stretch
 READABLE = 24  # names beside a heat map
 SPIKE: dict[str, Any] = {"marker": "v", "s": 14, "color": VERMILION, "linewidth": 0, "zorder": 3}
