@@ -76,13 +76,13 @@ def usual(data_dir: str, epochs: int, folder: str, *, quick: bool) -> None:
     trainer.fit(UsualClassifier(), *loaders)
 
 
-def seconds(command: list[str], threads: int) -> float:
+def seconds(command: list[str]) -> float:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
         capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"},
+        env=os.environ | {"WANDB_MODE": "offline"},
     )
     if done.returncode:
         raise SystemExit(done.stderr.decode()[-2000:])
@@ -94,7 +94,6 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data", help="root folder of the data sets")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     parser.add_argument("--quick", action="store_true", help="little data, one epoch, one round")
     parser.add_argument("--usual", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -113,11 +112,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             root = f"--trainer.default_root_dir={folder}"
             ours = ["train.py", "fit", f"--config={CONFIG}", *flags, root]
-            times["steadyfit"].append(seconds(ours, options.threads))
+            times["steadyfit"].append(seconds(ours))
             theirs = [*example, f"--usual={folder}"]
-            times["usual example"].append(seconds(theirs, options.threads))
+            times["usual example"].append(seconds(theirs))
     print(f"torch {version('torch')}, lightning {version('lightning')}, {os.cpu_count()} cores")
-    print(f"seconds of the whole command; {options.threads} threads, {epochs} epochs")
+    print(f"seconds of the whole command; {torch.get_num_threads()} threads, {epochs} epochs")
     ratios = [b / a for a, b in zip(times["steadyfit"], times["usual example"], strict=True)]
     for name, values in {**times, "ratio": ratios}.items():
         each = " ".join(f"{value:.1f}" for value in values)
