@@ -24,7 +24,7 @@ from benchmarks.step_overhead import RandomImages, Task, measure, steadyfit
 from callbacks.clipping import UpdateClipping
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from datamodules import TemporalOrderDataModule
-from lit_models.networks import LSTM, WhitenedCNN
+from lit_models.networks import LSTM, Recurrent, WhitenedCNN
 from train import quiet_libraries
 
 
@@ -41,7 +41,9 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "LSTM, 12 units, batch 32": Case(Task(LSTM, sequences, 32), 300, 15),
+    "LSTM, 12 units, batch 32": Case(
+        Task(lambda: Recurrent(LSTM(8, 12), 4), sequences, 32), 300, 15
+    ),
     "CIFAR-10 network, batch 512": Case(
         Task(partial(WhitenedCNN, widths=[32, 128, 128]), RandomImages, 512), 6, 5
     ),

@@ -51,7 +51,7 @@ from torch.optim import Optimizer
 from benchmarks.step_overhead import Mark, Meter
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from datamodules.temporal_order import Level, TemporalOrderDataModule
-from lit_models.networks import LSTM
+from lit_models.networks import LSTM, Recurrent
 from train import quiet_libraries
 
 PLANTED = "network.3.weight"  # the parameter whose gradient is multiplied
@@ -601,7 +601,7 @@ def cost(tool: Tool, every_step: bool, *, count: bool) -> Mark:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if count:
             stack.enter_context(meter.counting())
-        train(tool, case, folder, meter.watch(LSTM()), "moderate")
+        train(tool, case, folder, meter.watch(Recurrent(LSTM(8, 12), 4)), "moderate")
     return meter.per_step(50, 250)
 
 

@@ -69,7 +69,7 @@ class ConfusionMatrix(PictureCallback):
         dataloader_idx: int = 0,
     ) -> None:
         if self.confusion is not None:
-            self.confusion.update(outputs["logits"].argmax(1), batch[-1])
+            self.confusion.update(outputs["logits"].argmax(1), outputs["target"])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.finish(trainer, "test")

@@ -34,7 +34,12 @@ class LitModel(LightningModule):
         lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
             an argument ``total_steps`` that is not set is given the length of training.
         metrics: Metrics of validation and test, updated with ``(preds, target)``.
+
+    Attributes:
+        monitor: The metric of validation, better the higher, that tells the best epoch.
     """
+
+    monitor = "val/accuracy"
 
     def __init__(
         self,
@@ -132,7 +137,10 @@ class LitModel(LightningModule):
 
     @abstractmethod
     def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
-        """Outputs of one batch without gradient: ``loss``, ``preds`` and what callbacks may use."""
+        """Outputs of one batch without gradient.
+
+        ``loss``, ``preds`` and their ``target``, and what callbacks may use.
+        """
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate(batch, self.val_metrics)
@@ -142,7 +150,7 @@ class LitModel(LightningModule):
 
     def _evaluate(self, batch: list[Tensor], metrics: MetricCollection) -> dict[str, Tensor]:
         outputs = self.evaluation_step(batch)
-        target = batch[-1]
+        target = outputs["target"]
         # MeanMetric ignores weights under nan_strategy="disable": one value for each sample instead
         losses = outputs["loss"].expand(len(target))
         # each metric takes from these what its update() names

@@ -1,4 +1,7 @@
-"""Single-label classification. Dimensions: B batch, K classes, M members of an ensemble."""
+"""Single-label classification, of a whole input or of each step of a sequence.
+
+Dimensions: B batch, T time, K classes, M members of an ensemble.
+"""
 
 from typing import Literal, get_args
 
@@ -19,12 +22,16 @@ from lit_models.base import LitModel
 TTA = Literal["none", "mirror", "translate", "mirror_translate"]
 
 
+IGNORED = -100  # target of a step that counts for nothing, such as padding
+
+
 class LitClassifier(LitModel):
-    """Inputs in, one of ``num_classes`` out.
+    """Inputs in, one of ``num_classes`` out, or one for each step of a sequence.
 
     Args:
-        network: Maps the inputs to logits (B, K). An Ensemble gives in training those of its
-            members one after the other (M * B, K), and each is trained as if it were alone.
+        network: Maps the inputs to logits (B, K), or (B, T, K) where the target is (B, T). An
+            Ensemble gives in training those of its members one after the other (M * B, K), and
+            each is trained as if it were alone.
         optimizer: Makes the optimizer from the trainable parameters.
         num_classes: Number of classes K.
         lr_scheduler: Makes the schedule from the optimizer.
@@ -73,13 +80,16 @@ class LitClassifier(LitModel):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         *inputs, target = batch
-        logits = self(*inputs)  # (M * B, K)
+        logits = self(*inputs)  # (M * B, K) or (B, T, K)
+        if aligned := target.ndim == 2:
+            logits, target = logits.flatten(0, 1), target.flatten()
         members = len(logits) // len(target)
         if members > 1:
             target = target.repeat(members)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-        correct = (logits.argmax(1) == target).float().mean()
-        self.record(loss=loss.detach(), accuracy=correct)
+        correct = (logits.argmax(1) == target).float()
+        accuracy = correct.sum() / (target != IGNORED).sum() if aligned else correct.mean()
+        self.record(loss=loss.detach(), accuracy=accuracy)
         return self.objective(loss, members)
 
     def objective(self, loss: Tensor, members: int) -> Tensor:
@@ -95,8 +105,11 @@ class LitClassifier(LitModel):
     def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
         *inputs, target = batch
         logits = self.logits(*inputs)
+        if target.ndim == 2:
+            counted = target != IGNORED
+            logits, target = logits[counted], target[counted]
         loss = F.cross_entropy(logits, target)
-        return {"loss": loss, "logits": logits, "preds": logits.softmax(1)}
+        return {"loss": loss, "logits": logits, "preds": logits.softmax(1), "target": target}
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Ids (B,) and class probabilities (B, K) of one batch."""

@@ -44,7 +44,7 @@ from datamodules.base import BaseDataModule
 from datamodules.images import ImageDataModule
 from datamodules.temporal_order import TemporalOrderDataModule
 from lit_models import LitClassifier
-from lit_models.networks import LSTM, LeNet5, WhitenedCNN
+from lit_models.networks import LSTM, LeNet5, Recurrent, WhitenedCNN
 
 ROOT = Path(gradient_spikes.__file__).parents[1]
 SLOW = pytest.mark.slow
@@ -221,7 +221,7 @@ def scaled(scale: float, **options: Any) -> list[MixedPrecision]:
 def lstm(seed: int) -> tuple[LightningModule, BaseDataModule]:
     torch.manual_seed(seed)
     data = TemporalOrderDataModule("normal", epoch_size=640, val_size=992)
-    return LitClassifier(LSTM(), partial(RMSprop, lr=0.001), 4), data
+    return LitClassifier(Recurrent(LSTM(8, 12), 4), partial(RMSprop, lr=0.001), 4), data
 
 
 def cnn(seed: int) -> tuple[LightningModule, BaseDataModule]:
@@ -298,7 +298,7 @@ def learnable(task: str) -> Task:
     torch.manual_seed(1)
     if task == "lstm":
         data = TemporalOrderDataModule("easy", epoch_size=3200, val_size=992)
-        return LitClassifier(LSTM(), partial(Adam, lr=0.02), 4), data
+        return LitClassifier(Recurrent(LSTM(8, 12), 4), partial(Adam, lr=0.02), 4), data
     if task == "cnn":
         network = WhitenedCNN(widths=(8, 16, 16))
         model = LitClassifier(network, partial(SGD, lr=0.1, momentum=0.9))
@@ -750,8 +750,8 @@ def interrupted(folder: Path, **options: Any) -> GradientSpikeMonitor:
     """Train the LSTM, 20 steps an epoch, with planted spikes and a checkpoint every 5 steps."""
     torch.manual_seed(1)
     data = TemporalOrderDataModule("easy", epoch_size=640, val_size=64)
-    model = LitClassifier(LSTM(), partial(RMSprop, lr=0.01), 4)
-    name = "network.head.weight"
+    model = LitClassifier(Recurrent(LSTM(8, 12), 4), partial(RMSprop, lr=0.01), 4)
+    name = "network.output.weight"
     monitor = GradientSpikeMonitor("skip")
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
     callbacks = [Plant([30, 33, 44], name, 3000.0), Plant([47], name, math.nan), monitor, save]
@@ -812,7 +812,7 @@ def arguments() -> list[str]:
         "--trainer.accelerator=cpu",
         "--trainer.callbacks+=test_gradient_spikes.EarlyPlant",
         "--trainer.callbacks.init_args.steps=[22,37]",
-        "--trainer.callbacks.init_args.name=network.head.weight",
+        "--trainer.callbacks.init_args.name=network.output.weight",
     ]
 
 
@@ -1009,7 +1009,7 @@ def test_wandb_holds_scalars_table_and_alert(
     assert all("train/loss" in row for row in history if "grad_norm/total" in row)
     alerts = [r["alert"] for r in records if r["type"] == "alert"]
     assert alerts[0]["title"] == "gradient spikes"
-    assert "network.head.weight holds" in alerts[0]["text"]
+    assert "network.output.weight holds" in alerts[0]["text"]
     assert any(key.startswith("spikes._type") or key == "spikes" for row in history for key in row)
     (path,) = folder.rglob("spikes*.table.json")
     table = json.loads(path.read_text())

@@ -81,10 +81,10 @@ class Reader(LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
         logits = self(batch[0])
         self.log("val/loss", F.cross_entropy(logits, batch[1]))
-        return {"logits": logits}
+        return {"logits": logits, "target": batch[-1]}
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return {"logits": self(batch[0])}
+        return {"logits": self(batch[0]), "target": batch[-1]}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -449,7 +449,7 @@ def test_no_mistakes_are_called_so() -> None:
 def test_a_test_batch_is_never_read_from_the_device() -> None:
     """Tensors on the meta device have no values: whatever would read one fails."""
     images, target = torch.empty(10, 3, 8, 8, device="meta"), torch.empty(10, device="meta").long()
-    outputs = {"logits": torch.empty(10, 3, device="meta")}
+    outputs = {"logits": torch.empty(10, 3, device="meta"), "target": target}
     model: Any = SimpleNamespace(device=torch.device("meta"))
     trainer: Any = None  # is not asked
     for callback in (ConfusionMatrix(), Mistakes()):

@@ -41,7 +41,7 @@ from callbacks.spike_pictures import (
 from datamodules import TemporalOrderDataModule
 from errors import UserError
 from lit_models.classification import LitClassifier
-from lit_models.networks import LSTM
+from lit_models.networks import LSTM, Recurrent
 
 CONFIG = Path(__file__).parent.parent / "configs" / "temporal_order_lstm.yaml"
 
@@ -289,9 +289,9 @@ def test_seeds_are_shown_with_their_accuracy() -> None:
 # The gradient through time
 
 
-def by_hand(network: LSTM, x: Tensor, target: Tensor) -> np.ndarray:
+def by_hand(network: Recurrent, x: Tensor, target: Tensor) -> np.ndarray:
     """|dL/dx_t| (B, T) of an LSTM written out, each time step a leaf of its own."""
-    w_ih, w_hh, b_ih, b_hh = network.core.parameters()
+    w_ih, w_hh, b_ih, b_hh = network.rnn.parameters()
     inputs = [part.clone().requires_grad_() for part in x.unbind(1)]
     h = c = torch.zeros(len(x), w_hh.shape[1])
     for part in inputs:
@@ -299,14 +299,14 @@ def by_hand(network: LSTM, x: Tensor, target: Tensor) -> np.ndarray:
         i, f, g, o = (gates + h @ w_hh.T + b_hh).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-    log_probabilities = network.head(h).log_softmax(1)
+    log_probabilities = network.output(h).log_softmax(1)
     loss = -log_probabilities[torch.arange(len(x)), target].mean()
     return torch.stack(torch.autograd.grad(loss, inputs), 1).norm(dim=2).numpy()
 
 
 def test_the_gradient_through_time_is_that_of_an_lstm_written_out() -> None:
     torch.manual_seed(0)
-    network = LSTM(input_size=8, hidden_size=5)
+    network = Recurrent(LSTM(8, 5), 4)
     module = LitClassifier(network, torch.optim.SGD, num_classes=4)
     x, target = torch.rand(6, 20, 8), torch.randint(4, (6,))
     own = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -325,7 +325,7 @@ def test_the_gradient_through_time_is_that_of_an_lstm_written_out() -> None:
 
 def test_accumulated_batches_are_one_gradient() -> None:
     torch.manual_seed(0)
-    module = LitClassifier(LSTM(hidden_size=5), torch.optim.SGD, num_classes=4)
+    module = LitClassifier(Recurrent(LSTM(8, 5), 4), torch.optim.SGD, num_classes=4)
     x, target = torch.rand(6, 20, 8), torch.randint(4, (6,))
     worst = WorstStep(0, 0, [0, 1], grad_norm=1.0)
     whole = through_time(module, [[x, target]], worst)
@@ -419,7 +419,7 @@ def test_the_kept_weights_are_those_of_the_largest_gradient(trained_lstm: Path) 
     torch.manual_seed(1)
     data = TemporalOrderDataModule(level="easy", epoch_size=160, val_size=32)
     data.setup("fit")
-    module = LitClassifier(LSTM(), torch.optim.SGD, num_classes=4)
+    module = LitClassifier(Recurrent(LSTM(8, 12), 4), torch.optim.SGD, num_classes=4)
     seen = through_time(module, worst.remake(data), worst)
     assert seen.grad_norm == pytest.approx(metrics["grad_norm/total"][worst.step], rel=1e-5)
     assert seen.proof.endswith("reproduced")

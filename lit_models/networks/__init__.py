@@ -1,9 +1,25 @@
 """Networks in plain PyTorch; nothing here knows Lightning or a data set."""
 
+from lit_models.networks.attention_rnn import AttentionRNN
 from lit_models.networks.ensemble import Ensemble
 from lit_models.networks.lenet import LeNet5
-from lit_models.networks.recurrent import LSTM, RNN
+from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
 from lit_models.networks.resnet import ResNet
+from lit_models.networks.unrolled import GatedRNN, VanillaLSTM, VanillaRNN
 from lit_models.networks.whitened_cnn import WhitenedCNN
 
-__all__ = ["LSTM", "RNN", "Ensemble", "LeNet5", "ResNet", "WhitenedCNN"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "AttentionRNN",
+    "BidirectionalLSTM",
+    "Ensemble",
+    "GatedRNN",
+    "LeNet5",
+    "Recurrent",
+    "ResNet",
+    "VanillaLSTM",
+    "VanillaRNN",
+    "WhitenedCNN",
+]

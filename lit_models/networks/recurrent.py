@@ -1,70 +1,207 @@
-"""Recurrent networks. Dimensions: B batch, T time, D features, H hidden, K classes."""
+"""A network that reads sequences. Dimensions: B batch, T time, D features, H state, K outputs.
 
-from typing import Literal
+A core maps a sequence (B, T, D) to the states of its top layer (B, T, H), one for each step.
+Sequences of different length are padded behind their end to a common T, and ``lengths`` (B,) says
+where each one ends; what is behind never changes a state before it.
+"""
 
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor, nn
 
+from errors import UserError
 
-class RecurrentClassifier(nn.Module):
-    """A recurrent core, and a linear layer that reads the last step.
-
-    Shorter sequences of a batch are padded in front, so that all of them end at the last step.
-
-    Args:
-        core: Maps (B, T, D) to states (B, T, H), as its first output.
-        num_classes: Number of classes K.
-    """
-
-    def __init__(self, core: nn.RNNBase, num_classes: int) -> None:
-        super().__init__()
-        self.core = core
-        self.head = nn.Linear(core.hidden_size, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, K)
-        states, _ = self.core(x)  # (B, T, H)
-        # Reading all steps for the sake of one rounds as the course notebook does, whose spikes
-        # come at other steps, some hundred updates on, if the last bit of a single sum differs.
-        return self.head(states)[:, -1]
+Read = Literal["last", "every", "max"]
 
 
-class LSTM(RecurrentClassifier):
-    """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate of Gers et al., 2000).
+class Recurrent(nn.Module):
+    """A recurrent core between an embedding, where the input is tokens, and a linear layer.
 
     Args:
-        input_size: Features D of a step.
-        hidden_size: Units H of a layer.
-        num_layers: Layers, each reading the states of the one below.
-        num_classes: Number of classes K.
+        rnn: The core, called with (B, T, D) and lengths (B,) or None.
+        num_classes: Number of outputs K: classes, or 1 for a number.
+        embedding: Maps tokens (B, T) to (B, T, D); without one the input is (B, T, D) itself.
+        read: Which states the linear layer reads: the ``last`` one of each sequence, ``every`` one,
+            or of each unit the ``max`` over time.
+        dropout: Share of the state that is set to zero before the linear layer, in training.
+
+    Raises:
+        UserError: If an argument is out of range, or the lengths do not fit the batch.
     """
 
     def __init__(
-        self, input_size: int = 8, hidden_size: int = 12, num_layers: int = 1, num_classes: int = 4
+        self,
+        rnn: nn.Module,
+        num_classes: int,
+        embedding: nn.Module | None = None,
+        read: Read = "last",
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(
-            nn.LSTM(input_size, hidden_size, num_layers, batch_first=True), num_classes
+        super().__init__()
+        if read not in get_args(Read):
+            raise UserError(f"read must be one of {', '.join(get_args(Read))}, got {read!r}.")
+        self.embedding = embedding or nn.Identity()
+        self.rnn = rnn
+        self.dropout = checked_dropout(dropout)
+        self.output = nn.Linear(rnn.state_size, num_classes)  # type: ignore[arg-type]
+        self.read = read
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Outputs (B, K), or (B, T, K) of ``every`` step, of sequences that may end early.
+
+        Args:
+            x: The sequences (B, T, D), or tokens (B, T) for the embedding.
+            lengths: Steps of each sequence (B,); without them all have T.
+        """
+        if lengths is not None:
+            check_lengths(lengths, x)
+        states = self.rnn(self.embedding(x), lengths)  # (B, T, H)
+        if self.read == "max":
+            if lengths is not None:
+                behind = torch.arange(states.shape[1], device=x.device) >= lengths[:, None]
+                states = states.masked_fill(behind[:, :, None], -torch.inf)
+            return self.output(self.dropout(states.amax(1)))
+        # Reading all steps for the sake of one rounds as NYU's notebook on temporal order does. Its
+        # spikes come at other steps, some hundred updates on, if the last bit of a sum differs.
+        outputs = self.output(self.dropout(states))  # (B, T, K)
+        if self.read == "every":
+            return outputs
+        if lengths is None:
+            return outputs[:, -1]
+        return outputs[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+def check_lengths(lengths: Tensor, x: Tensor) -> None:
+    rows, steps = x.shape[:2]
+    if lengths.shape != (rows,):
+        raise UserError(
+            f"a batch of {rows} sequences needs as many lengths, got {tuple(lengths.shape)}."
+        )
+    # on another device the loop would have to wait for an answer
+    if lengths.device.type == "cpu" and not 1 <= lengths.min() <= lengths.max() <= steps:
+        raise UserError(
+            f"lengths must be from 1 to {steps}, the padded length, got {int(lengths.min())} to "
+            f"{int(lengths.max())}."
         )
 
 
-class RNN(RecurrentClassifier):
+def checked_dropout(dropout: float) -> nn.Dropout:
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be in [0, 1), got {dropout}.")
+    return nn.Dropout(dropout)
+
+
+class Fused(nn.RNNBase):
+    """A recurrent network of PyTorch as a core; it runs from left to right and needs no lengths."""
+
+    @property
+    def state_size(self) -> int:
+        return self.hidden_size
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        # in the place of lengths, PyTorch takes the first state
+        states, _ = super().forward(x)
+        return states
+
+
+class RNN(Fused, nn.RNN):  # type: ignore[misc]  # as said above
     """The simple recurrent network of Elman ("Finding structure in time", 1990).
 
     Args:
         input_size: Features D of a step.
         hidden_size: Units H of a layer.
         num_layers: Layers, each reading the states of the one below.
-        num_classes: Number of classes K.
         nonlinearity: Activation of the units.
+        dropout: Share of the states that is set to zero between two layers, in training.
     """
 
     def __init__(
         self,
-        input_size: int = 8,
-        hidden_size: int = 12,
+        input_size: int,
+        hidden_size: int,
         num_layers: int = 1,
-        num_classes: int = 4,
-        nonlinearity: Literal["tanh", "relu"] = "relu",
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        dropout: float = 0.0,
     ) -> None:
-        core = nn.RNN(
-            input_size, hidden_size, num_layers, nonlinearity=nonlinearity, batch_first=True
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            nonlinearity=nonlinearity,
+            batch_first=True,
+            dropout=dropout,
         )
-        super().__init__(core, num_classes)
+
+
+class LSTM(Fused, nn.LSTM):  # type: ignore[misc]  # as said above
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate of Gers et al., 2000).
+
+    Args:
+        input_size: Features D of a step.
+        hidden_size: Units H of a layer.
+        num_layers: Layers, each reading the states of the one below.
+        dropout: Share of the states that is set to zero between two layers, in training.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
+
+
+class GRU(Fused, nn.GRU):  # type: ignore[misc]  # as said above
+    """Gated recurrent units (Cho et al., arXiv:1406.1078).
+
+    Args:
+        input_size: Features D of a step.
+        hidden_size: Units H of a layer.
+        num_layers: Layers, each reading the states of the one below.
+        dropout: Share of the states that is set to zero between two layers, in training.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
+
+
+class BidirectionalLSTM(nn.Module):
+    """Layers of two LSTMs, one of which reads each sequence from its last step to its first.
+
+    The reversed sequences are made by their lengths, so that padding stays behind: packing them, as
+    PyTorch's own bidirectional networks want it, would need the lengths on the CPU in each step.
+
+    Args:
+        input_size: Features D of a step.
+        hidden_size: Units of each direction; a state has twice as many.
+        num_layers: Layers, each reading the states of both directions of the one below.
+        dropout: Share of the states that is set to zero between two layers, in training.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.state_size = 2 * hidden_size
+        sizes = [input_size] + [self.state_size] * (num_layers - 1)
+        self.ahead = nn.ModuleList(LSTM(size, hidden_size) for size in sizes)
+        self.back = nn.ModuleList(LSTM(size, hidden_size) for size in sizes)
+        self.dropout = checked_dropout(dropout)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        for number, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
+            if number:
+                x = self.dropout(x)
+            x = torch.cat([ahead(x), reverse(back(reverse(x, lengths)), lengths)], 2)
+        return x
+
+
+def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Sequences (B, T, D) from their last step to their first; the padding stays behind."""
+    if lengths is None:
+        return x.flip(1)
+    steps = torch.arange(x.shape[1], device=x.device)
+    mirrored = lengths[:, None] - 1 - steps  # (B, T), negative in the padding
+    index = torch.where(mirrored < 0, steps, mirrored)
+    return x.gather(1, index[:, :, None].expand_as(x))

@@ -1,0 +1,199 @@
+"""Recurrent cores step by step, as their equations read.
+
+Dimensions: B batch, T time, D features, H state.
+
+Each keeps to the interface of :mod:`lit_models.networks.recurrent`. What depends on the inputs
+alone is computed for all steps together, so that a step costs one matrix product and its
+activation.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from lit_models.networks.recurrent import checked_dropout
+
+Nonlinearity = Literal["identity", "relu", "tanh"]
+ACTIVATIONS: dict[Nonlinearity, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+}
+
+
+class State(nn.Identity):
+    """The place in a layer through which each of its states passes, (B, H): one to hook."""
+
+
+class Layer(nn.Module):
+    """One layer of a recurrence, (B, T, D) -> (B, T, H).
+
+    Args:
+        state_size: Units H.
+        parameters: Shapes of the parameters by name, all drawn from U(-1, 1) / sqrt(H), as PyTorch
+            does for its own; None for one that is left out.
+    """
+
+    weight_x: nn.Parameter  # multiplies the inputs
+    weight_h: nn.Parameter  # multiplies the states
+
+    def __init__(self, state_size: int, **parameters: Sequence[int] | None) -> None:
+        super().__init__()
+        self.state_size = state_size
+        self.state = State()
+        bound = 1 / math.sqrt(state_size)
+        for name, shape in parameters.items():
+            values = nn.Parameter(torch.empty(*shape).uniform_(-bound, bound)) if shape else None
+            self.register_parameter(name, values)
+
+    def start(self, x: Tensor) -> Tensor:
+        """The state (B, H) before the first step."""
+        return x.new_zeros(len(x), self.state_size)
+
+
+class Stack(nn.Module):
+    """Layers above each other, with dropout between them."""
+
+    def __init__(self, layers: Sequence[Layer], dropout: float) -> None:
+        super().__init__()
+        if not layers:
+            raise UserError("num_layers must be at least 1.")
+        self.layers = nn.ModuleList(layers)
+        self.dropout = checked_dropout(dropout)
+        self.state_size = layers[-1].state_size
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(self.dropout(x) if number else x)
+        return x
+
+
+class VanillaRNN(Stack):
+    """h[t] = sigma(W_h h[t-1] + W_x x[t] + b), with one bias (PyTorch's has two that add up).
+
+    Linear, with one unit and without bias, it is h[t] = a x[t] + b h[t-1].
+
+    Args:
+        input_size: Features D of a step.
+        hidden_size: Units H of a layer.
+        num_layers: Layers, each reading the states of the one below.
+        nonlinearity: The activation sigma.
+        bias: Whether there is b.
+        dropout: Share of the states that is set to zero between two layers, in training.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Nonlinearity = "tanh",
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        if nonlinearity not in ACTIVATIONS:
+            allowed = ", ".join(ACTIVATIONS)
+            raise UserError(f"nonlinearity must be one of {allowed}, got {nonlinearity!r}.")
+        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
+        layers = [VanillaLayer(size, hidden_size, nonlinearity, bias) for size in sizes]
+        super().__init__(layers, dropout)
+
+
+class VanillaLayer(Layer):
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity, bias: bool
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            weight_x=(hidden_size, input_size),
+            weight_h=(hidden_size, hidden_size),
+            bias=(hidden_size,) if bias else None,
+        )
+        self.activation = ACTIVATIONS[nonlinearity]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, states = self.start(x), []
+        for z in nn.functional.linear(x, self.weight_x, self.bias).unbind(1):  # W_x x[t] + b
+            h = self.state(self.activation(torch.addmm(z, h, self.weight_h.T)))
+            states.append(h)
+        return torch.stack(states, 1)
+
+
+class VanillaLSTM(Stack):
+    """Long short-term memory with one bias for each gate (PyTorch's has two that add up).
+
+    ``[i, f, g, o] = W_x x[t] + W_h h[t-1] + b; c[t] = sigmoid(f) c[t-1] + sigmoid(i) tanh(g);
+    h[t] = sigmoid(o) tanh(c[t])`` (Gers et al., "Learning to forget", 2000).
+
+    Args:
+        input_size: Features D of a step.
+        hidden_size: Units H of a layer.
+        num_layers: Layers, each reading the states of the one below.
+        dropout: Share of the states that is set to zero between two layers, in training.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
+        super().__init__([VanillaLSTMLayer(size, hidden_size) for size in sizes], dropout)
+
+
+class VanillaLSTMLayer(Layer):
+    bias: nn.Parameter
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        gates = 4 * hidden_size
+        super().__init__(
+            hidden_size, weight_x=(gates, input_size), weight_h=(gates, hidden_size), bias=(gates,)
+        )
+        self.cell = State()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c, states = self.start(x), self.start(x), []
+        for z in nn.functional.linear(x, self.weight_x, self.bias).unbind(1):
+            i, f, g, o = torch.addmm(z, h, self.weight_h.T).chunk(4, 1)
+            c = self.cell(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
+            h = self.state(torch.sigmoid(o) * torch.tanh(c))
+            states.append(h)
+        return torch.stack(states, 1)
+
+
+class GatedRNN(Stack):
+    """c[t] = sigmoid(W_c x[t] + W_h h[t-1]); h[t] = c[t] h[t-1] + (1 - c[t]) W_x x[t].
+
+    Args:
+        input_size: Features D of a step.
+        hidden_size: Units H of a layer.
+        num_layers: Layers, each reading the states of the one below.
+        dropout: Share of the states that is set to zero between two layers, in training.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
+        super().__init__([GatedLayer(size, hidden_size) for size in sizes], dropout)
+
+
+class GatedLayer(Layer):
+    weight_c: nn.Parameter
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        wide, square = (hidden_size, input_size), (hidden_size, hidden_size)
+        super().__init__(hidden_size, weight_c=wide, weight_h=square, weight_x=wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_inputs, candidates = (x @ self.weight_c.T).unbind(1), (x @ self.weight_x.T).unbind(1)
+        h, states = self.start(x), []
+        for z, candidate in zip(gate_inputs, candidates, strict=True):
+            c = torch.sigmoid(torch.addmm(z, h, self.weight_h.T))
+            h = self.state(torch.lerp(candidate, h, c))
+            states.append(h)
+        return torch.stack(states, 1)

@@ -1,0 +1,306 @@
+"""The recurrences written step by step: golden values, equations, and their gradients by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lit_models.networks import RNN, AttentionRNN, GatedRNN, Recurrent, VanillaLSTM, VanillaRNN
+from lit_models.networks.unrolled import State
+
+# Berkeley CS182, homework 6, "Implementing RNNs": every weight is -0.1
+X = torch.tensor(
+    [
+        [[0.1, 0.15], [0.2, 0.25], [0.3, 0.35], [0.4, 0.45]],
+        [[-0.1, -1.5], [-0.2, -2.5], [-0.3, -3.5], [-0.4, -0.45]],
+    ]
+)
+
+
+def filled(network: Any, value: float = -0.1) -> Any:
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, value)
+    return network
+
+
+def assert_golden(ours: Tensor, golden: list[list[float]]) -> None:
+    torch.testing.assert_close(ours, torch.tensor(golden), rtol=0, atol=1e-4)
+
+
+def states_of(core: nn.Module, x: Tensor, *, cell: bool = False) -> list[list[Tensor]]:
+    """The states of each layer as the places to hook see them, connected by autograd."""
+    seen: list[list[Tensor]] = []
+    hooks = []
+    for name, module in core.named_modules():
+        if isinstance(module, State) and name.endswith("cell") == cell:
+            seen.append([])
+            hooks.append(
+                module.register_forward_hook(lambda m, i, h, keep=seen[-1]: keep.append(h))
+            )
+    core(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_one_unit() -> None:
+    (state,) = filled(VanillaRNN(1, 1), 0.1)(torch.ones(1, 1, 1)).flatten()
+    assert state.item() == pytest.approx(0.1973753273487091, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("core", "golden"),
+    [
+        (
+            VanillaRNN(2, 3, nonlinearity="identity"),
+            [[-0.1250, -0.1075, -0.1328, -0.1452], [0.0600, 0.1520, 0.2344, -0.0853]],
+        ),
+        (
+            VanillaRNN(2, 3),
+            [[-0.1244, -0.1073, -0.1320, -0.1444], [0.0599, 0.1509, 0.2305, -0.0840]],
+        ),
+        (
+            VanillaRNN(2, 3, num_layers=2),
+            [[-0.0626, -0.0490, -0.0457, -0.0430], [-0.1174, -0.1096, -0.1354, -0.0342]],
+        ),
+        (
+            VanillaLSTM(2, 3, num_layers=3),
+            [[-0.0212, -0.0296, -0.0329, -0.0343], [-0.0211, -0.0291, -0.0320, -0.0332]],
+        ),
+    ],
+    ids=["linear", "tanh", "two_layers", "lstm"],
+)
+def test_states_are_those_of_the_course(core: Any, golden: list[list[float]]) -> None:
+    states = filled(core)(X)
+    assert_golden(states[:, :, 0], golden)
+    assert torch.equal(states, states[:, :, :1].expand(-1, -1, 3))
+
+
+def test_predictions_are_those_of_the_course() -> None:
+    network = filled(Recurrent(VanillaRNN(2, 3), 4, read="every"))
+    golden = [[-0.0627, -0.0678, -0.0604, -0.0567], [-0.1180, -0.1453, -0.1692, -0.0748]]
+    assert_golden(network(X)[:, :, 0], golden)
+
+
+def test_lstm_states_and_cells_are_those_of_the_course() -> None:
+    core = filled(VanillaLSTM(2, 3, num_layers=3))
+    last_h = [layer[-1][:, 0].tolist() for layer in states_of(core, X)]
+    last_c = [layer[-1][:, 0].tolist() for layer in states_of(core, X, cell=True)]
+    assert_golden(torch.tensor(last_h), [[-0.0583, 0.0369], [-0.0320, -0.0430], [-0.0343, -0.0332]])
+    assert_golden(torch.tensor(last_c), [[-0.1280, 0.0759], [-0.0666, -0.0907], [-0.0716, -0.0693]])
+
+
+def test_vanilla_networks_are_those_of_torch_with_one_bias() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 2)
+    pairs: list[tuple[Any, Any]] = [
+        (VanillaRNN(2, 5), nn.RNN(2, 5, batch_first=True)),
+        (
+            VanillaRNN(2, 5, nonlinearity="relu"),
+            nn.RNN(2, 5, nonlinearity="relu", batch_first=True),
+        ),
+        (VanillaLSTM(2, 5), nn.LSTM(2, 5, batch_first=True)),
+    ]
+    for ours, other in pairs:
+        (layer,) = ours.layers
+        layer.weight_x.data, layer.weight_h.data = other.weight_ih_l0.data, other.weight_hh_l0.data
+        layer.bias.data = other.bias_ih_l0.data + other.bias_hh_l0.data
+        torch.testing.assert_close(ours(x), other(x)[0])
+
+
+def test_states_below_the_top_reach_the_next_layer_through_dropout() -> None:
+    torch.manual_seed(0)
+    core, x = VanillaRNN(2, 64, num_layers=2, dropout=0.5), torch.randn(3, 6, 2)
+    below = [states_of(core, x)[0] for _ in range(2)]
+    assert all(map(torch.equal, *below))  # what enters the first layer is whole
+    assert not torch.equal(core(x), core(x))
+    core.eval()
+    assert torch.equal(core(x), core(x))
+
+
+# The equations, in float64, at random sizes
+
+SIZES = st.integers(1, 5)
+SEEDS = st.integers(0, 2**31)
+exact = settings(max_examples=25, deadline=None)
+
+
+def assert_equal(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+@given(SIZES, SIZES, st.integers(1, 8), SEEDS)
+@exact
+def test_gated_rnn_and_its_gradient(d: int, h: int, t: int, seed: int) -> None:
+    """dl/dW_x is the sum over t of ((1 - c[t]) * dl/dh[t]) x[t]^T, with total derivatives."""
+    torch.manual_seed(seed)
+    core = GatedRNN(d, h).double()
+    layer: Any = core.layers[0]
+    x = torch.randn(3, t, d, dtype=torch.float64)
+    (states,) = states_of(core, x)
+    gates, expected = [], []
+    state = torch.zeros(3, h, dtype=torch.float64)
+    for step in range(t):
+        c = torch.sigmoid(x[:, step] @ layer.weight_c.T + state @ layer.weight_h.T)
+        state = c * state + (1 - c) * (x[:, step] @ layer.weight_x.T)
+        gates.append(c)
+        expected.append(state)
+    for ours, other in zip(states, expected, strict=True):
+        assert_equal(ours, other)
+
+    loss = torch.stack(states).sin().sum()
+    by_weight, *by_state = torch.autograd.grad(loss, [layer.weight_x, *states])
+    by_hand = sum(((1 - gates[step]) * by_state[step]).T @ x[:, step] for step in range(t))
+    assert isinstance(by_hand, Tensor)
+    assert_equal(by_weight, by_hand)
+
+
+def parts(layer: Any, past: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_i, K_i and V_i of an AttentionRNN, i = 0 for the input."""
+    if i == 0:
+        return layer.weight_x.chunk(3)
+    return layer.weight_h.view(past, 3, *layer.weight_h.shape[1:2] * 2)[i - 1].unbind(0)
+
+
+def attention_by_hand(
+    layer: Any, past: int, x: Tensor, *, tied: bool = False
+) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    """States h[t] (H,), weights a[t] and values v_i of one sequence (T, D), one sum at a time."""
+    states: list[Tensor] = []
+    weights, all_values = [], []
+    for step in x:
+        sources = [step, *reversed(states)][: past + 1]
+        w, values = [], []
+        for i, source in enumerate(sources):
+            q, k, v = parts(layer, 1, min(i, 1)) if tied else parts(layer, past, i)
+            w.append((q @ source) @ (k @ source))
+            values.append(v @ source)
+        a = torch.stack(w).softmax(0)
+        states.append(sum(a_i * v_i for a_i, v_i in zip(a, values, strict=True)))
+        weights.append(a)
+        all_values.append(values)
+    return states, weights, all_values
+
+
+@given(SIZES, SIZES, st.integers(1, 4), st.integers(1, 8), SEEDS)
+@exact
+def test_attention_rnn_is_its_equations(d: int, h: int, past: int, t: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    core = AttentionRNN(d, h, past).double()
+    x = torch.randn(2, t, d, dtype=torch.float64)
+    for ours, sequence in zip(core(x), x, strict=True):
+        expected, _, _ = attention_by_hand(core.layers[0], past, sequence)
+        assert_equal(ours, torch.stack(expected))
+
+
+@given(SIZES, SIZES, st.integers(1, 8), SEEDS)
+@exact
+def test_attention_to_all_states_is_its_equations(d: int, h: int, t: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    core = AttentionRNN(d, h, past=None).double()
+    x = torch.randn(2, t, d, dtype=torch.float64)
+    for ours, sequence in zip(core(x), x, strict=True):
+        expected, _, _ = attention_by_hand(core.layers[0], t, sequence, tied=True)
+        assert_equal(ours, torch.stack(expected))
+
+
+def test_large_scores_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    core = AttentionRNN(3, 3, past=None)
+    states = core(100 * torch.randn(2, 20, 3))
+    states.sum().backward()
+    assert states.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in core.parameters())
+
+
+@given(SIZES, SIZES, st.integers(1, 6), st.integers(0, 3), SEEDS)
+@exact
+def test_a_window_over_all_steps_sees_all_states(
+    d: int, h: int, t: int, more: int, seed: int
+) -> None:
+    """AttentionRNN(inf) is AttentionRNN(k) with tied parameters as long as t <= k."""
+    torch.manual_seed(seed)
+    whole, window = AttentionRNN(d, h, None).double(), AttentionRNN(d, h, t + more).double()
+    weights = whole.state_dict()
+    weights["layers.0.weight_h"] = weights["layers.0.weight_h"].repeat(t + more, 1)
+    window.load_state_dict(weights)
+    x = torch.randn(2, t, d, dtype=torch.float64)
+    assert_equal(window(x), whole(x))
+
+
+def jacobian(y: Tensor, x: Tensor) -> Tensor:
+    """dy/dx (H, H) of one row (1, H) by another."""
+    rows = [torch.autograd.grad(y[0, i], x, retain_graph=True)[0][0] for i in range(y.shape[1])]
+    return torch.stack(rows)
+
+
+def direct_jacobian(layer: Any, past: int, a: Tensor, i: int, h_t: Tensor, h: Tensor) -> Tensor:
+    """dh[t]/dh[t-i] with all other states held.
+
+    It is a_i V_i + a_i (v_i - h[t]) (Q_i^T k_i + K_i^T q_i)^T.
+    """
+    q, k, v = parts(layer, past, i)
+    by_score = q.T @ (k @ h) + k.T @ (q @ h)
+    return a[i] * v + a[i] * torch.outer(v @ h - h_t, by_score)
+
+
+@given(SIZES, st.integers(2, 6), SEEDS)
+@exact
+def test_jacobian_of_attention_rnn_2(h: int, t: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    core = AttentionRNN(h, h, past=2).double()
+    x = torch.randn(1, t, h, dtype=torch.float64)
+    (states,) = states_of(core, x)
+    _, weights, _ = attention_by_hand(core.layers[0], 2, x[0])
+    expected = direct_jacobian(core.layers[0], 2, weights[-1], 1, states[-1][0], states[-2][0])
+    assert_equal(jacobian(states[-1], states[-2]), expected)
+
+
+@given(SIZES, st.integers(1, 3), st.integers(2, 7), SEEDS)
+@exact
+def test_a_state_reaches_the_loss_through_the_next_k_states(
+    h: int, past: int, t: int, seed: int
+) -> None:
+    """dl/dh[T] is the sum over t = T+1..T+k of (direct dh[t]/dh[T])^T dl/dh[t]."""
+    torch.manual_seed(seed)
+    core = AttentionRNN(h, h, past).double()
+    x = torch.randn(1, t, h, dtype=torch.float64)
+    (states,) = states_of(core, x)
+    totals = [g[0] for g in torch.autograd.grad(states[-1].sin().sum(), states)]
+    _, weights, _ = attention_by_hand(core.layers[0], past, x[0])
+    for s in range(t - 1):
+        later = range(s + 1, min(s + past, t - 1) + 1)
+        jacobians = [
+            direct_jacobian(core.layers[0], past, weights[u], u - s, states[u][0], states[s][0])
+            for u in later
+        ]
+        expected = sum(j.T @ totals[u] for j, u in zip(jacobians, later, strict=True))
+        assert isinstance(expected, Tensor)
+        assert_equal(totals[s], expected)
+
+
+@given(st.integers(1, 12), st.floats(-2, 2), st.floats(-1.5, 1.5), SEEDS)
+@exact
+def test_gradients_of_the_scalar_rnn(t: int, a: float, b: float, seed: int) -> None:
+    """h[t] = a x[t] + b h[t-1]: dh[T]/da = sum b^(T-t) x[t], dh[T]/db = sum b^(T-t) h[t-1]."""
+    torch.manual_seed(seed)
+    core = VanillaRNN(1, 1, nonlinearity="identity", bias=False).double()
+    layer: Any = core.layers[0]
+    nn.init.constant_(layer.weight_x, a)
+    nn.init.constant_(layer.weight_h, b)
+    x = torch.randn(1, t, 1, dtype=torch.float64)
+    states = core(x)[0, :, 0]
+    by_a, by_b = torch.autograd.grad(states[-1], [layer.weight_x, layer.weight_h])
+    powers = torch.tensor([b ** (t - 1 - s) for s in range(t)], dtype=torch.float64)
+    before = F.pad(states[:-1], (1, 0))
+    assert_equal(by_a[0, 0], (powers * x[0, :, 0]).sum())
+    assert_equal(by_b[0, 0], (powers * before).sum())
+
+
+def test_relu_rnn_is_torchs() -> None:
+    torch.manual_seed(0)
+    assert RNN(3, 4, nonlinearity="relu")(torch.randn(2, 5, 3)).min() == 0
