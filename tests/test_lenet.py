@@ -78,18 +78,16 @@ def reference(network: LeNet5, images: Tensor, pool: Any, stride: int) -> Tensor
     """The network in evaluation, from its weights alone."""
     weights = network.state_dict()
 
-    def layer(
-        operation: Any, x: Tensor, name: str, norm: str, pool: Any = lambda x: x, **options: Any
-    ) -> Tensor:
+    def layer(operation: Any, x: Tensor, name: str, norm: str, **options: Any) -> Tensor:
         x = operation(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options)
         keys = ("running_mean", "running_var", "weight", "bias")
         mean, var, scale, shift = (
             weights[f"{norm}.{key}"].reshape(1, -1, *[1] * (x.ndim - 2)) for key in keys
         )
-        return pool((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
 
-    x = layer(F.conv2d, images, "conv1", "norm1", pool, stride=stride)
-    x = layer(F.conv2d, x, "conv2", "norm2", pool, stride=stride)
+    x = pool(layer(F.conv2d, images, "conv1", "norm1", stride=stride))
+    x = pool(layer(F.conv2d, x, "conv2", "norm2", stride=stride))
     x = layer(F.linear, x.flatten(1), "fc1", "norm3")
     x = layer(F.linear, x, "fc2", "norm4")
     return x @ weights["fc3.weight"].T + weights["fc3.bias"]
