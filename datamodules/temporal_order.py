@@ -3,24 +3,22 @@
 Dimensions: N sequences, B batch, T padded length, D width of a one-hot vector.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.base import BaseDataModule, Tensors
-from datamodules.resident import ResidentLoader, Stage
+from datamodules.base import Tensors
+from datamodules.resident import Stage
+from datamodules.synthetic import DrawingLoader, Split, SyntheticDataModule
 from errors import UserError
 
 SYMBOLS = "XYabcdBE"  # one-hot vectors in this order
 DISTRACTORS, BEGIN, END, PAD = 2, 6, 7, 8  # padding is a vector of zeros
 NOTEBOOK_SEED = 8382
-TEST_SIZE = 2560
 
 Level = Literal["easy", "normal", "moderate", "hard", "nightmare"]
 Stream = Literal["clean", "notebook"]
@@ -48,7 +46,7 @@ LEVELS: dict[Level, Ranges] = {
 }
 
 
-class TemporalOrderDataModule(BaseDataModule):
+class TemporalOrderDataModule(SyntheticDataModule):
     """Experiment 6a of Hochreiter and Schmidhuber ("Long short-term memory", 1997, section 5.6).
 
     A sequence begins with B, ends with E and consists of random a, b, c and d, but for two places,
@@ -87,45 +85,22 @@ class TemporalOrderDataModule(BaseDataModule):
         val_size: int = 992,
         data_dir: str = "data",
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        super().__init__(epoch_size, batch_size, eval_batch_size, val_size, data_dir)
         for name, value, allowed in (("level", level, Level), ("stream", stream, Stream)):
             if value not in get_args(allowed):
                 raise UserError(
                     f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}."
                 )
-        if epoch_size < 1:
-            raise UserError(f"epoch_size must be at least 1, got {epoch_size}.")
         self.ranges = LEVELS[level]
-        self.epoch_size = epoch_size
         is_notebook = stream == "notebook"
         self.notebook = NotebookStream(self.ranges, epoch_size, val_size) if is_notebook else None
 
-    def setup(self, stage: str) -> None:
-        if stage in ("fit", "validate"):
-            self.splits["train"] = self.draw("train", epoch=0)
-            self.splits["val"] = self.draw("val", epoch=0)
-            self._train_loader = None
-            self.digest = sha256(self.splits["train"][0], self.splits["val"][0])
-        else:
-            super().setup(stage)
-
-    def read_test(self) -> Tensors:
-        symbols, target = clean_sequences(self.ranges, "test", 0, TEST_SIZE)
-        self.digest = sha256(symbols)
-        return symbols, target
-
-    def read_predict(self) -> Tensors:
-        symbols, _ = self.read_test()
-        return symbols, torch.arange(1, TEST_SIZE + 1)
-
-    def draw(self, split: str, epoch: int) -> Tensors:
+    def draw(self, split: Split, epoch: int) -> Tensors:
         """The sequences of one epoch: symbols (N, T) int8 and classes (N,)."""
-        if self.notebook:
+        if self.notebook and split != "test":
             return self.notebook.draw(epoch)[split]
-        if split == "train":
-            start = epoch * self.epoch_size
-            return clean_sequences(self.ranges, "train", start, self.epoch_size, self.seed)
-        return clean_sequences(self.ranges, "val", 0, self.val_size)
+        start, seed = (epoch * self.epoch_size, self.seed) if split == "train" else (0, 0)
+        return clean_sequences(self.ranges, split, start, self.samples(split), seed)
 
     def loader_arguments(self, stage: Stage) -> dict[str, Any]:
         arguments = super().loader_arguments(stage)
@@ -136,33 +111,19 @@ class TemporalOrderDataModule(BaseDataModule):
     def make_loader(self, tensors: Tensors, stage: Stage) -> "SequenceLoader":
         return SequenceLoader(tensors, **self.loader_arguments(stage))
 
-    def resident(self, split: str, stage: Stage) -> "SequenceLoader":
-        loader = cast(SequenceLoader, super().resident(split, stage))
-        if split == "train" or (split == "val" and self.notebook):
+    def resident(self, split: str, stage: Stage) -> DrawingLoader:
+        loader = super().resident(split, stage)
+        if split == "val" and self.notebook:
             loader.redraw = partial(self.draw, split)
         return loader
 
 
-class SequenceLoader(ResidentLoader):
-    """Resident sequences of symbols (N, T) int8, one-hot from the moment they are in a batch.
-
-    Attributes:
-        redraw: If set, gives new sequences for every epoch. They come in the order they are drawn.
-    """
-
-    redraw: Callable[[int], Tensors] | None = None
+class SequenceLoader(DrawingLoader):
+    """Resident sequences of symbols (N, T) int8, one-hot from the moment they are in a batch."""
 
     def __init__(self, tensors: Tensors, **loader: Any) -> None:
         super().__init__(tensors, **loader)
         self.one_hot = torch.eye(PAD + 1, PAD, device=self.device)  # the last row is zero
-
-    def shares(self) -> Sequence[Tensor]:
-        if self.redraw:
-            self.tensors = [tensor.to(self.device) for tensor in self.redraw(self.epoch)]
-        return super().shares()
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        return torch.arange(self.samples)
 
     def batch(self, index: Tensor) -> list[Tensor]:
         symbols, target = super().batch(index)
@@ -171,7 +132,7 @@ class SequenceLoader(ResidentLoader):
 
 def clean_sequences(
     ranges: Ranges,
-    split: Literal["train", "val", "test"],
+    split: Split,
     start: int,
     count: int,
     seed: int = 0,
@@ -269,7 +230,3 @@ def assemble(
     symbols[rows, begin + first] = target // 2  # X before Y in SYMBOLS, as Q, R, S, U in their rule
     symbols[rows, begin + second] = target % 2
     return torch.from_numpy(symbols), torch.from_numpy(np.ascontiguousarray(target))
-
-
-def sha256(*symbols: Tensor) -> str:
-    return hashlib.sha256(b"".join(s.numpy().tobytes() for s in symbols)).hexdigest()
