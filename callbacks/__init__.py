@@ -10,14 +10,16 @@ from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.learning_curves import LearningCurves
 from callbacks.mistakes import Mistakes
 from callbacks.progress import ProgressBar
-from callbacks.run_folder import AtomicCheckpointIO, MetricsCSV, RunRecord
+from callbacks.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord
 from callbacks.sample_sheet import SampleSheet
 from callbacks.spike_pictures import SpikePictures
+from callbacks.submission_log import SubmissionLog
 from callbacks.wandb_logger import ResumableWandbLogger
 
 __all__ = [
     "AdaptiveGradientClipping",
     "AtomicCheckpointIO",
+    "BestCheckpoint",
     "ConfusionMatrix",
     "GradientNormClipping",
     "GradientSpikeMonitor",
@@ -29,5 +31,6 @@ __all__ = [
     "RunRecord",
     "SampleSheet",
     "SpikePictures",
+    "SubmissionLog",
     "UpdateClipping",
 ]

@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,6 +31,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         with atomic_write(Path(path)) as file:
             torch.save(checkpoint, file)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the epoch that did best on the validation part, by the model's own measure."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best",
+            monitor=LitModel.monitor,
+            mode="max",
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(pl_module, LitModel):
+            self.monitor = pl_module.monitor
+        super().setup(trainer, pl_module, stage)
 
 
 class MetricsCSV(Logger):

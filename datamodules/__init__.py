@@ -3,9 +3,12 @@
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.demo import DemoDataModule
 from datamodules.digits import DigitsDataModule
+from datamodules.echo import EchoDataModule
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
+from datamodules.last_names import LastNamesDataModule
 from datamodules.mnist import MNISTDataModule
+from datamodules.running_mean import RunningMeanDataModule
 from datamodules.temporal_order import TemporalOrderDataModule
 from datamodules.ucsb_cifar10 import UCSBCIFAR10DataModule
 
@@ -13,9 +16,12 @@ __all__ = [
     "CIFAR10DataModule",
     "DemoDataModule",
     "DigitsDataModule",
+    "EchoDataModule",
     "ImageFolderDataModule",
     "KaggleCIFAR10DataModule",
+    "LastNamesDataModule",
     "MNISTDataModule",
+    "RunningMeanDataModule",
     "TemporalOrderDataModule",
     "UCSBCIFAR10DataModule",
 ]

@@ -84,7 +84,7 @@ class SyntheticDataModule(BaseDataModule):
     def resident(self, split: str, stage: Stage) -> "DrawingLoader":
         loader = cast(DrawingLoader, super().resident(split, stage))
         if split == "train":
-            loader.redraw = partial(self.draw, split)
+            loader.redraw = partial(self.draw, "train")
         return loader
 
 

@@ -114,7 +114,7 @@ class TemporalOrderDataModule(SyntheticDataModule):
     def resident(self, split: str, stage: Stage) -> DrawingLoader:
         loader = super().resident(split, stage)
         if split == "val" and self.notebook:
-            loader.redraw = partial(self.draw, split)
+            loader.redraw = partial(self.draw, "val")
         return loader
 
 

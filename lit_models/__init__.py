@@ -2,5 +2,6 @@
 
 from lit_models.classification import LitClassifier
 from lit_models.fixmatch import LitFixMatch
+from lit_models.regression import LitRegressor
 
-__all__ = ["LitClassifier", "LitFixMatch"]
+__all__ = ["LitClassifier", "LitFixMatch", "LitRegressor"]

@@ -108,7 +108,7 @@ class LeNet5(nn.Module):
         return self.fc3(x)
 
     def activate(self, x: Tensor) -> Tensor:
-        """ReLU and pooling; a maximum is the same before ReLU, and leaves it a quarter of the work."""
+        """ReLU and pooling; a maximum is the same before ReLU, which then has a quarter to do."""
         if isinstance(self.pool, nn.MaxPool2d):
             return F.relu(self.pool(x))
         return self.pool(F.relu(x))
