@@ -115,8 +115,8 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
         if member.data.digest != members[0].data.digest or not np.array_equal(ids, others):
             raise UserError(
                 f"{members[0].source} and {member.source} predict different samples, which have no "
-                "average; give all runs the same data with --data_dir, --images or "
-                "--data.NAME=VALUE (of photos also test_size and image_size)."
+                "average; give all runs the same data with --data_dir, --images, --names "
+                "or --data.NAME=VALUE (of photos also test_size and image_size)."
             )
     return ids, np.mean([probabilities for _, probabilities in predictions], axis=0)
 
@@ -170,10 +170,14 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--images", metavar="FOLDER", help="photos to predict, for a run on a folder of photos"
     )
     parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="names to predict, for a run on last names"
+    )
+    parser.add_argument("--names_file", metavar="FILE", help="likewise, a text file of one a line")
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="default: RUN/submission.csv; for a folder of photos, RUN/predictions.csv",
+        help="default: RUN/submission.csv; for photos and names, RUN/predictions.csv",
     )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--tta", choices=get_args(TTA), help="default: as the run was tested")
@@ -191,6 +195,10 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         overrides = [f"--model.tta={options.tta}", *overrides]
     if options.images:
         overrides = [f"--data.images={options.images}", *overrides]
+    if options.names:
+        overrides = [f"--data.names={json.dumps(options.names, ensure_ascii=False)}", *overrides]
+    if options.names_file:
+        overrides = [f"--data.names_file={options.names_file}", *overrides]
     if options.data_dir:
         overrides = [f"--data.data_dir={options.data_dir}", *overrides]
     if options.data:  # first: the class decides which settings there are

@@ -98,6 +98,20 @@ def write_photos(root: Path, per_class: int = 60) -> Path:
     return folder
 
 
+def write_names(root: Path, per_language: int = 40) -> Path:
+    """A text file of names for each of three languages, which differ in their last letters."""
+    folder = root / "names"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for language, end in {"Greek": "poulos", "Italian": "ini", "Polish": "czy\u0144ski"}.items():
+        stems = [
+            "".join(random.choice(list("abdeglmnorst"), n % 5 + 2)) for n in range(per_language)
+        ]
+        names = "".join(f"{stem.title()}{end}\n" for stem in stems)
+        (folder / f"{language}.txt").write_text(names, encoding="utf-8")
+    return folder
+
+
 def write_csv(path: Path, rows: list[tuple[int, str]], newline: str = "\n") -> None:
     lines = ["id,label", *(f"{i},{label}" for i, label in rows)]
     path.write_text("".join(line + newline for line in lines), newline="")
