@@ -7,6 +7,7 @@ from callbacks.clipping import (
 )
 from callbacks.confusion_matrix import ConfusionMatrix
 from callbacks.gradient_spikes import GradientSpikeMonitor
+from callbacks.hidden_gradients import HiddenGradients
 from callbacks.learning_curves import LearningCurves
 from callbacks.mistakes import Mistakes
 from callbacks.progress import ProgressBar
@@ -23,6 +24,7 @@ __all__ = [
     "ConfusionMatrix",
     "GradientNormClipping",
     "GradientSpikeMonitor",
+    "HiddenGradients",
     "LearningCurves",
     "MetricsCSV",
     "Mistakes",
