@@ -145,7 +145,8 @@ class NameLoader(ResidentLoader):
             tensors = [t[by_length.to(t.device)] for t in tensors]
         elif loader["stage"] == "train":
             names, processes = len(lengths), loader.get("world_size", 1)
-            together = processes * min(loader["batch_size"], max(1, names // processes))
+            loader["batch_size"] = min(loader["batch_size"], max(1, names // processes))
+            together = processes * loader["batch_size"]
             loader["epoch_size"] = -(-names // together) * together
         super().__init__(tensors, **loader)
         self.lengths = lengths

@@ -1,6 +1,7 @@
 """The whole job on the real sets: train, test, predict for each competition, score with its key."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import CONFIGS, end_wandb
 import predict
 import submit
 import train
-from datamodules import MNISTDataModule
+from datamodules import LastNamesDataModule, MNISTDataModule
 
 pytestmark = [
     pytest.mark.real_data,
@@ -103,3 +104,29 @@ def test_lenet_learns_mnist_in_560_steps(
     count, score = accuracy_of(run / "submission.csv", Path("key.csv"))
     assert count == 10_000
     assert score == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_last_names_are_learned(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs of the course's network; 46 % of the evaluation part are Russian."""
+    if not (real_data / "names").is_dir():
+        pytest.skip("REAL_DATA has no names")
+    data = LastNamesDataModule(str(real_data))
+    assert data.num_classes == 18
+    parts = {part: data.read(part) for part in ("train", "test")}
+    assert [len(target) for _, _, target in parts.values()] == [16_040, 4_010]
+    assert max(int(lengths.max()) for _, lengths, _ in parts.values()) == 19
+    assert {int(tokens.max()) for tokens, _, _ in parts.values()} == {57}
+    russian = parts["test"][2] == data.class_names.index("Russian")
+    assert russian.float().mean() == pytest.approx(0.464, abs=5e-4)
+
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--data.data_dir={real_data}", "--trainer.max_epochs=2", "--run=x", "--test=true"]
+    train.main(["fit", f"--config={CONFIGS / 'last_names_course.yaml'}", *flags])
+    run = Path("runs/last_names_course/x")
+    assert recorded_accuracy(run) > 0.68
+    log = json.loads((run / "submission_log.json").read_text())
+    assert len(log["history"]["train_losses"]) == 2 * 63
+    accuracy = 100 * recorded_accuracy(run)
+    assert log["history"]["eval_accuracies"][-1] == pytest.approx(accuracy, abs=1e-3)
