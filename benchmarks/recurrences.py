@@ -24,7 +24,7 @@ CORES: dict[str, Any] = {
     "vanilla_rnn": VanillaRNN,
     "gated_rnn": GatedRNN,
     "attention_rnn": AttentionRNN,
-    "attention_rnn_of_all_states": partial(AttentionRNN, past=None),
+    "attention_rnn_of_all_states": partial(AttentionRNN, past="inf"),
     "lstm": LSTM,
     "vanilla_lstm": VanillaLSTM,
     "gru": GRU,

@@ -32,7 +32,7 @@ CORES: dict[str, Callable[..., Any]] = {
     "vanilla_lstm": VanillaLSTM,
     "gated_rnn": GatedRNN,
     "attention_rnn": AttentionRNN,
-    "attention_rnn_of_all_states": partial(AttentionRNN, past=None),
+    "attention_rnn_of_all_states": partial(AttentionRNN, past="inf"),
 }
 EACH_CORE = pytest.mark.parametrize("make_core", CORES.values(), ids=CORES)
 
@@ -50,7 +50,7 @@ EACH_CORE = pytest.mark.parametrize("make_core", CORES.values(), ids=CORES)
         (Recurrent(RNN(128, 128), 18, embedding=nn.Embedding(58, 128)), 42_770),
         (GatedRNN(2, 3), 6 + 9 + 6),
         (AttentionRNN(3, 3, past=2), 3 * 3 * 9),
-        (AttentionRNN(3, 3, past=None), 3 * 2 * 9),
+        (AttentionRNN(3, 3, past="inf"), 3 * 2 * 9),
         (BidirectionalLSTM(2, 3, num_layers=2), 2 * (84 + 132)),
     ],
 )
@@ -188,7 +188,10 @@ def test_both_directions_are_those_of_torch() -> None:
         (lambda: Recurrent(RNN(3, 4), 2, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: VanillaRNN(3, 4, nonlinearity="sin"), "nonlinearity must be one of identity"),  # type: ignore[arg-type]
         (lambda: VanillaRNN(3, 4, num_layers=0), "num_layers must be at least 1"),
-        (lambda: AttentionRNN(3, 4, past=0), "past must be at least 1, got 0; null looks back on"),
+        (
+            lambda: AttentionRNN(3, 4, past=0),
+            "past must be at least 1, or inf for all past states, got 0",
+        ),
     ],
 )
 def test_arguments_out_of_range_are_refused(make: Callable[[], Any], said: str) -> None:

@@ -201,7 +201,7 @@ def test_attention_rnn_is_its_equations(d: int, h: int, past: int, t: int, seed:
 @exact
 def test_attention_to_all_states_is_its_equations(d: int, h: int, t: int, seed: int) -> None:
     torch.manual_seed(seed)
-    core = AttentionRNN(d, h, past=None).double()
+    core = AttentionRNN(d, h, past="inf").double()
     x = torch.randn(2, t, d, dtype=torch.float64)
     for ours, sequence in zip(core(x), x, strict=True):
         expected, _, _ = attention_by_hand(core.layers[0], t, sequence, tied=True)
@@ -210,7 +210,7 @@ def test_attention_to_all_states_is_its_equations(d: int, h: int, t: int, seed: 
 
 def test_large_scores_do_not_overflow() -> None:
     torch.manual_seed(0)
-    core = AttentionRNN(3, 3, past=None)
+    core = AttentionRNN(3, 3, past="inf")
     states = core(100 * torch.randn(2, 20, 3))
     states.sum().backward()
     assert states.isfinite().all()
@@ -224,7 +224,7 @@ def test_a_window_over_all_steps_sees_all_states(
 ) -> None:
     """AttentionRNN(inf) is AttentionRNN(k) with tied parameters as long as t <= k."""
     torch.manual_seed(seed)
-    whole, window = AttentionRNN(d, h, None).double(), AttentionRNN(d, h, t + more).double()
+    whole, window = AttentionRNN(d, h, "inf").double(), AttentionRNN(d, h, t + more).double()
     weights = whole.state_dict()
     weights["layers.0.weight_h"] = weights["layers.0.weight_h"].repeat(t + more, 1)
     window.load_state_dict(weights)
@@ -304,3 +304,12 @@ def test_gradients_of_the_scalar_rnn(t: int, a: float, b: float, seed: int) -> N
 def test_relu_rnn_is_torchs() -> None:
     torch.manual_seed(0)
     assert RNN(3, 4, nonlinearity="relu")(torch.randn(2, 5, 3)).min() == 0
+
+
+def test_recurrent_weights_are_drawn_to_scale() -> None:
+    torch.manual_seed(0)
+    plain = VanillaRNN(2, 4)
+    torch.manual_seed(0)
+    scaled = VanillaRNN(2, 4, weight_scale=3)
+    for (name, one), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(3 * one if name.endswith("weight_h") else one, other)

@@ -12,6 +12,8 @@ The sums go over the states that exist: one before the first step would have the
 exp(0) = 1 for a value of zero, and infinitely many of them all the weight there is.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class AttentionRNN(Stack):
     Args:
         input_size: Features D of a step.
         hidden_size: Units H of a layer.
-        past: How many past states k are looked back on; null for all of them.
+        past: How many past states k are looked back on; "inf" for all of them.
         num_layers: Layers, each reading the states of the one below.
         dropout: Share of the states that is set to zero between two layers, in training.
     """
@@ -39,15 +41,15 @@ class AttentionRNN(Stack):
         self,
         input_size: int,
         hidden_size: int,
-        past: int | None = 2,
+        past: int | Literal["inf"] = 2,
         num_layers: int = 1,
         dropout: float = 0.0,
     ) -> None:
-        if past is not None and past < 1:
-            raise UserError(f"past must be at least 1, got {past}; null looks back on all states.")
+        if past != "inf" and (isinstance(past, str) or past < 1):
+            raise UserError(f"past must be at least 1, or inf for all past states, got {past!r}.")
         sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
         layers = [
-            WholePastLayer(size, hidden_size) if past is None else Window(size, hidden_size, past)
+            WholePastLayer(size, hidden_size) if past == "inf" else Window(size, hidden_size, past)
             for size in sizes
         ]
         super().__init__(layers, dropout)
