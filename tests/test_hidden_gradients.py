@@ -17,10 +17,8 @@ from callbacks.hidden_gradients import (
     HiddenGradients,
     Trace,
     heat_maps,
-    main,
     scalars,
     trace,
-    untrained,
 )
 from errors import UserError
 from lit_models.networks import (
@@ -319,34 +317,6 @@ def test_heat_maps_hold_every_measurement() -> None:
 def test_a_gradient_that_is_nowhere_has_no_ratio() -> None:
     values = scalars({"0": made([0.0, 0.0], 0.9)})
     assert math.isnan(values["hidden_gradient/ratio"])
+    assert math.isnan(values["hidden_gradient/decades"])
     assert values["spectral_radius/0"] == 0.9
-
-
-@pytest.mark.parametrize("loss", ["last", "every"])
-def test_the_visualiser_prints_and_draws(
-    loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "curves.png"
-    scales = ["--weight_scale", "0.5", "3"]
-    main(["--nonlinearity", "identity", "tanh", *scales, f"--loss={loss}", f"--output={path}"])
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5
-    assert "x 0.5, |eigenvalue| 0.29" in printed[0]
-    assert path.exists()
-
-
-def gradients(loss: str, scale: float) -> Tensor:
-    return untrained("identity", scale, 1.0, 30, loss, seed=0).gradients
-
-
-def test_a_loss_at_every_step_reaches_early_states_from_nearby_targets() -> None:
-    """Of the last loss alone almost nothing is left at the first step."""
-    assert gradients("last", 0.5)[0] < 1e-12
-    assert gradients("every", 0.5)[0] > 1e-3
-    assert gradients("last", 3)[0] > 1e6
-
-
-def test_lengths_of_the_visualiser_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--steps=0"])
-    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+    assert scalars({"0": made([1e-3, 1.0])})["hidden_gradient/decades"] == pytest.approx(-3)

@@ -1,6 +1,7 @@
 """Networks in plain PyTorch; nothing here knows Lightning or a data set."""
 
 from lit_models.networks.attention_rnn import AttentionRNN
+from lit_models.networks.conv_stack import ConvStack
 from lit_models.networks.ensemble import Ensemble
 from lit_models.networks.lenet import LeNet5
 from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
@@ -14,6 +15,7 @@ __all__ = [
     "RNN",
     "AttentionRNN",
     "BidirectionalLSTM",
+    "ConvStack",
     "Ensemble",
     "GatedRNN",
     "LeNet5",

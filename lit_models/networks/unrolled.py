@@ -84,6 +84,7 @@ class VanillaRNN(Stack):
         nonlinearity: The activation sigma.
         bias: Whether there is b.
         dropout: Share of the states that is set to zero between two layers, in training.
+        weight_scale: Factor on W_h as it is drawn, whose largest |eigenvalue| is about 0.58 of it.
     """
 
     def __init__(
@@ -94,12 +95,15 @@ class VanillaRNN(Stack):
         nonlinearity: Nonlinearity = "tanh",
         bias: bool = True,
         dropout: float = 0.0,
+        weight_scale: float = 1.0,
     ) -> None:
         if nonlinearity not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
             raise UserError(f"nonlinearity must be one of {allowed}, got {nonlinearity!r}.")
         sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
         layers = [VanillaLayer(size, hidden_size, nonlinearity, bias) for size in sizes]
+        for layer in layers:
+            layer.weight_h.data *= weight_scale
         super().__init__(layers, dropout)
 
 
