@@ -135,7 +135,7 @@ class NameLoader(ResidentLoader):
         loader: What :class:`ResidentLoader` takes.
     """
 
-    chunk = 16  # batches: a third of the padding of one whole shuffled epoch, and yet a new mixture
+    chunk = 16  # batches; padding adds 10 % to the names, and 96 % to those that nobody sorts
 
     def __init__(self, tensors: Sequence[Tensor], balanced: bool = False, **loader: Any) -> None:
         lengths = tensors[1].cpu()  # a batch's longest name is known without asking the device
@@ -150,9 +150,8 @@ class NameLoader(ResidentLoader):
             loader["epoch_size"] = -(-names // together) * together
         super().__init__(tensors, **loader)
         self.lengths = lengths
-        self.weights = (
-            1 / self.tensors[-1].bincount().cpu()[self.tensors[-1].cpu()] if balanced else None
-        )
+        classes = self.tensors[-1].cpu()
+        self.weights = 1 / classes.bincount()[classes] if balanced else None
 
     @property
     def device(self) -> torch.device:
