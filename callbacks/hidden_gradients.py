@@ -313,7 +313,7 @@ def heat_maps(measured: Mapping[int, Mapping[str, Trace]]) -> Figure:
             cmap=colours,
         )
         axes.set_ylabel("time step t")
-        note(axes, f"layer {name}: |dL / dh(t)|")
+        note(axes, f"layer {name}: |dL / d{'c' if name.endswith('cell') else 'h'}(t)|")
     figure.colorbar(mesh, ax=list(grid[: len(names)]), pad=0.01)
     for colour, (name, line) in zip(LINES, radii.items(), strict=False):
         grid[-1].axhline(1, color=GREY, linewidth=0.8, linestyle=":")
