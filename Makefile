@@ -1,7 +1,8 @@
 # make demo   train, test, predict and check a submission on the embedded set
-# make test   the quick tests
+# make test   the quick tests, shared by JOBS processes: `make test JOBS=4`
 # make check  all that .ci/run does: tests, lint, types, slow tests, tests on real data
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN := runs/demo/$(NAME)
@@ -20,7 +21,7 @@ demo: .venv/installed
 	@echo "Next, on CIFAR-10: $(BIN)/python train.py fit --config configs/cifar10_cpu.yaml --data.download=true"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: .venv/installed-dev
 	.ci/run

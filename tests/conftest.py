@@ -1,17 +1,23 @@
-"""A run trained once for all tests that need one, and a place where nothing leaves the machine."""
+"""A run trained once for all tests that need one, and a place where nothing leaves the machine.
+
+What takes seconds to import is imported where it is used: with several processes (``make test``)
+the one that hands out the tests reads this file too, before it starts the others.
+"""
+
+from __future__ import annotations
 
 import os
-import subprocess
+import resource
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import fake_data
 import pytest
-import torch
-import wandb
 
-import train
+if TYPE_CHECKING:
+    from lightning import LightningDataModule, LightningModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
@@ -21,29 +27,58 @@ SMALL = [
     "--data.batch_size=16",
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
+    "--trainer.precision=32-true",  # bf16 makes small convolutions on a CPU ten times slower
 ]
 
 
-def on_full_disk(limit: int, program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in which no file grows beyond ``limit`` bytes: as on a full disk."""
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    return subprocess.run(
-        [sys.executable, "-c", f"{limited}\n{program}"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)},
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file grows beyond ``limit`` bytes in here: as on a full disk."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def fit_quietly(
+    model: LightningModule,
+    data: LightningDataModule,
+    max_steps: int,
+    resume: Path | None = None,
+) -> None:
+    """Train on the CPU up to ``max_steps``, from a checkpoint or not, and leave nothing behind."""
+    from lightning import Trainer
+
+    trainer = Trainer(
+        max_steps=max_steps,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
+    trainer.fit(model, data, ckpt_path=resume)
 
 
 def end_wandb() -> None:
     """End the run, so that the next logger starts its own, and the service process."""
+    import wandb
+
     wandb.finish()
     wandb.teardown()
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the miniature networks of the tests only wait for a second one
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The miniature networks of the tests only wait for a second thread, or fight for its core."""
+    import torch
+
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_getaffinity"):  # predict.py takes as many threads as there are cores
+        core = {min(os.sched_getaffinity(0))}
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: core)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -61,7 +96,8 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _own_wandb_service() -> Iterator[None]:
     """W&B's service process resolves relative paths in the folder in which it was started."""
     yield
-    end_wandb()
+    if "wandb" in sys.modules:
+        end_wandb()
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +111,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All miniature data sets below one root."""
+    import fake_data
+
     root = tmp_path_factory.mktemp("data")
     fake_data.write_cifar10(root)
     fake_data.write_kaggle_cifar10(root)
@@ -94,6 +132,8 @@ def small(data_dir: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, ``runs/cifar10_cpu/first``, relative to an empty folder."""
+    import train
+
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("trained")
         patch.chdir(home)

@@ -19,8 +19,10 @@ def test_train_predict_and_check(
     monkeypatch.chdir(tmp_path)
     data = ["--data=KaggleCIFAR10DataModule", f"--data.data_dir={data_dir}"]
     small = ["--data.val_size=20", "--data.batch_size=10", "--model.network.widths=[8,8,8]"]
-    quick = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--run=first"]
-    train.main(["fit", f"--config={CONFIGS / 'cifar10_cpu.yaml'}", *data, *small, *quick])
+    quick = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    train.main(
+        ["fit", f"--config={CONFIGS / 'cifar10_cpu.yaml'}", *data, *small, *quick, "--run=first"]
+    )
     predict.main(["runs/cifar10_cpu/first"])
     capsys.readouterr()
     submit.main(["runs/cifar10_cpu/first", "--dry_run"])

@@ -250,9 +250,9 @@ def test_the_penalty_drives_weights_to_zero(tmp_path: Path) -> None:
 
     def useless(l1_penalty: float) -> float:
         layer = nn.Linear(8, NUM_CLASSES)
-        data = Given(inputs, target, batch_size=180, val_size=20)
+        data = Given(inputs, target, batch_size=18, val_size=20)
         lit = model(layer, lr=0.01, l1_penalty=l1_penalty)
-        trainer(tmp_path, max_epochs=200).fit(lit, data)
+        trainer(tmp_path, max_epochs=20).fit(lit, data)
         return (layer.weight[:, 1:].abs().mean() / layer.weight.abs().mean()).item()
 
     assert useless(0.05) < 0.1 < useless(0.0)

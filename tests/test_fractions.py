@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fit_quietly
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning import Trainer
 from test_resident import Recorder
 from torch import Tensor
 
@@ -286,16 +286,8 @@ class ImageRecorder(Recorder):
 def fit(max_steps: int, save: Path | None = None, resume: Path | None = None) -> list[Any]:
     options: dict[str, Any] = {"train_fraction": 0.2, "unlabelled": 2, "epoch_size": 48}
     model = ImageRecorder(save)
-    trainer = Trainer(
-        max_steps=max_steps,
-        enable_checkpointing=False,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     options |= {"batch_size": 8, "val_size": 20, "crop": 2, "flip": "alternating"}
-    trainer.fit(model, Numbered(**options), ckpt_path=resume)
+    fit_quietly(model, Numbered(**options), max_steps, resume)
     return model.sums
 
 

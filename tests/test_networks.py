@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_models.networks import LeNet5, WhitenedCNN
+from lit_models.networks import LeNet5, ResNet, WhitenedCNN
 from lit_models.networks.whitened_cnn import identity_conv
 
 
@@ -57,11 +57,18 @@ def test_starts_undecided(make_network: Callable[[], nn.Module]) -> None:
     assert loss == pytest.approx(math.log(10), abs=0.05)
 
 
-@NETWORKS
-def test_overfits_one_batch(make_network: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("make_network", "rate"),
+    [
+        pytest.param(LeNet5, 0.005, id="lenet5"),
+        pytest.param(lambda: ResNet(10, widths=(16, 32)), 0.01, id="resnet"),
+        # its logits start small
+        pytest.param(lambda: whitened(smooth_images(64)), 0.05, id="whitened_cnn"),
+    ],
+)
+def test_overfits_one_batch(make_network: Callable[[], nn.Module], rate: float) -> None:
     torch.manual_seed(0)
     network = make_network()
-    rate = 0.05 if isinstance(network, WhitenedCNN) else 0.005  # its logits start small
     images, targets = smooth_images(20, seed=1), torch.arange(20) % 10
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=rate)
     for _ in range(40):

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import on_full_disk
+from conftest import full_disk
 from fake_data import draw, labels_of, write_batch
 
 import predict
@@ -105,9 +106,9 @@ def test_ensemble_is_the_mean_of_the_probabilities(run: Path) -> None:
     torch.save(checkpoint, path)
     single = []
     for source in (run, other):
-        predict_csv(source)
+        predict_csv(source, "--tta=none")
         single.append(np.load(source / "submission.npz")["probabilities"])
-    predict_csv(run, other, "--output", "both.csv")
+    predict_csv(run, other, "--tta=none", "--output", "both.csv")
     both = np.load("both.npz")["probabilities"]
     np.testing.assert_allclose(both, np.mean(single, axis=0), rtol=1e-6)
     assert len(json.loads(Path("both.json").read_text())["runs"]) == 2
@@ -228,14 +229,14 @@ def test_stranger_cannot_have_other_classes_built(
     assert not Path("trapped").exists()
 
 
-@pytest.mark.slow
-def test_full_disk_keeps_the_former_prediction(run: Path) -> None:
+def test_full_disk_keeps_the_former_prediction(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     predict_csv(run)
     before = {p.name: p.read_bytes() for p in run.glob("submission.*")}
     # the probabilities fit in no more
-    result = on_full_disk(2500, f"import predict; predict.main(['{run}', '--tta=none'])")
-    assert result.returncode == 1
-    assert "could not be written" in result.stderr.splitlines()[-1]
+    with full_disk(2500):
+        assert "could not be written" in sentence(capsys, run, "--tta=none")
     assert {p.name: p.read_bytes() for p in run.glob("submission.*")} == before
     assert not list(run.glob(".submission*"))
 
@@ -244,8 +245,11 @@ def by_two(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """Predict in two processes, into two.csv."""
     command = [sys.executable, predict.__file__, *map(str, args), "--devices=2"]
     command += ["--accelerator=cpu", "--output=two.csv"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    # as many threads as in this process, for another number rounds differently
+    one_core = partial(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, preexec_fn=one_core
+    )
     assert not list(Path().glob(".two*"))
     return result
 

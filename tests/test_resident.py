@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fit_quietly
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from torch import Tensor
 
 from datamodules.base import BaseDataModule
@@ -169,15 +170,7 @@ class Numbers(BaseDataModule):
 def fit(max_steps: int, save: Path | None = None, resume: Path | None = None) -> list[list[int]]:
     """Train up to ``max_steps``, which end in mid-epoch or not; returns the batches seen."""
     model = Recorder(save)
-    trainer = Trainer(
-        max_steps=max_steps,
-        enable_checkpointing=False,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, Numbers(batch_size=8, val_size=8), ckpt_path=resume)
+    fit_quietly(model, Numbers(batch_size=8, val_size=8), max_steps, resume)
     return model.seen
 
 

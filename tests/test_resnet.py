@@ -24,19 +24,6 @@ def test_starts_undecided(num_classes: int) -> None:
     assert loss == pytest.approx(math.log(num_classes), abs=0.05)
 
 
-def test_overfits_one_batch() -> None:
-    torch.manual_seed(0)
-    network = ResNet(10, widths=(16, 32))
-    images, targets = smooth_images(20, seed=1), torch.arange(20) % 10
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(network(images), targets)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.1
-
-
 @pytest.mark.parametrize("size", [(8, 8), (33, 20), (64, 64)])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_any_size_of_image(size: tuple[int, int], blocks: int) -> None:

@@ -349,6 +349,7 @@ def test_threshold_out_of_range(threshold: float) -> None:
         SpikeDetector(threshold=threshold)
 
 
+@pytest.mark.slow
 def test_beats_the_best_public_rules() -> None:
     """One seed of the benchmark; nothing was tuned on these streams."""
     seeds = bench.SEEDS["test"][:1]

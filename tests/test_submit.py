@@ -261,15 +261,16 @@ def test_reference_is_told_when_it_cannot_be_written(
     assert "score.json could not be written" in message
 
 
-def test_command_never_shows_the_key(kaggle: KaggleServer) -> None:
+def test_command_never_shows_the_key(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """With VERBOSE=1 the client prints its request headers."""
-    kaggle.verdicts = kaggle.verdicts[1:]
-    command = [sys.executable, submit.__file__, make_run(), "--wait"]
-    environment = os.environ | {"VERBOSE": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "Public score 0.91230" in ended.stdout
+    monkeypatch.setenv("VERBOSE", "1")
+    main([make_run(), "--wait"])
+    out, err = capfd.readouterr()
+    assert "Public score 0.91230" in out
     for secret in (KEY, base64.b64encode(f"{USERNAME}:{KEY}".encode()).decode()):
-        assert secret not in ended.stdout + ended.stderr
+        assert secret not in out + err
 
 
 # ---- logging in
