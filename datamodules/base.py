@@ -53,6 +53,8 @@ class BaseDataModule(LightningDataModule):
         self._train_loader: ResidentLoader | None = None
         if val_size == 0:  # an empty loader would be warned of; no loader means no validation
             setattr(self, "val_dataloader", None)  # noqa: B010  a method, to the type checker
+        # with more processes than batches to predict, some have none, which Lightning would refuse
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.digest = ""  # SHA-256 of what the last stage read, for the records
 
     @property

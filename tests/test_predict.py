@@ -279,6 +279,13 @@ def test_members_of_an_ensemble_may_share_their_batches_differently(run: Path) -
 
 
 @pytest.mark.slow
+def test_a_process_may_have_nothing_to_predict(run: Path) -> None:
+    """Lightning refused a loader that is empty in one of the processes."""
+    first = predict_csv(run)  # one batch of 40
+    assert predict_csv_by_two(run) == first
+
+
+@pytest.mark.slow
 def test_two_processes_refuse_other_data(run: Path, data_dir: Path) -> None:
     other = beside(run, data_dir=str(other_images(data_dir)))
     result = by_two(run, other, "--data.eval_batch_size=9")
