@@ -91,8 +91,8 @@ def test_overfits_one_batch(make_core: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     network = Recurrent(make_core(8, 32), 4)
     x, target = F.one_hot(torch.randint(8, (16, 8)), 8).float(), torch.arange(16) % 4
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.005)
-    for _ in range(300):
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.007)
+    for _ in range(150):
         optimizer.zero_grad()
         loss = F.cross_entropy(network(x), target)
         loss.backward()
