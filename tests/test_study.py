@@ -292,7 +292,7 @@ def write_real_study() -> Path:
         "metric": {"name": "test/accuracy", "goal": "maximize"},
         "parameters": {
             "variant": {"values": ["plain", "momentum"]},
-            "seed_everything": {"values": [0, 1]},
+            "seed_everything": {"values": [0]},
         },
         "command": [
             "${env}",
@@ -332,7 +332,7 @@ def test_an_interrupted_study_ends_with_the_same_numbers(
     write_real_study()
     study.main(["run", "digits.yaml", "--jobs=2", "--trainer.default_root_dir=whole"])
     whole = results(Path("whole"))
-    assert len(whole) == 4
+    assert len(whole) == 2
     assert all(any(row["test/accuracy"] for row in rows) for rows in whole.values())
 
     script = [sys.executable, str(ROOT / "study.py"), "run", "digits.yaml", "--jobs=1"]
@@ -348,9 +348,9 @@ def test_an_interrupted_study_ends_with_the_same_numbers(
     assert results(Path("runs")) == whole
 
     loaded = Study.load("digits.yaml")
-    by_hand = loaded.command(loaded.points[2], ["--trainer.default_root_dir=by_hand"])
+    by_hand = loaded.command(loaded.points[1], ["--trainer.default_root_dir=by_hand"])
     subprocess.run(by_hand, check=True, capture_output=True)
-    name = loaded.name_of(loaded.points[2])
+    name = loaded.name_of(loaded.points[1])
     assert results(Path("by_hand")) == {name: whole[name]}
     # the test set is a part of the record only where the study asks for it
     assert whole[name][0].keys() >= {"step", "train/loss", "val/accuracy", "test/accuracy"}
