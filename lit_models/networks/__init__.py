@@ -6,6 +6,7 @@ from lit_models.networks.ensemble import Ensemble
 from lit_models.networks.lenet import LeNet5
 from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
 from lit_models.networks.resnet import ResNet
+from lit_models.networks.transformer import Transformer
 from lit_models.networks.unrolled import GatedRNN, VanillaLSTM, VanillaRNN
 from lit_models.networks.whitened_cnn import WhitenedCNN
 
@@ -21,6 +22,7 @@ __all__ = [
     "LeNet5",
     "Recurrent",
     "ResNet",
+    "Transformer",
     "VanillaLSTM",
     "VanillaRNN",
     "WhitenedCNN",

@@ -1,0 +1,320 @@
+"""A Transformer that reads one sequence and writes another.
+
+Dimensions: B batch, S source tokens, T target tokens, N rows that are written (B, or more with
+several hypotheses of each), D embedding, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+from lit_models.networks.recurrent import check_lengths, checked_dropout
+
+Positions = Literal["sinusoidal", "learned"]
+Embeddings = Literal["tied", "shared", "separate"]
+Norm = Literal["final", "inner", "none"]
+
+
+class KeysValues(NamedTuple):
+    """What an attention reads: keys and values (N, heads, tokens, D / heads)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def reorder(self, index: Tensor) -> "KeysValues":
+        return KeysValues(self.keys[index], self.values[index])
+
+    def followed_by(self, more: "KeysValues") -> "KeysValues":
+        return KeysValues(
+            torch.cat([self.keys, more.keys], 2), torch.cat([self.values, more.values], 2)
+        )
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What has been read and written so far; a step makes a new one and changes none.
+
+    Args:
+        memory: Of each layer, the keys and values of the source.
+        visible: Which tokens of the source are no padding, (N, 1, 1, S), or None for all.
+        past: Of each layer, the keys and values of the tokens written; empty before the first.
+        written: Number of these tokens.
+    """
+
+    memory: list[KeysValues]
+    visible: Tensor | None
+    past: list[KeysValues]
+    written: int = 0
+
+    def reorder(self, index: Tensor) -> "DecoderState":
+        """The state whose row i is row index[i] of this one; rows can be repeated or dropped."""
+        return DecoderState(
+            [memory.reorder(index) for memory in self.memory],
+            None if self.visible is None else self.visible[index],
+            [past.reorder(index) for past in self.past],
+            self.written,
+        )
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder of Vaswani et al. (arXiv:1706.03762), with LayerNorm before each block.
+
+    Source and target share one vocabulary. Sources of different length are padded behind their end,
+    and ``lengths`` (B,) says where each one ends. A padded target needs no lengths: no output
+    depends on a later token.
+
+    Args:
+        vocab_size: Number of tokens V.
+        embedding_dim: Features D of a token, an even number.
+        num_heads: Attention heads; they share the features out among them.
+        num_encoder_layers: Layers that read the source.
+        num_decoder_layers: Layers that write the target.
+        hidden_size: Units between the two linear layers of a block.
+        dropout: Share set to zero, in training, of the embedded tokens, of the attention's weights
+            and of what each block adds.
+        max_length: The most tokens of a source or a target.
+        positions: What is added to tell one place from another, ``sinusoidal`` or ``learned``.
+        embeddings: ``tied``: source, target and output layer share one matrix; ``shared``: source
+            and target do; ``separate``: none do.
+        output_bias: Whether the output layer has a bias.
+        bias: Whether all other layers have one.
+        norm: Where LayerNorm stands: before each block and behind the last one of encoder and
+            decoder (``final``), before each block alone (``inner``), or nowhere (``none``).
+
+    Raises:
+        UserError: If an argument is out of range, or a batch does not fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int = 64,
+        num_heads: int = 8,
+        num_encoder_layers: int = 3,
+        num_decoder_layers: int = 2,
+        hidden_size: int = 256,
+        dropout: float = 0.1,
+        max_length: int = 512,
+        positions: Positions = "sinusoidal",
+        embeddings: Embeddings = "tied",
+        output_bias: bool = False,
+        bias: bool = True,
+        norm: Norm = "final",
+    ) -> None:
+        super().__init__()
+        check_choice("positions", positions, get_args(Positions))
+        check_choice("embeddings", embeddings, get_args(Embeddings))
+        check_choice("norm", norm, get_args(Norm))
+        if min(num_encoder_layers, num_decoder_layers) < 1:
+            raise UserError(
+                "num_encoder_layers and num_decoder_layers must be at least 1, got "
+                f"{num_encoder_layers} and {num_decoder_layers}."
+            )
+        if num_heads < 1 or embedding_dim % num_heads or embedding_dim % 2:
+            raise UserError(
+                "embedding_dim must be even and a multiple of num_heads, got "
+                f"{embedding_dim} and {num_heads}."
+            )
+        block = Block(embedding_dim, num_heads, hidden_size, dropout, bias, norm != "none")
+        self.encoder = nn.ModuleList(EncoderLayer(block) for _ in range(num_encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(block) for _ in range(num_decoder_layers))
+        final = block._replace(norm=norm == "final")
+        self.encoder_norm, self.decoder_norm = final.make_norm(), final.make_norm()
+        self.dropout = checked_dropout(dropout)
+
+        self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.target_embedding = self.source_embedding
+        if embeddings == "separate":
+            self.target_embedding = nn.Embedding(vocab_size, embedding_dim)
+        for embedding in (self.source_embedding, self.target_embedding):
+            nn.init.normal_(embedding.weight, std=embedding_dim**-0.5)
+        self.output = nn.Linear(embedding_dim, vocab_size, bias=output_bias)
+        if embeddings == "tied":
+            self.output.weight = self.source_embedding.weight
+
+        self.positions: Tensor
+        if positions == "learned":
+            self.positions = nn.Parameter(torch.empty(max_length, embedding_dim))
+            nn.init.normal_(self.positions, std=embedding_dim**-0.5)
+        else:
+            table = sinusoidal_positions(max_length, embedding_dim)
+            self.register_buffer("positions", table, persistent=False)
+
+    def forward(self, source: Tensor, target_in: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token that follows each one of the target.
+
+        Args:
+            source: Tokens (B, S).
+            target_in: Tokens (B, T) of the right answer, the one that begins it included.
+            lengths: Tokens of each source (B,); without them all have S.
+        """
+        logits, _ = self.decode(target_in, self.start(source, lengths))
+        return logits
+
+    def start(self, source: Tensor, lengths: Tensor | None = None) -> DecoderState:
+        """Read the source (B, S): the state before anything is written."""
+        visible = None
+        if lengths is not None:
+            check_lengths(lengths, source)
+            visible = ~padding_mask(lengths, source.shape[1])[:, None, None]
+        x = self.embed(source, self.source_embedding)  # (B, S, D)
+        for layer in self.encoder:
+            x = layer(x, visible)
+        x = self.encoder_norm(x)
+        memory = [layer.cross_attention.keys_values(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
+        return DecoderState(memory, visible, past=[])
+
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Write one token (N,) more; returns log probabilities (N, V) of the next, and the state.
+
+        Only the new token is computed: the keys and values of those before are in the state.
+        """
+        logits, state = self.decode(tokens[:, None], state)
+        return logits[:, 0].log_softmax(1), state
+
+    def decode(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Write tokens (N, T), all at once into an empty state or one by one."""
+        x = self.embed(tokens, self.target_embedding, state.written)  # (N, T, D)
+        pasts: list[KeysValues | None] = [*state.past] or [None] * len(self.decoder)
+        now = []
+        for layer, past, memory in zip(self.decoder, pasts, state.memory, strict=True):
+            x, past = layer(x, past, memory, state.visible)
+            now.append(past)
+        written = state.written + tokens.shape[1]
+        logits = self.output(self.decoder_norm(x))
+        return logits, DecoderState(state.memory, state.visible, now, written)
+
+    def embed(self, tokens: Tensor, embedding: nn.Embedding, begin: int = 0) -> Tensor:
+        end = begin + tokens.shape[1]
+        if end > len(self.positions):
+            raise UserError(
+                f"a sequence of {end} tokens is longer than max_length, {len(self.positions)}; "
+                "shorten it or raise max_length."
+            )
+        # section 3.4 of the paper: the weights are small for the output, large for the input
+        x = embedding(tokens) * math.sqrt(embedding.embedding_dim)
+        return self.dropout(x + self.positions[begin:end])
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def padding_mask(lengths: Tensor, size: int) -> Tensor:
+    """Mask (B, size), True where padding."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]
+
+
+def sinusoidal_positions(length: int, dim: int) -> Tensor:
+    """Positions (length, dim): p_t = [..., sin(w_k t), cos(w_k t), ...], w_k = 1 / 10000^(2k/dim).
+
+    The dot product of two of them, sum_k cos(w_k (t - s)), depends on their distance alone.
+    """
+    t = torch.arange(length, dtype=torch.float64)[:, None]
+    w = 10_000 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.stack([torch.sin(w * t), torch.cos(w * t)], 2).flatten(1).float()
+
+
+class Block(NamedTuple):
+    """The measures all layers share."""
+
+    dim: int
+    num_heads: int
+    hidden_size: int
+    dropout: float
+    bias: bool
+    norm: bool
+
+    def make_norm(self) -> nn.Module:
+        return nn.LayerNorm(self.dim, bias=self.bias) if self.norm else nn.Identity()
+
+    def make_feed_forward(self) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(self.dim, self.hidden_size, bias=self.bias),
+            nn.ReLU(),
+            nn.Linear(self.hidden_size, self.dim, bias=self.bias),
+        )
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.attention_norm = block.make_norm()
+        self.attention = Attention(block)
+        self.feed_forward_norm = block.make_norm()
+        self.feed_forward = block.make_feed_forward()
+        self.dropout = nn.Dropout(block.dropout)
+
+    def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
+        normed = self.attention_norm(x)
+        x = x + self.dropout(self.attention(normed, self.attention.keys_values(normed), visible))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class DecoderLayer(EncoderLayer):
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self.cross_attention_norm = block.make_norm()
+        self.cross_attention = Attention(block)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, past: KeysValues | None, memory: KeysValues, visible: Tensor | None
+    ) -> tuple[Tensor, KeysValues]:
+        normed = self.attention_norm(x)
+        now = self.attention.keys_values(normed)
+        if past is not None:
+            now = past.followed_by(now)
+        several = x.shape[1] > 1  # a single token is the last one and sees all
+        x = x + self.dropout(self.attention(normed, now, causal=several))
+        normed = self.cross_attention_norm(x)
+        x = x + self.dropout(self.cross_attention(normed, memory, visible))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), now
+
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(Q K^T / sqrt(D / heads)) V in each head (section 3.2)."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.num_heads = block.num_heads
+        self.dropout = block.dropout
+        self.query = nn.Linear(block.dim, block.dim, bias=block.bias)
+        self.key_value = nn.Linear(block.dim, 2 * block.dim, bias=block.bias)
+        self.output = nn.Linear(block.dim, block.dim, bias=block.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: KeysValues,
+        visible: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """What x (N, T, D) finds, (N, T, D).
+
+        Args:
+            x: The tokens that ask.
+            keys_values: What they ask.
+            visible: Which keys take part, (N, 1, 1, S), or None for all.
+            causal: Whether a token sees only those up to itself.
+        """
+        heads = F.scaled_dot_product_attention(
+            self.split(self.query(x)),
+            *keys_values,
+            attn_mask=visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )  # (N, heads, T, D / heads)
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+    def keys_values(self, x: Tensor) -> KeysValues:
+        keys, values = self.key_value(x).chunk(2, 2)
+        return KeysValues(self.split(keys), self.split(values))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
