@@ -1,6 +1,7 @@
 """Networks in plain PyTorch; nothing here knows Lightning or a data set."""
 
 from lit_models.networks.attention_rnn import AttentionRNN
+from lit_models.networks.beam_search import Hypotheses, beam_search
 from lit_models.networks.conv_stack import ConvStack
 from lit_models.networks.ensemble import Ensemble
 from lit_models.networks.lenet import LeNet5
@@ -19,6 +20,7 @@ __all__ = [
     "ConvStack",
     "Ensemble",
     "GatedRNN",
+    "Hypotheses",
     "LeNet5",
     "Recurrent",
     "ResNet",
@@ -26,4 +28,5 @@ __all__ = [
     "VanillaLSTM",
     "VanillaRNN",
     "WhitenedCNN",
+    "beam_search",
 ]
