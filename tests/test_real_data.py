@@ -12,6 +12,7 @@ import predict
 import submit
 import train
 from datamodules import LastNamesDataModule, MNISTDataModule
+from metrics.gleu import corpus_gleu
 
 pytestmark = [
     pytest.mark.real_data,
@@ -130,3 +131,24 @@ def test_last_names_are_learned(
     assert len(log["history"]["train_losses"]) == 2 * 63
     accuracy = 100 * recorded_accuracy(run)
     assert log["history"]["eval_accuracies"][-1] == pytest.approx(accuracy, abs=1e-3)
+
+
+def jfleg_lines(real_data: Path, name: str) -> list[str]:
+    path = real_data / "jfleg" / "dev" / name
+    if not path.is_file():
+        pytest.skip("REAL_DATA has no jfleg")
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def test_gleu_of_jfleg(real_data: Path) -> None:
+    """The numbers that the authors' own program gives for the development set (Python 3)."""
+    source = jfleg_lines(real_data, "dev.src")
+    spellchecked = jfleg_lines(real_data, "dev.spellchecked.src")
+    people = [jfleg_lines(real_data, f"dev.ref{k}") for k in range(4)]
+    references = [list(those) for those in zip(*people, strict=True)]
+    assert len(source) == 754
+    assert corpus_gleu(source, source, references) == pytest.approx(38.20, abs=0.005)
+    assert corpus_gleu(source, spellchecked, references) == pytest.approx(43.43, abs=0.01)
+    for k, expected in enumerate([55.76, 55.66, 55.69, 54.11]):
+        others = [[*those[:k], *those[k + 1 :]] for those in references]
+        assert corpus_gleu(source, people[k], others) == pytest.approx(expected, abs=0.005)

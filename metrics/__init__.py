@@ -1,0 +1,1 @@
+"""How good a correction is: plain Python on lines of tokens, without torch."""
