@@ -2,12 +2,17 @@
 
 import math
 import random
+import re
 from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from errors import UserError
+from metrics.edits import Edit, EditScore, apply_edits, extract_edits, score_edits
 from metrics.gleu import ITERATIONS, corpus_gleu
+from metrics.m2 import M2Sentence, read_m2, write_m2
 
 SOURCE = "he go to the school every days ."
 BETTER = "he goes to school every day ."
@@ -107,3 +112,170 @@ def test_lines_that_do_not_belong_together() -> None:
         corpus_gleu([], [], [])
     with pytest.raises(TypeError, match="a list of lines for each sentence"):
         corpus_gleu([SOURCE], [BETTER], [BETTER])
+
+
+def same(*edits: tuple[int, int, str]) -> list[Edit]:
+    return [Edit(*edit) for edit in edits]
+
+
+@pytest.mark.parametrize(
+    ("source", "correction", "expected"),
+    [
+        ("a b c", "a b c", []),
+        ("a b c", "a x c", [(1, 2, "x")]),
+        ("a b c", "a c", [(1, 2, "")]),
+        ("a c", "a b c", [(1, 1, "b")]),
+        ("a b c d", "a x y d", [(1, 3, "x y")]),  # what touches is one edit
+        ("a b c d", "x b y d", [(0, 1, "x"), (2, 3, "y")]),
+        ("go home", "home went", [(0, 1, ""), (2, 2, "went")]),  # rather than two replaced
+        ("the cat", "the the cat", [(1, 1, "the")]),  # the first of equal tokens is kept
+        ("", "a b", [(0, 0, "a b")]),
+        ("a b", "", [(0, 2, "")]),
+        ("", "", []),
+        (" a  b ", "a b", []),  # blanks are no tokens
+        (SOURCE, BETTER, [(1, 2, "goes"), (3, 4, ""), (6, 7, "day")]),
+    ],
+)
+def test_edits_of_a_sentence(
+    source: str, correction: str, expected: list[tuple[int, int, str]]
+) -> None:
+    assert extract_edits(source, correction) == same(*expected)
+
+
+def fewest_changes(old: list[str], new: list[str]) -> int:
+    if not old or not new:
+        return len(old) + len(new)
+    replaced = fewest_changes(old[1:], new[1:]) + (old[0] != new[0])
+    return min(replaced, 1 + fewest_changes(old[1:], new), 1 + fewest_changes(old, new[1:]))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_edits_lead_to_the_correction_on_a_shortest_way(seed: int) -> None:
+    rng = random.Random(seed)
+    old, new = (rng.choices("abc", k=rng.randint(0, 6)) for _ in range(2))
+    edits, back = (
+        extract_edits(" ".join(old), " ".join(new)),
+        extract_edits(*map(" ".join, (new, old))),
+    )
+    assert apply_edits(" ".join(old), edits) == " ".join(new)
+    assert apply_edits(" ".join(new), back) == " ".join(old)
+    for found in (edits, back):  # a change of k tokens into m costs the larger number
+        cost = sum(max(e.end - e.start, len(e.correction.split())) for e in found)
+        assert cost <= fewest_changes(old, new)
+    assert all(a.end < b.start for a, b in pairwise(edits))  # a kept token between any two
+
+
+def test_edits_that_cannot_be_applied() -> None:
+    assert apply_edits("a b", same((1, 1, "x"), (1, 2, "y"), (0, 0, "z"))) == "z a x y"
+    with pytest.raises(ValueError, match="tokens 1 to 2 overlaps another one"):
+        apply_edits("a b", same((0, 2, ""), (1, 2, "x")))
+    with pytest.raises(ValueError, match="beyond the 2 tokens"):
+        apply_edits("a b", same((2, 3, "")))
+
+
+def test_precision_recall_and_f() -> None:
+    gold = same((0, 1, "x"), (2, 2, "y"), (4, 5, ""))
+    score = score_edits([same((0, 1, "x"), (2, 2, "z"))], [[gold]])
+    assert score == EditScore(correct=1, proposed=2, gold=3)
+    assert (score.precision, score.recall) == (1 / 2, 1 / 3)
+    assert score.f() == pytest.approx(1.25 * (1 / 6) / (0.25 / 2 + 1 / 3))
+    assert score.f(1) == pytest.approx(2 / 5)
+    assert score_edits([gold], [[gold]]) == EditScore(3, 3, 3)
+    swapped = score_edits([gold], [[same((0, 1, "x"), (2, 2, "z"))]])
+    assert (swapped.precision, swapped.recall) == (score.recall, score.precision)
+
+
+def test_scores_without_edits() -> None:
+    nothing, something = [[]], [same((0, 1, "x"))]  # type: ignore[var-annotated]
+    assert score_edits(nothing, [nothing]).f() == 1
+    missed, needless = score_edits(nothing, [something]), score_edits(something, [nothing])
+    assert (missed.precision, missed.recall, missed.f()) == (1, 0, 0)
+    assert (needless.precision, needless.recall, needless.f()) == (0, 1, 0)
+
+
+def test_the_most_favourable_annotator_counts() -> None:
+    a, b = same((0, 1, "x")), same((1, 2, "y"))
+    assert score_edits([a], [[b, a]]) == EditScore(1, 1, 1)
+    assert score_edits([b], [[a, [*a, *b]]]) == EditScore(1, 1, 2)
+    assert score_edits([a], [[b, []]]) == EditScore(0, 1, 0)  # nothing right: fewer missed
+
+
+def test_one_of_several_corrections_is_enough() -> None:
+    gold = [Edit(4, 4, "the", others=("a", "his"), kind="ArtOrDet")]
+    for words, correct in [("the", 1), ("his", 1), ("her", 0)]:
+        assert score_edits([same((4, 4, words))], [[gold]]).correct == correct
+
+
+def test_edits_of_different_corpora() -> None:
+    with pytest.raises(UserError, match="for 2 sentences and gold edits for 1"):
+        score_edits([[], []], [[[]]])
+    with pytest.raises(UserError, match="Sentence 2 has no annotator"):
+        score_edits([[], []], [[[]], []])
+
+
+M2 = """\
+S The cat sat at mat .
+A 3 4|||Prep|||on|||REQUIRED|||-NONE-|||0
+A 4 4|||ArtOrDet|||the||a|||REQUIRED|||-NONE-|||0
+
+S The dog .
+A 1 2|||NN|||dogs|||REQUIRED|||-NONE-|||0
+A -1 -1|||noop|||-NONE-|||REQUIRED|||-NONE-|||1
+
+S Giant otters is an apex predator .
+A 3 4|||ArtOrDet|||-NONE-|||REQUIRED|||-NONE-|||0
+
+"""
+
+
+def test_m2_is_read_and_written(tmp_path: Path) -> None:
+    (tmp_path / "a.m2").write_text(M2)
+    cat, dog, otters = sentences = read_m2(tmp_path / "a.m2")
+    assert cat == M2Sentence("The cat sat at mat .", {0: same((3, 4, "on"), (4, 4, "the"))})
+    assert [(edit.kind, edit.others) for edit in cat.edits[0]] == [
+        ("Prep", ()),
+        ("ArtOrDet", ("a",)),
+    ]
+    assert dog.edits == {0: same((1, 2, "dogs")), 1: []}
+    assert apply_edits(otters.source, otters.edits[0]) == "Giant otters is apex predator ."
+    write_m2(tmp_path / "b.m2", sentences)
+    assert (tmp_path / "b.m2").read_text() == M2
+
+
+def test_m2_of_other_programs(tmp_path: Path) -> None:
+    """Windows line ends, a byte order mark, unchanged sentences without a line, empty ones."""
+    text = "\ufeffS a b\r\nA 0 1|||Del||||||REQUIRED|||-NONE-|||2\r\n\r\nS c\r\n\r\n\r\nS \r\nS"
+    (tmp_path / "a.m2").write_text(text, encoding="utf-8", newline="")
+    first, *others = read_m2(tmp_path / "a.m2")
+    assert first == M2Sentence("a b", {2: same((0, 1, ""))})
+    assert others == [M2Sentence(source, {0: []}) for source in ("c", "", "")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("A 1 2|||NN|||dogs|||REQUIRED|||0", "six fields with ||| between them, got 5"),
+        ("A one 2|||NN|||dogs|||REQUIRED|||-NONE-|||0", "two integers"),
+        ("A 1 2|||NN|||dogs|||REQUIRED|||-NONE-|||x", "the annotator's number, got '1 2' and 'x'"),
+        ("A 1|||NN|||dogs|||REQUIRED|||-NONE-|||0", "two integers"),
+        ("A 2 4|||NN|||dogs|||REQUIRED|||-NONE-|||0", "tokens 2 to 4, but the sentence has 3"),
+        ("A 2 1|||NN|||dogs|||REQUIRED|||-NONE-|||0", "tokens 2 to 1, but"),
+        ("T The dogs .", "a line begins with 'S ' or 'A ', got 'T The dogs .'"),
+        ("\nA 1 2|||NN|||dogs|||REQUIRED|||-NONE-|||0", "before the S line of its sentence"),
+    ],
+)
+def test_broken_m2_is_told_with_its_line(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.m2"
+    path.write_text(f"S The cat .\n\nS The dog .\n{line}\n")
+    number = 4 + line.count("\n")
+    with pytest.raises(UserError, match=re.escape(f"a.m2, line {number}: ")) as caught:
+        read_m2(path)
+    assert message in str(caught.value)
+
+
+def test_m2_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.m2 could not be read: No such file"):
+        read_m2(tmp_path / "none.m2")
+    (tmp_path / "a.m2").write_bytes(b"S a\n\nS caf\xe9\n")
+    with pytest.raises(UserError, match="line 3: not UTF-8"):
+        read_m2(tmp_path / "a.m2")
