@@ -95,7 +95,7 @@ def change(start: int, end: int, tokens: list[str]) -> list[Edit]:
     return [Edit(start, end, " ".join(tokens))] if end > start or tokens else []
 
 
-def costs_to_end(old: list[str], new: list[str]) -> list[list[int]]:
+def costs_to_end(old: list[str], new: list[str], replacement: int = REPLACEMENT) -> list[list[int]]:
     """(N + 1, M + 1): the least cost of turning ``old[i:]`` into ``new[j:]``."""
     costs = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
     costs[-1] = [CHANGE * (len(new) - j) for j in range(len(new) + 1)]
@@ -106,7 +106,7 @@ def costs_to_end(old: list[str], new: list[str]) -> list[list[int]]:
             if old[i] == new[j]:
                 row[j] = below[j + 1]
             else:
-                row[j] = min(below[j + 1] + REPLACEMENT, below[j] + CHANGE, row[j + 1] + CHANGE)
+                row[j] = min(below[j + 1] + replacement, below[j] + CHANGE, row[j + 1] + CHANGE)
     return costs
 
 
@@ -156,10 +156,14 @@ def score_edits(
             raise UserError(
                 f"Sentence {number} has no annotator; one who changes nothing is an empty list."
             )
-        scores = [total + compare(edits, those) for those in annotators]
-        # equal F0.5, as before the first right edit: more right ones, fewer wrong, fewer missed
-        total = max(scores, key=lambda s: (s.f(), s.correct, -s.proposed, -s.gold))
+        total = add_best(total, [compare(edits, those) for those in annotators])
     return total
+
+
+def add_best(total: EditScore, scores: Sequence[EditScore]) -> EditScore:
+    """Add the score of the annotator with whom F0.5 is best."""
+    # equal F0.5, as before the first right edit: more right ones, fewer wrong, fewer missed
+    return max((total + s for s in scores), key=lambda s: (s.f(), s.correct, -s.proposed, -s.gold))
 
 
 def compare(edits: Sequence[Edit], gold: Sequence[Edit]) -> EditScore:

@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from errors import UserError
 from metrics.edits import Edit, EditScore, apply_edits, extract_edits, score_edits
 from metrics.gleu import ITERATIONS, corpus_gleu
 from metrics.m2 import M2Sentence, read_m2, write_m2
+from metrics.maxmatch import agreeing_edits, m2_score
 
 SOURCE = "he go to the school every days ."
 BETTER = "he goes to school every day ."
@@ -279,3 +281,87 @@ def test_m2_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.m2").write_bytes(b"S a\n\nS caf\xe9\n")
     with pytest.raises(UserError, match="line 3: not UTF-8"):
         read_m2(tmp_path / "a.m2")
+
+
+def test_m2_score_of_its_authors_example(tmp_path: Path) -> None:
+    """The README of the M2 scorer (release 3.2) says 0.8, 0.8 and 0.8."""
+    more = "A 2 3|||SVA|||are|||REQUIRED|||-NONE-|||0\n"
+    more += "A 5 6|||NN|||predators|||REQUIRED|||-NONE-|||0\n"
+    more += "A 1 2|||NN|||otter|||REQUIRED|||-NONE-|||1\n"
+    (tmp_path / "a.m2").write_text(M2.removesuffix("\n") + more)
+    gold = read_m2(tmp_path / "a.m2")
+    lines = ["A cat sat on the mat .", "The dog .", "Giant otters are apex predator ."]
+    score = m2_score(lines, gold)
+    assert score == EditScore(correct=4, proposed=5, gold=5)
+    assert (score.precision, score.recall, score.f()) == pytest.approx((0.8, 0.8, 0.8))
+    assert m2_score([s.source for s in gold[1:]], gold[1:]) == EditScore(0, 0, 1)
+    with pytest.raises(UserError, match="2 corrections for the 3 sentences"):
+        m2_score(lines[:2], gold)
+
+
+@pytest.mark.parametrize(
+    ("source", "correction", "gold"),
+    [
+        ("a b", "x y", [(0, 1, "x"), (1, 2, "y")]),
+        ("a b", "x y", [(0, 2, "x y")]),
+        ("go to school", "go to the school", [(2, 3, "the school")]),  # an unchanged word inside
+        ("a b c d", "x b c y", [(0, 4, "x b c y")]),  # two of them
+        ("the cat", "the the cat", [(0, 0, "the")]),  # extraction keeps the first of them
+        ("at mat", "on the mat", [(0, 1, "on"), (1, 1, "the")]),
+        ("a b", "b a", [(0, 0, "b"), (1, 2, "")]),
+        ("a b", "b a", [(0, 1, "b"), (1, 2, "a")]),
+    ],
+)
+def test_an_edit_is_right_however_it_is_told(
+    source: str, correction: str, gold: list[tuple[int, int, str]]
+) -> None:
+    assert agreeing_edits(source, correction, same(*gold)) == same(*gold)
+    sentence = M2Sentence(source, {0: same(*gold)})
+    assert m2_score([correction], [sentence]) == EditScore(*[len(gold)] * 3)
+
+
+def test_an_edit_with_three_unchanged_words_is_not_found() -> None:
+    gold = same((0, 5, "x b c d y"))
+    assert agreeing_edits("a b c d e", "x b c d y", gold) == same((0, 1, "x"), (4, 5, "y"))
+
+
+def test_a_gold_edit_is_right_once() -> None:
+    sentence = M2Sentence("a b", {0: same((1, 1, "x"))})
+    assert m2_score(["a x x b"], [sentence]) == EditScore(correct=1, proposed=2, gold=1)
+
+
+def ways_to_tell(old: list[str], new: list[str]) -> Iterator[tuple[Edit, ...]]:
+    """All cuts of all alignments in which every edit is one step: enough for small sentences."""
+    fewest = fewest_changes(old, new)
+
+    def walk(i: int, j: int, changes: int) -> Iterator[tuple[Edit, ...]]:
+        if changes > fewest:
+            return
+        if (i, j) == (len(old), len(new)):
+            yield ()
+        for a, b in ((1, 1), (1, 0), (0, 1)):
+            if i + a <= len(old) and j + b <= len(new):
+                step = Edit(i, i + a, " ".join(new[j : j + b]))
+                kept = a == b and old[i] == new[j]
+                for rest in walk(i + a, j + b, changes + (not kept)):
+                    yield rest if kept else (step, *rest)
+
+    return walk(0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_way_of_telling_agrees_better(seed: int) -> None:
+    rng = random.Random(seed)
+    old, new = (rng.choices("abc", k=rng.randint(0, 5)) for _ in range(2))
+    source, correction = " ".join(old), " ".join(new)
+    ways = list(ways_to_tell(old, new))
+    for way in rng.sample(ways, min(len(ways), 5)):
+        score = m2_score([correction], [M2Sentence(source, {0: list(way)})])
+        assert score.correct == score.gold == len(way)
+    way = rng.choice(ways)
+    gold = way[::2]  # an annotator who overlooks every other edit
+    found = agreeing_edits(source, correction, gold)
+    assert apply_edits(source, found) == correction
+    score = m2_score([correction], [M2Sentence(source, {0: list(gold)})])
+    assert score.correct == len(gold)
+    assert score.proposed <= len(way)

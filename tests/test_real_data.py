@@ -12,7 +12,10 @@ import predict
 import submit
 import train
 from datamodules import LastNamesDataModule, MNISTDataModule
+from metrics.edits import apply_edits, extract_edits, score_edits
 from metrics.gleu import corpus_gleu
+from metrics.m2 import M2Sentence, read_m2, write_m2
+from metrics.maxmatch import m2_score
 
 pytestmark = [
     pytest.mark.real_data,
@@ -152,3 +155,26 @@ def test_gleu_of_jfleg(real_data: Path) -> None:
     for k, expected in enumerate([55.76, 55.66, 55.69, 54.11]):
         others = [[*those[:k], *those[k + 1 :]] for those in references]
         assert corpus_gleu(source, people[k], others) == pytest.approx(expected, abs=0.005)
+
+
+def test_edits_of_jfleg(real_data: Path, tmp_path: Path) -> None:
+    """The edits of each person give that person's sentences, and go through an M2 file."""
+    source, *people = (
+        [" ".join(line.split()) for line in jfleg_lines(real_data, name)]
+        for name in ("dev.src", *(f"dev.ref{k}" for k in range(4)))
+    )
+    gold = []
+    for lines in zip(source, *people, strict=True):
+        edits = {k: extract_edits(lines[0], line) for k, line in enumerate(lines[1:])}
+        assert [apply_edits(lines[0], those) for those in edits.values()] == list(lines[1:])
+        gold.append(M2Sentence(lines[0], edits))
+    write_m2(tmp_path / "dev.m2", gold)
+    assert read_m2(tmp_path / "dev.m2") == gold
+
+    nothing = m2_score(source, gold)
+    assert (nothing.correct, nothing.proposed) == (0, 0)
+    assert m2_score(people[0], gold).f() == 1
+    others = [M2Sentence(g.source, {k: g.edits[k] for k in (1, 2, 3)}) for g in gold]
+    plain = score_edits([g.edits[0] for g in gold], [list(g.edits.values()) for g in others])
+    assert plain.f() == pytest.approx(0.4813, abs=5e-4)
+    assert m2_score(people[0], others).f() > plain.f()
