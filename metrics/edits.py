@@ -59,9 +59,9 @@ class EditScore:
         return self.correct / self.gold if self.gold else 1.0
 
     def f(self, beta: float = 0.5) -> float:
-        """F-measure; with 0.5 precision weighs twice as much as recall."""
-        p, r = self.precision, self.recall
-        return (1 + beta**2) * p * r / (beta**2 * p + r) if p + r else 0.0
+        """F-measure; with 0.5 precision weighs twice as much as recall. 1 without any edit."""
+        weighted = self.proposed + beta**2 * self.gold
+        return (1 + beta**2) * self.correct / weighted if weighted else 1.0
 
 
 def extract_edits(source: str, correction: str) -> list[Edit]:
@@ -162,8 +162,9 @@ def score_edits(
 
 def add_best(total: EditScore, scores: Sequence[EditScore]) -> EditScore:
     """Add the score of the annotator with whom F0.5 is best."""
-    # equal F0.5, as before the first right edit: more right ones, fewer wrong, fewer missed
-    return max((total + s for s in scores), key=lambda s: (s.f(), s.correct, -s.proposed, -s.gold))
+    sums = [total + score for score in scores]
+    # before the first right edit all F0.5 are 0: then the fewest wrong and missed edits
+    return max(sums, key=lambda s: (s.f(), s.correct, -s.proposed - s.gold / 4))
 
 
 def compare(edits: Sequence[Edit], gold: Sequence[Edit]) -> EditScore:

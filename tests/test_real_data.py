@@ -12,6 +12,7 @@ import predict
 import submit
 import train
 from datamodules import LastNamesDataModule, MNISTDataModule
+from errors import UserError
 from metrics.edits import apply_edits, extract_edits, score_edits
 from metrics.gleu import corpus_gleu
 from metrics.m2 import M2Sentence, read_m2, write_m2
@@ -178,3 +179,30 @@ def test_edits_of_jfleg(real_data: Path, tmp_path: Path) -> None:
     plain = score_edits([g.edits[0] for g in gold], [list(g.edits.values()) for g in others])
     assert plain.f() == pytest.approx(0.4813, abs=5e-4)
     assert m2_score(people[0], others).f() > plain.f()
+
+
+def test_maxmatch_of_jfleg(real_data: Path, tmp_path: Path) -> None:
+    """What the M2 scorer (cb874a7) gives for two people against the edits of the other three."""
+    path = real_data / "jfleg" / "EACL_exp" / "m2converter" / "dev.ref.m2"
+    if not path.is_file():
+        pytest.skip("REAL_DATA has no jfleg")
+    with pytest.raises(UserError, match="line 340: an edit of tokens 13 to 13, but the sentence"):
+        read_m2(path)
+    kept, length = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        length = len(line.split()) - 1 if line.startswith("S ") else length
+        beyond = line.startswith("A ") and int(line.split("|||")[0].split()[2]) > length
+        kept += [] if beyond else [line]  # nineteen of them
+    (tmp_path / "dev.m2").write_text("".join(kept), encoding="utf-8")
+    sentences = read_m2(tmp_path / "dev.m2")
+    short = [i for i, those in enumerate(sentences) if len(those.source.split()) <= 20]
+    assert len(short) == 500
+    theirs = {0: (0.675961, 0.686830, 0.678107), 3: (0.716071, 0.600749, 0.689596)}
+    for person, expected in theirs.items():
+        lines = jfleg_lines(real_data, f"dev.ref{person}")
+        gold = [
+            M2Sentence(s.source, {k: s.edits.get(k, []) for k in range(4) if k != person})
+            for s in (sentences[i] for i in short)
+        ]
+        score = m2_score([lines[i] for i in short], gold)
+        assert (score.precision, score.recall, score.f()) == pytest.approx(expected, abs=1e-6)
