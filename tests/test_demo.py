@@ -127,6 +127,7 @@ def test_interpolation_keeps_weight_and_place() -> None:
     assert weights.argmax(1).tolist() == [pixel // 4 for pixel in range(32)]
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_does_badly_but_better_than_chance() -> None:
     assert 0.2 < linear_baseline() < 0.6
 

@@ -37,6 +37,7 @@ def test_each_delay_is_counted_alone() -> None:
     assert sum(count for _, count in found.values()) == EchoDataModule.test_size
 
 
+@pytest.mark.slow
 def test_another_run_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         echo_delays.main([str(trained)])

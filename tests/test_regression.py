@@ -104,6 +104,7 @@ def test_ignored_steps_count_for_nothing() -> None:
     torch.testing.assert_close(metrics["val/loss"], expected.detach())
 
 
+@pytest.mark.slow
 def test_the_echo_is_trained_and_tested_by_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

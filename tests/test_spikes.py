@@ -49,6 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     return sentence
 
 
+@pytest.mark.slow
 def test_accuracy_stands_beside_excess(capsys: pytest.CaptureFixture[str]) -> None:
     plain = make_run(Path("runs/plain/a"), peak=8.25)
     steady = make_run(Path("runs/steady/a"))
@@ -94,6 +95,7 @@ def test_labels_say_what_belongs_together(capsys: pytest.CaptureFixture[str]) ->
     assert "after against before" in said(capsys, *runs, "--labels", "before", "after")
 
 
+@pytest.mark.slow
 def test_the_gradient_through_time_is_made_again(
     capsys: pytest.CaptureFixture[str],
     trained_lstm: Path,  # noqa: F811

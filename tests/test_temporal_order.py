@@ -244,6 +244,7 @@ def test_first_classes_are_the_notebooks() -> None:
     assert classes(val[0][1]) == "RSSSURRQURQRSSRQSUQSSUSUUSQUURSS"
 
 
+@pytest.mark.slow
 def test_epochs_equal_a_slow_reference_in_any_order() -> None:
     expected = reference("moderate", epochs=3)
     data = data_module(stream="notebook")
