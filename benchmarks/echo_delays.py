@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from datamodules import EchoDataModule
-from datamodules.echo import IGNORED
+from datamodules.base import IGNORED
 from errors import UserError, told_in_one_sentence
 from predict import Member
 

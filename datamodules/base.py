@@ -12,6 +12,8 @@ from datamodules.resident import ResidentLoader, Stage
 from datamodules.submission import Submission
 from errors import UserError
 
+IGNORED = -100  # target of a step that counts for nothing, such as padding; a loss leaves it out
+
 Tensors = tuple[Tensor, ...]  # (*inputs, target) or (*inputs, id), each (N, ...)
 
 

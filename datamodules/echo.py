@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.base import Tensors
+from datamodules.base import IGNORED, Tensors
 from datamodules.resident import Stage
 from datamodules.synthetic import DrawingLoader, Split, SyntheticDataModule
 from errors import UserError
 
 LETTERS = 26
 NOTHING = 0  # symbol of a step without a letter; a to z are 1 to 26
-IGNORED = -100  # what a loss of PyTorch leaves out
 
 
 class EchoDataModule(SyntheticDataModule):

@@ -16,13 +16,11 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from datamodules.base import IGNORED
 from errors import UserError
 from lit_models.base import LitModel
 
 TTA = Literal["none", "mirror", "translate", "mirror_translate"]
-
-
-IGNORED = -100  # target of a step that counts for nothing, such as padding
 
 
 class LitClassifier(LitModel):

@@ -10,7 +10,7 @@ from conftest import CONFIGS, end_wandb
 from torch import Tensor, nn
 
 import train
-from datamodules.echo import IGNORED
+from datamodules.base import IGNORED
 from errors import UserError
 from lit_models import LitClassifier, LitRegressor
 from lit_models.networks import RNN, Recurrent

@@ -10,7 +10,8 @@ from lightning import seed_everything
 from torch import Tensor
 
 from datamodules import EchoDataModule, RunningMeanDataModule
-from datamodules.echo import IGNORED, LETTERS, echo
+from datamodules.base import IGNORED
+from datamodules.echo import LETTERS, echo
 from datamodules.running_mean import running_mean
 from datamodules.synthetic import SyntheticDataModule
 from errors import UserError

@@ -47,12 +47,13 @@ class AttentionRNN(Stack):
     ) -> None:
         if past != "inf" and (isinstance(past, str) or past < 1):
             raise UserError(f"past must be at least 1, or inf for all past states, got {past!r}.")
-        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
-        layers = [
-            WholePastLayer(size, hidden_size) if past == "inf" else Window(size, hidden_size, past)
-            for size in sizes
-        ]
-        super().__init__(layers, dropout)
+
+        def make_layer(size: int) -> AttentionLayer:
+            if past == "inf":
+                return WholePastLayer(size, hidden_size)
+            return Window(size, hidden_size, past)
+
+        super().__init__(make_layer, input_size, hidden_size, num_layers, dropout)
 
 
 class AttentionLayer(Layer):

@@ -56,15 +56,27 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers above each other, with dropout between them."""
+    """Layers above each other, with dropout between them.
 
-    def __init__(self, layers: Sequence[Layer], dropout: float) -> None:
+    Args:
+        make_layer: Makes a layer of H units that reads so many features.
+    """
+
+    def __init__(
+        self,
+        make_layer: Callable[[int], Layer],
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        if not layers:
-            raise UserError("num_layers must be at least 1.")
-        self.layers = nn.ModuleList(layers)
+        if num_layers < 1:
+            raise UserError(f"num_layers must be at least 1, got {num_layers}.")
+        sizes = [input_size, *[hidden_size] * (num_layers - 1)]
+        self.layers = nn.ModuleList(make_layer(size) for size in sizes)
         self.dropout = checked_dropout(dropout)
-        self.state_size = layers[-1].state_size
+        self.state_size = hidden_size
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         for number, layer in enumerate(self.layers):
@@ -100,18 +112,25 @@ class VanillaRNN(Stack):
         if nonlinearity not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
             raise UserError(f"nonlinearity must be one of {allowed}, got {nonlinearity!r}.")
-        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
-        layers = [VanillaLayer(size, hidden_size, nonlinearity, bias) for size in sizes]
-        for layer in layers:
-            layer.weight_h.data *= weight_scale
-        super().__init__(layers, dropout)
+        super().__init__(
+            lambda size: VanillaLayer(size, hidden_size, nonlinearity, bias, weight_scale),
+            input_size,
+            hidden_size,
+            num_layers,
+            dropout,
+        )
 
 
 class VanillaLayer(Layer):
     bias: nn.Parameter | None
 
     def __init__(
-        self, input_size: int, hidden_size: int, nonlinearity: Nonlinearity, bias: bool
+        self,
+        input_size: int,
+        hidden_size: int,
+        nonlinearity: Nonlinearity,
+        bias: bool,
+        weight_scale: float,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -119,6 +138,7 @@ class VanillaLayer(Layer):
             weight_h=(hidden_size, hidden_size),
             bias=(hidden_size,) if bias else None,
         )
+        self.weight_h.data *= weight_scale
         self.activation = ACTIVATIONS[nonlinearity]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,8 +165,13 @@ class VanillaLSTM(Stack):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ) -> None:
-        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
-        super().__init__([VanillaLSTMLayer(size, hidden_size) for size in sizes], dropout)
+        super().__init__(
+            lambda size: VanillaLSTMLayer(size, hidden_size),
+            input_size,
+            hidden_size,
+            num_layers,
+            dropout,
+        )
 
 
 class VanillaLSTMLayer(Layer):
@@ -182,8 +207,9 @@ class GatedRNN(Stack):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ) -> None:
-        sizes = [input_size, *[hidden_size] * (num_layers - 1)][:num_layers]
-        super().__init__([GatedLayer(size, hidden_size) for size in sizes], dropout)
+        super().__init__(
+            lambda size: GatedLayer(size, hidden_size), input_size, hidden_size, num_layers, dropout
+        )
 
 
 class GatedLayer(Layer):
