@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from datamodules.base import BaseDataModule, Tensors
-from datamodules.resident import ResidentLoader, Stage
+from datamodules.bucketed import BucketedLoader
+from datamodules.resident import Stage
 from datamodules.submission import Submission
 from errors import UserError
 from files import atomic_write
@@ -123,11 +124,8 @@ class LastNamesDataModule(BaseDataModule):
         return NameLoader(tensors, balanced=self.balanced and stage == "train", **arguments)
 
 
-class NameLoader(ResidentLoader):
+class NameLoader(BucketedLoader):
     """Resident names, put together by length.
-
-    In training, the order of an epoch is cut into chunks, the names of a chunk are sorted by length
-    and cut into batches, and the batches are shuffled. All processes see the same order.
 
     Args:
         tensors: Tokens (N, T), lengths (N,) and classes or ids (N,).
@@ -135,45 +133,15 @@ class NameLoader(ResidentLoader):
         loader: What :class:`ResidentLoader` takes.
     """
 
-    chunk = 16  # batches; padding adds 10 % to the names, and 96 % to those that nobody sorts
-
     def __init__(self, tensors: Sequence[Tensor], balanced: bool = False, **loader: Any) -> None:
-        lengths = tensors[1].cpu()  # a batch's longest name is known without asking the device
-        if loader["stage"] == "evaluate":
-            by_length = lengths.argsort(stable=True)
-            lengths = lengths[by_length]
-            tensors = [t[by_length.to(t.device)] for t in tensors]
-        elif loader["stage"] == "train":
-            names, processes = len(lengths), loader.get("world_size", 1)
-            loader["batch_size"] = min(loader["batch_size"], max(1, names // processes))
-            together = processes * loader["batch_size"]
-            loader["epoch_size"] = -(-names // together) * together
         super().__init__(tensors, **loader)
-        self.lengths = lengths
         classes = self.tensors[-1].cpu()
         self.weights = 1 / classes.bincount()[classes] if balanced else None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the indices are: beside the lengths."""
-        return self.lengths.device
-
-    def order(self, generator: torch.Generator) -> Tensor:
+    def drawn(self, generator: torch.Generator) -> Tensor:
         if self.weights is None:
-            drawn = super().order(generator)
-        else:
-            drawn = self.weights.multinomial(self.epoch_size, replacement=True, generator=generator)
-        together = self.batch_size * self.world_size
-        chunks = drawn.split(self.chunk * together)
-        ordered = [c[self.lengths[self.sample(c)].argsort(stable=True)] for c in chunks]
-        batches = torch.cat(ordered).split(together)
-        shuffled = torch.randperm(len(batches), generator=generator)
-        return torch.cat([batches[number] for number in shuffled])
-
-    def batch(self, index: Tensor) -> list[Tensor]:
-        longest = int(self.lengths[self.sample(index)].max())
-        tokens, lengths, target = super().batch(index.to(self.tensors[-1].device))
-        return [tokens[:, :longest], lengths, target]
+            return super().drawn(generator)
+        return self.weights.multinomial(self.epoch_size, replacement=True, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,12 @@ class DrawingLoader(ResidentLoader):
 
     def shares(self) -> Sequence[Tensor]:
         if self.redraw:
-            self.tensors = [tensor.to(self.device) for tensor in self.redraw(self.epoch)]
+            self.replace(self.redraw(self.epoch))
         return super().shares()
+
+    def replace(self, tensors: Tensors) -> None:
+        """Hook: go on with other samples, as many as before."""
+        self.tensors = [tensor.to(self.tensors[-1].device) for tensor in tensors]
 
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.arange(self.samples)
