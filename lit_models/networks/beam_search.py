@@ -99,6 +99,24 @@ def beam_search(
     return Hypotheses(tokens[:, :n_best], lengths[:, :n_best], scores[:, :n_best])
 
 
+def keeping_source(step: Step, change_penalty: float) -> Step:
+    """A step that changes the source only where it is sure: precision before recall.
+
+    It takes ``change_penalty`` from the log probability of each token that does not follow its
+    predecessor somewhere in the source. Its state is a pair: that of ``step``, and the source
+    (N, S) from the token that begins a hypothesis to the one that ends it.
+    """
+
+    def biased(token: Tensor, state: tuple[Any, Tensor]) -> tuple[Tensor, tuple[Any, Tensor]]:
+        inner, source = state
+        log_probabilities, inner = step(token, inner)
+        follows = (source[:, :-1] == token[:, None]).float()
+        kept = torch.zeros_like(log_probabilities).scatter_add(1, source[:, 1:], follows)
+        return log_probabilities - change_penalty * (kept == 0), (inner, source)
+
+    return biased
+
+
 def settled(
     sums: Tensor, scores: Tensor, ended: Tensor, most_divided_by: float, n_best: int
 ) -> bool:

@@ -5,7 +5,7 @@ several hypotheses of each), D embedding, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -44,12 +44,14 @@ class DecoderState:
         visible: Which tokens of the source are no padding, (N, 1, 1, S), or None for all.
         past: Of each layer, the keys and values of the tokens written; empty before the first.
         written: Number of these tokens.
+        source: What can be copied: the tokens (N, S) and their keys (N, S, D), or None.
     """
 
     memory: list[KeysValues]
     visible: Tensor | None
     past: list[KeysValues]
     written: int = 0
+    source: tuple[Tensor, Tensor] | None = None
 
     def reorder(self, index: Tensor) -> "DecoderState":
         """The state whose row i is row index[i] of this one; rows can be repeated or dropped."""
@@ -58,6 +60,7 @@ class DecoderState:
             None if self.visible is None else self.visible[index],
             [past.reorder(index) for past in self.past],
             self.written,
+            self.source and (self.source[0][index], self.source[1][index]),
         )
 
 
@@ -85,6 +88,9 @@ class Transformer(nn.Module):
         bias: Whether all other layers have one.
         norm: Where LayerNorm stands: before each block and behind the last one of encoder and
             decoder (``final``), before each block alone (``inner``), or nowhere (``none``).
+        copy: Whether a token may also be copied from the source: the decoder points at one, and a
+            gate g says how probable that is, p = g p_copy + (1 - g) p_vocabulary (See et al.,
+            arXiv:1704.04368; for correction Zhao et al., arXiv:1903.00138). Logits are log p then.
 
     Raises:
         UserError: If an argument is out of range, or a batch does not fit.
@@ -105,6 +111,7 @@ class Transformer(nn.Module):
         output_bias: bool = False,
         bias: bool = True,
         norm: Norm = "final",
+        copy: bool = False,
     ) -> None:
         super().__init__()
         check_choice("positions", positions, get_args(Positions))
@@ -126,6 +133,7 @@ class Transformer(nn.Module):
         final = block._replace(norm=norm == "final")
         self.encoder_norm, self.decoder_norm = final.make_norm(), final.make_norm()
         self.dropout = checked_dropout(dropout)
+        self.max_length = max_length
 
         self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
         self.target_embedding = self.source_embedding
@@ -136,6 +144,8 @@ class Transformer(nn.Module):
         self.output = nn.Linear(embedding_dim, vocab_size, bias=output_bias)
         if embeddings == "tied":
             self.output.weight = self.source_embedding.weight
+
+        self.pointer = Pointer(embedding_dim) if copy else None
 
         self.positions: Tensor
         if positions == "learned":
@@ -167,7 +177,8 @@ class Transformer(nn.Module):
             x = layer(x, visible)
         x = self.encoder_norm(x)
         memory = [layer.cross_attention.keys_values(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
-        return DecoderState(memory, visible, past=[])
+        copied = (source, self.pointer.key(x)) if self.pointer else None
+        return DecoderState(memory, visible, past=[], source=copied)
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Write one token (N,) more; returns log probabilities (N, V) of the next, and the state.
@@ -186,19 +197,53 @@ class Transformer(nn.Module):
             x, past = layer(x, past, memory, state.visible)
             now.append(past)
         written = state.written + tokens.shape[1]
-        logits = self.output(self.decoder_norm(x))
-        return logits, DecoderState(state.memory, state.visible, now, written)
+        x = self.decoder_norm(x)
+        logits = self.output(x)  # (N, T, V)
+        if self.pointer and state.source:
+            logits = self.pointer(x, logits, *state.source, state.visible)
+        return logits, replace(state, past=now, written=written)
 
     def embed(self, tokens: Tensor, embedding: nn.Embedding, begin: int = 0) -> Tensor:
         end = begin + tokens.shape[1]
-        if end > len(self.positions):
+        if end > self.max_length:
             raise UserError(
-                f"a sequence of {end} tokens is longer than max_length, {len(self.positions)}; "
+                f"a sequence of {end} tokens is longer than max_length, {self.max_length}; "
                 "shorten it or raise max_length."
             )
         # section 3.4 of the paper: the weights are small for the output, large for the input
         x = embedding(tokens) * math.sqrt(embedding.embedding_dim)
         return self.dropout(x + self.positions[begin:end])
+
+
+class Pointer(nn.Module):
+    """Copies tokens of the source where that is more probable than a token of the vocabulary."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.gate = nn.Linear(dim, 1)
+
+    def forward(
+        self, x: Tensor, logits: Tensor, source: Tensor, keys: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """Log probabilities (N, T, V) of the tokens, copied or not.
+
+        Args:
+            x: What the decoder knows of each place, (N, T, D).
+            logits: Of the vocabulary, (N, T, V).
+            source: Tokens that can be copied, (N, S).
+            keys: Of each of them, (N, S, D).
+            visible: Which of them are no padding, (N, 1, 1, S), or None for all.
+        """
+        scores = self.query(x) @ keys.transpose(1, 2) / math.sqrt(x.shape[2])  # (N, T, S)
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, 0], -torch.inf)
+        gate = self.gate(x).float()
+        copied = scores.float().softmax(2) * gate.sigmoid()
+        p = logits.float().softmax(2) * (-gate).sigmoid()
+        p = p.scatter_add(2, source[:, None].expand_as(copied), copied)
+        return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
