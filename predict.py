@@ -25,6 +25,7 @@ from lit_models.classification import TTA
 from runs import Run, load_checkpoint, provenance
 from train import Parser, link_facts, quiet_libraries
 
+INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
 
 # A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
@@ -43,10 +44,16 @@ class Member:
     data: BaseDataModule
 
     @classmethod
-    def load(cls, source: str, which: str, overrides: list[str]) -> "Member":
+    def load(cls, source: str, which: str, overrides: list[str], **inputs: Any) -> "Member":
         """Read a run or a .ckpt file and build its model and data.
 
         Only a LitModel and a BaseDataModule are built, and nothing in the file is executed.
+
+        Args:
+            source: Run folder or checkpoint.
+            which: The ``best`` or the ``last`` checkpoint of a run.
+            overrides: Settings as on the command line.
+            inputs: Settings of the data that are what is to be predicted.
 
         Raises:
             UserError: The checkpoint is missing or damaged, an override does not fit, or the
@@ -59,7 +66,7 @@ class Member:
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
         data = config["data"]
         known = checkpoint.get(data["class_path"].rpartition(".")[2], {})  # the data's state_dict
-        data = data | {"init_args": data.get("init_args", {}) | known}
+        data = data | {"init_args": data.get("init_args", {}) | known | inputs}
         parser = Parser()
         parser.add_subclass_arguments(LitModel, "model")
         parser.add_subclass_arguments(BaseDataModule, "data")
@@ -90,8 +97,11 @@ class Member:
         }
 
 
-def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (N,) in ascending order and class probabilities (N, K), averaged over the members.
+Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
+
+
+def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, Outputs]:
+    """Ids (N,) in ascending order and what was predicted, averaged over the members.
 
     Every process writes its shares below ``folder``; the first one puts them together.
 
@@ -99,15 +109,16 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
         UserError: The members did not predict the same samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    names = members[0].model.outputs
     for number, member in enumerate(members):
         batches = trainer.predict(member.model, member.data) or []
         if batches:  # a process may have had none
-            ids, probabilities = (torch.cat(c).cpu().numpy() for c in zip(*batches, strict=True))
-            share = folder / f"member{number}-rank{trainer.global_rank}.npz"
-            np.savez(share, ids=ids, probabilities=probabilities)
+            columns = (torch.cat(c).cpu().numpy() for c in zip(*batches, strict=True))
+            arrays: Outputs = dict(zip(("ids", *names), columns, strict=True))
+            np.savez(folder / f"member{number}-rank{trainer.global_rank}.npz", **arrays)
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
-        return np.empty(0), np.empty(0)
+        return np.empty(0), {}
     # batch sizes may differ, and with them what a process had: only the whole can be averaged
     predictions = [assemble(folder, number) for number in range(len(members))]
     ids = predictions[0][0]
@@ -118,27 +129,29 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
                 "average; give all runs the same data with --data_dir, --images, --names "
                 "or --data.NAME=VALUE (of photos also test_size and image_size)."
             )
-    return ids, np.mean([probabilities for _, probabilities in predictions], axis=0)
+    if len(members) == 1:
+        return ids, predictions[0][1]
+    return ids, {name: np.mean([outputs[name] for _, outputs in predictions], 0) for name in names}
 
 
-def assemble(folder: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (N,) in ascending order and probabilities (N, K) of one member, from all processes."""
-    parts = [np.load(path) for path in sorted(folder.glob(f"member{number}-rank*.npz"))]
-    ids = np.concatenate([part["ids"] for part in parts])
-    probabilities = np.concatenate([part["probabilities"] for part in parts])
+def assemble(folder: Path, number: int) -> tuple[np.ndarray, Outputs]:
+    """Ids (N,) in ascending order and the outputs of one member, from all processes."""
+    parts = [dict(np.load(path)) for path in sorted(folder.glob(f"member{number}-rank*.npz"))]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    ids = whole.pop("ids")
     if len(np.unique(ids)) != len(ids):
         raise AssertionError("an id was predicted twice")
     order = ids.argsort()
-    return ids[order], probabilities[order]
+    return ids[order], {name: output[order] for name, output in whole.items()}
 
 
-def write(members: list[Member], ids: np.ndarray, probabilities: np.ndarray, output: Path) -> None:
-    """The predictions, the probabilities and the record of where they came from."""
+def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path) -> None:
+    """The predictions, what they were chosen from, and the record of where they came from."""
     data = members[0].data
     submission = data.submission()
     with atomic_write(output.with_suffix(".npz")) as file:
-        np.savez(file, ids=ids, probabilities=probabilities, classes=np.array(data.class_names))
-    submission.write_predictions(output, ids, probabilities)
+        np.savez(file, ids=ids, **outputs, classes=np.array(data.class_names))
+    submission.write_predictions(output, ids, *outputs.values())
     record = {
         "csv": output.name,
         "sha256": sha256(output),
@@ -174,10 +187,22 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--names_file", metavar="FILE", help="likewise, a text file of one a line")
     parser.add_argument(
+        "--text", nargs="+", metavar="LINE", help="lines to correct, for a run on grammar"
+    )
+    parser.add_argument(
+        "--text_file", metavar="FILE", help="likewise, a text file of one a line; - is stdin"
+    )
+    parser.add_argument(
+        "--n_best", type=int, metavar="N", help="of lines to correct, the N best corrections"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print corrections as JSON, an object a line"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="default: RUN/submission.csv; for photos and names, RUN/predictions.csv",
+        help="default: RUN/submission.csv, predictions.csv (photos, names) or .txt (lines)",
     )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--tta", choices=get_args(TTA), help="default: as the run was tested")
@@ -193,12 +218,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("several runs make one file: name it with --output FILE.")
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
-    if options.images:
-        overrides = [f"--data.images={options.images}", *overrides]
-    if options.names:
-        overrides = [f"--data.names={json.dumps(options.names, ensure_ascii=False)}", *overrides]
-    if options.names_file:
-        overrides = [f"--data.names_file={options.names_file}", *overrides]
+    if options.n_best is not None:
+        overrides = [f"--model.n_best={options.n_best}", *overrides]
     if options.data_dir:
         overrides = [f"--data.data_dir={options.data_dir}", *overrides]
     if options.data:  # first: the class decides which settings there are
@@ -222,16 +243,25 @@ def main(args: list[str] | None = None) -> None:
         options, overrides = parse(sys.argv[1:] if args is None else args)
         quiet_libraries()
         fix_threads()
-        members = [Member.load(run, options.checkpoint, overrides) for run in options.runs]
+        inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
+        if options.json:
+            inputs["as_json"] = True
+        members = [
+            Member.load(run, options.checkpoint, overrides, **inputs) for run in options.runs
+        ]
+        if len(members) > 1 and len(members[0].model.outputs) > 1:
+            raise UserError("what these runs write has no average; give one of them.")
         if len(classes := {member.data.class_names for member in members}) > 1:
             named = " and ".join(", ".join(names) for names in sorted(classes))
             raise UserError(f"runs with different classes have no average: {named}.")
+        told = not options.json  # standard output is for the objects alone
         trainer = Trainer(
             accelerator=options.accelerator,
             devices=options.devices,
             strategy="auto" if options.devices in ("auto", "1") else "ddp",
             precision=options.precision or members[0].config["trainer"]["precision"],
-            callbacks=[ProgressBar()],
+            callbacks=[ProgressBar()] if told else [],
+            enable_progress_bar=told,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -242,10 +272,11 @@ def main(args: list[str] | None = None) -> None:
         output = options.output or folder / submission.filename
         parts = output.parent / f".{output.name}.parts"
         try:
-            ids, probabilities = predict(trainer, members, parts)
+            ids, outputs = predict(trainer, members, parts)
             if trainer.is_global_zero:
-                write(members, ids, probabilities, output)
-                print(f"{len(ids):,} predictions in {output}")
+                write(members, ids, outputs, output)
+                if told:
+                    print(f"{len(ids):,} predictions in {output}")
                 if submission.sendable:
                     target = members[0].source if options.output is None else output
                     print(f"Next: python submit.py {target} --dry_run")

@@ -37,9 +37,12 @@ class LitModel(LightningModule):
 
     Attributes:
         monitor: The metric of validation, better the higher, that tells the best epoch.
+        outputs: What ``predict_step`` returns beside the ids. One output alone can be averaged over
+            several models.
     """
 
     monitor = "val/accuracy"
+    outputs: tuple[str, ...] = ("probabilities",)
 
     def __init__(
         self,
@@ -158,16 +161,17 @@ class LitModel(LightningModule):
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self._computed(self.val_metrics))
+        self.log_dict(self.computed(self.val_metrics))
 
     def on_test_epoch_end(self) -> None:
-        values = self._computed(self.test_metrics)
+        values = self.computed(self.test_metrics)
         self.log_dict(values, logger=False)
         # A test has no step of its own: its result belongs to the step of the checkpoint.
         for logger in self.trainer.loggers:
             logger.log_metrics({k: v.item() for k, v in values.items()}, self.trained_steps)
 
-    def _computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
+    def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
+        """Hook: the metrics of an epoch of validation or test, which begin anew."""
         values = metrics.compute()
         metrics.reset()
         return values
