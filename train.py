@@ -243,8 +243,9 @@ def quiet_libraries() -> None:
 
 def link_facts(parser: LightningArgumentParser) -> None:
     """What the data knows is typed nowhere else."""
-    for target in ("model.init_args", "model.init_args.network.init_args"):
-        parser.link_arguments("data.num_classes", f"{target}.num_classes", apply_on="instantiate")
+    for fact in ("num_classes", "vocab_size"):
+        for target in ("model.init_args", "model.init_args.network.init_args"):
+            parser.link_arguments(f"data.{fact}", f"{target}.{fact}", apply_on="instantiate")
 
 
 def fastest_precision(accelerator: str) -> str:

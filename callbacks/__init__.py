@@ -6,6 +6,7 @@ from callbacks.clipping import (
     UpdateClipping,
 )
 from callbacks.confusion_matrix import ConfusionMatrix
+from callbacks.correction_table import CorrectionTable
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.hidden_gradients import HiddenGradients
 from callbacks.learning_curves import LearningCurves
@@ -22,6 +23,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "BestCheckpoint",
     "ConfusionMatrix",
+    "CorrectionTable",
     "GradientNormClipping",
     "GradientSpikeMonitor",
     "HiddenGradients",

@@ -4,6 +4,7 @@ from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.demo import DemoDataModule
 from datamodules.digits import DigitsDataModule
 from datamodules.echo import EchoDataModule
+from datamodules.grammar import GrammarDataModule
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
 from datamodules.last_names import LastNamesDataModule
@@ -17,6 +18,7 @@ __all__ = [
     "DemoDataModule",
     "DigitsDataModule",
     "EchoDataModule",
+    "GrammarDataModule",
     "ImageFolderDataModule",
     "KaggleCIFAR10DataModule",
     "LastNamesDataModule",

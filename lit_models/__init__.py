@@ -3,5 +3,6 @@
 from lit_models.classification import LitClassifier
 from lit_models.fixmatch import LitFixMatch
 from lit_models.regression import LitRegressor
+from lit_models.seq2seq import LitSeq2Seq
 
-__all__ = ["LitClassifier", "LitFixMatch", "LitRegressor"]
+__all__ = ["LitClassifier", "LitFixMatch", "LitRegressor", "LitSeq2Seq"]

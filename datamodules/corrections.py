@@ -1,0 +1,221 @@
+"""Corrected lines: put together from what a network wrote, shown with their changes, and stored."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from datamodules.submission import Submission
+from datamodules.text import Span, Subwords, sentences, words
+from files import atomic_write
+from metrics.edits import extract_edits
+
+GLUED = re.compile(r"[.,;:!?)\]}]+|\.\.\.|n't|'\w*", re.IGNORECASE)  # no blank in front of these
+STYLES = {"kept": "", "removed": "red strike", "added": "bold green"}
+MARKS = {"kept": "{}", "removed": "[-{}-]", "added": "{{+{}+}}"}  # those of wdiff
+
+
+class Piece(NamedTuple):
+    """The words ``start`` to ``end`` of a line; one that is not readable stays as it is."""
+
+    line: int
+    start: int
+    end: int
+    readable: bool = True
+
+
+class Segment(NamedTuple):
+    kind: Literal["kept", "removed", "added"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text, its words, and the words with which its sentences begin.
+
+    What a correction leaves alone stays as it was written, blanks and all.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    beginnings: tuple[int, ...] = (0,)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Line":
+        """A line as people write it."""
+        spans: list[Span] = []
+        beginnings = []
+        for start, end in sentences(text):
+            beginnings.append(len(spans))
+            spans += [Span(start + a, start + b) for a, b in words(text[start:end])]
+        return cls(text, tuple(spans), tuple(beginnings))
+
+    @classmethod
+    def of_words(cls, text: str) -> "Line":
+        """One sentence whose words stand between blanks already."""
+        return cls(text, tuple(Span(*match.span()) for match in re.finditer(r"\S+", text)))
+
+    @property
+    def words(self) -> list[str]:
+        return [self.text[start:end] for start, end in self.spans]
+
+    @property
+    def apart(self) -> bool:
+        """Whether there is a blank between all words, full stop included."""
+        return all(a.end < b.start for a, b in zip(self.spans, self.spans[1:], strict=False))
+
+    def segments(self, corrected: str) -> Iterator[Segment]:
+        """What stays, goes and comes, if the words become ``corrected``."""
+        done = 0
+        for edit in extract_edits(" ".join(self.words), corrected):
+            new = joined(edit.correction.split(), self.apart)
+            if edit.start < edit.end:
+                start, end = self.spans[edit.start].start, self.spans[edit.end - 1].end
+                if not new:  # with a word goes the blank on one side of it
+                    start, end = self.with_blank(start, end)
+            else:
+                start = end = self.spans[edit.start - 1].end if edit.start else 0
+                if not edit.start:
+                    new = f"{new} " if self.spans else new
+                elif self.apart or not GLUED.fullmatch(edit.correction.split()[0]):
+                    new = f" {new}"
+            yield Segment("kept", self.text[done:start])
+            yield Segment("removed", self.text[start:end])
+            yield Segment("added", new)
+            done = end
+        yield Segment("kept", self.text[done:])
+
+    def with_blank(self, start: int, end: int) -> Span:
+        if self.text[:start].endswith(" "):
+            return Span(start - 1, end)
+        return Span(start, end + self.text[end:].startswith(" "))
+
+    def corrected(self, corrected: str) -> str:
+        """The line, if its words become ``corrected``."""
+        return "".join(s.text for s in self.segments(corrected) if s.kind != "removed")
+
+
+def joined(tokens: list[str], apart: bool) -> str:
+    """Words between blanks, or as they are printed."""
+    blanks = ["" if not apart and GLUED.fullmatch(token) else " " for token in tokens]
+    return "".join(blank + token for blank, token in zip(blanks, tokens, strict=True)).lstrip()
+
+
+@dataclass(frozen=True)
+class CorrectedText(Submission):
+    """Corrected lines for people: a file of as many lines as were read, in their order.
+
+    Args:
+        subwords: What the tokens mean.
+        lines: The lines as they were read.
+        pieces: What the ids stand for, 0, 1, ...
+        as_json: Print a JSON object for each line instead of marking the changes.
+    """
+
+    filename: ClassVar[str] = "predictions.txt"
+    sendable: ClassVar[bool] = False
+
+    labels: tuple[str, ...] = ()
+    subwords: Subwords | None = None
+    lines: tuple[Line, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    as_json: bool = False
+
+    def write_predictions(  # type: ignore[override]
+        self, path: Path, ids: np.ndarray, tokens: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Write the best hypothesis of each line, and print what it changes.
+
+        Args:
+            path: The file.
+            ids: Pieces (N,), ascending.
+            tokens: What was written for each of them (N, n_best, T), the best first.
+            scores: (N, n_best); -inf where there was no further hypothesis.
+        """
+        ranks = range(tokens.shape[1])
+        ways = [self.put_together(ids, tokens[:, rank]) for rank in ranks]
+        sums = [self.sums(ids, scores[:, rank]) for rank in ranks]
+        with atomic_write(
+            path, "w", encoding="utf-8", newline="", errors="surrogateescape"
+        ) as file:
+            for line, way in zip(self.lines, ways[0], strict=True):
+                file.write(line.corrected(way) + "\n")
+        console = Console(highlight=False, soft_wrap=True)
+        for number, line in enumerate(self.lines):
+            found = [
+                (way[number], float(score[number]))
+                for way, score in zip(ways, sums, strict=True)
+                if np.isfinite(score[number])
+            ]
+            if self.as_json:
+                sys.stdout.write(json.dumps(as_object(line, found), ensure_ascii=False) + "\n")
+                continue
+            for way, score in found:
+                text = Text(f"{score:8.3f}  " if len(ranks) > 1 else "")
+                text.append_text(marked(line, way, console.is_terminal))
+                console.print(text)
+
+    def put_together(self, ids: np.ndarray, tokens: np.ndarray) -> list[str]:
+        """The words of each line, between blanks, from what was written for its pieces."""
+        assert self.subwords is not None
+        decoded = [self.subwords.decode(row) for row in tokens.tolist()]
+        return assemble(self.lines, self.pieces, dict(zip(ids.tolist(), decoded, strict=True)))
+
+    def sums(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """The score of each line, the sum of those of its pieces."""
+        owners = np.array([self.pieces[i].line for i in ids.tolist()])
+        return np.bincount(owners, weights=scores, minlength=len(self.lines))
+
+
+def assemble(
+    lines: Sequence[Line], pieces: Sequence[Piece], written: Mapping[int, str]
+) -> list[str]:
+    """The words of each line, between blanks, after its pieces have become what was written.
+
+    A piece for which nothing was written stays as it is.
+    """
+    parts: list[list[str]] = [[] for _ in lines]
+    for number, piece in enumerate(pieces):
+        old = lines[piece.line].words[piece.start : piece.end]
+        parts[piece.line] += (written.get(number, "").split() if piece.readable else []) or old
+    return [" ".join(those) for those in parts]
+
+
+def marked(line: Line, corrected: str, styled: bool) -> Text:
+    """The line with its changes, in colour or with the marks of wdiff."""
+    text = Text()
+    for kind, part in line.segments(corrected):
+        blank = part[: len(part) - len(part.lstrip())]
+        text.append(blank)
+        if part := part[len(blank) :]:
+            text.append(*((part, STYLES[kind]) if styled else (MARKS[kind].format(part), "")))
+    return text
+
+
+def as_object(line: Line, found: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """A line with its hypotheses, the best first, and the edits of the best."""
+    old = line.words
+    edits = [
+        {
+            "start": edit.start,
+            "end": edit.end,
+            "source": " ".join(old[edit.start : edit.end]),
+            "correction": edit.correction,
+        }
+        for edit in extract_edits(" ".join(old), found[0][0])
+    ]
+    return {
+        "input": line.text,
+        "output": line.corrected(found[0][0]),
+        "edits": edits,
+        "hypotheses": [
+            {"output": line.corrected(way), "score": round(score, 4)} for way, score in found
+        ],
+    }

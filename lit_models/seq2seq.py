@@ -1,0 +1,168 @@
+"""One sequence of tokens in, another one out. Dimensions: B batch, S source, T target tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from datamodules.base import IGNORED
+from datamodules.text import BEGIN, END
+from errors import UserError
+from lit_models.base import LitModel
+from lit_models.networks.beam_search import Hypotheses, beam_search, keeping_source
+
+
+class LitSeq2Seq(LitModel):
+    """A source in, a target out, learned by predicting each token of the target from those before.
+
+    In validation and test whole targets are written, and the data say how good they are. Inside
+    ``fit`` that is done greedily, because a wide beam would cost as much as training.
+
+    Args:
+        network: Has ``forward(source, target_in, lengths)``, logits (B, T, V), and ``start`` and
+            ``step`` as :class:`~lit_models.networks.Transformer`.
+        optimizer: Makes the optimizer from the trainable parameters.
+        vocab_size: Number of tokens V.
+        lr_scheduler: Makes the schedule from the optimizer.
+        label_smoothing: Share of the target probability spread over all tokens, in training.
+        change_weight: How much more a token counts in the loss that does not follow its predecessor
+            anywhere in the source; ``train/loss`` is the loss without it.
+        beam_width: Hypotheses kept while a target is written; 1 is greedy.
+        length_penalty: See :func:`~lit_models.networks.beam_search.beam_search`.
+        change_penalty: What each changed token costs in log probability, see
+            :func:`~lit_models.networks.beam_search.keeping_source`.
+        n_best: Hypotheses of a prediction.
+    """
+
+    monitor = "val/f05"
+    outputs = ("tokens", "scores")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable,
+        vocab_size: int,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        change_weight: float = 1.0,
+        beam_width: int = 4,
+        length_penalty: float = 0.0,
+        change_penalty: float = 0.0,
+        n_best: int = 1,
+    ) -> None:
+        accuracy = MulticlassAccuracy(vocab_size, average="micro", validate_args=False)
+        metrics = MetricCollection({"token_accuracy": accuracy})
+        super().__init__(network, optimizer, lr_scheduler, metrics)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
+        if not change_weight > 0:
+            raise UserError(f"change_weight must be positive, got {change_weight}.")
+        if change_penalty < 0:
+            raise UserError(f"change_penalty must not be negative, got {change_penalty}.")
+        self.label_smoothing = label_smoothing
+        self.change_weight = change_weight
+        self.beam_width = beam_width
+        self.length_penalty = length_penalty
+        self.change_penalty = change_penalty
+        self.n_best = n_best
+        self._written: list[tuple[Tensor, Tensor]] = []  # ids (B,) and tokens (B, T) of an epoch
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        source, lengths, target_in, target = batch
+        logits = self(source, target_in, lengths)  # (B, T, V)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1),
+            target.flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        ).view_as(target)
+        counted = target != IGNORED
+        changes = changed(source, target_in, target) & counted
+        right = logits.argmax(2) == target
+        loss = losses.sum() / counted.sum()
+        self.record(
+            loss=loss.detach(),
+            token_accuracy=right.sum() / counted.sum(),
+            # of the tokens that correct something
+            change_accuracy=(right & changes).sum() / changes.sum().clamp_min(1),
+        )
+        if self.change_weight == 1:
+            return loss
+        weights = torch.where(changes, self.change_weight, 1.0) * counted
+        return (losses * weights).sum() / weights.sum()
+
+    def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        source, lengths, target_in, ids, target = batch
+        counted = target != IGNORED
+        logits = self(source, target_in, lengths).float()[counted]
+        target = target[counted]
+        fitting = self.trainer.state.fn == "fit"
+        written = self.write(source, lengths, 1 if fitting else self.beam_width)
+        self._written.append((ids, written.tokens[:, 0]))
+        return {
+            "loss": F.cross_entropy(logits, target),
+            "preds": logits.argmax(1),
+            "target": target,
+        }
+
+    def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
+        written = [
+            (i, tokens)
+            for ids, rows in self._written
+            for i, tokens in zip(ids.tolist(), rows.tolist(), strict=True)
+        ]
+        self._written.clear()
+        scores = self.data.score(dict(of_all_ranks(written)))  # type: ignore[attr-defined]
+        return super().computed(metrics) | {
+            f"{metrics.prefix}{name}": torch.tensor(value) for name, value in scores.items()
+        }
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (B,), the n best hypotheses (B, n_best, max_length) of tokens, scores (B, n_best)."""
+        source, lengths, ids = batch
+        found = self.write(source, lengths, max(self.beam_width, self.n_best), self.n_best)
+        network: Any = self.network
+        space = network.max_length - found.tokens.shape[2]  # batches are put together
+        return ids, F.pad(found.tokens, (0, space), value=END).int(), found.scores
+
+    def write(
+        self, source: Tensor, lengths: Tensor, beam_width: int, n_best: int = 1
+    ) -> Hypotheses:
+        """The best targets of sources (B, S)."""
+        begin = torch.full_like(lengths, BEGIN)
+        network: Any = self.network
+        state, step = network.start(source, lengths), network.step
+        if self.change_penalty:
+            step = keeping_source(step, self.change_penalty)
+            state = state, torch.cat([begin[:, None], source], 1)
+        longest = min(source.shape[1] * 3 // 2 + 8, network.max_length)
+        return beam_search(
+            step, state, begin, END, beam_width, longest, self.length_penalty, n_best
+        )
+
+
+def changed(source: Tensor, target_in: Tensor, target: Tensor) -> Tensor:
+    """Which tokens of the target (B, T) do not follow their predecessor anywhere in the source.
+
+    Args:
+        source: (B, S), with its end.
+        target_in: (B, T), what stands before each token of the target.
+        target: (B, T).
+    """
+    before = torch.cat([target_in[:, :1], source[:, :-1]], 1)  # both begin alike
+    pairs = (before[:, None] == target_in[:, :, None]) & (source[:, None] == target[:, :, None])
+    return ~pairs.any(2)
+
+
+def of_all_ranks(items: list[Any]) -> list[Any]:
+    """The items of all processes together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return items
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
