@@ -16,6 +16,7 @@ from callbacks.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV,
 from callbacks.sample_sheet import SampleSheet
 from callbacks.spike_pictures import SpikePictures
 from callbacks.submission_log import SubmissionLog
+from callbacks.training_cost import TrainingCost
 from callbacks.wandb_logger import ResumableWandbLogger
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "SampleSheet",
     "SpikePictures",
     "SubmissionLog",
+    "TrainingCost",
     "UpdateClipping",
 ]

@@ -1,0 +1,76 @@
+"""Memory of a training step of a Transformer: what is estimated before it, and what it takes.
+
+    python -m benchmarks.training_memory
+
+Berkeley's exam asks for it: 16 sentences of 512 tokens in float32, plain SGD. Each row is a step
+that is really taken, on CUDA if there is one, in up to 4 GiB.
+"""
+
+import argparse
+import os
+from contextlib import nullcontext
+from functools import partial
+from importlib.metadata import version
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchmetrics import MetricCollection
+
+from callbacks.training_cost import Cost, measured_peak, training_cost
+from lit_models.base import LitModel
+from lit_models.networks import Transformer
+
+VOCAB = 4_000
+
+
+class NextToken(LitModel):
+    """Teacher forcing: which token follows each one of the target."""
+
+    def __init__(self, network: nn.Module) -> None:
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        super().__init__(network, sgd, None, MetricCollection({}))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        source, target_in, target = batch
+        return F.cross_entropy(self(source, target_in).flatten(0, 1), target.flatten())
+
+    def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def measure(
+    batch_size: int, length: int, dropout: float, plain: bool, device: str = "cpu"
+) -> tuple[Cost, float]:
+    """The cost as estimated, and the measured peak in MiB."""
+    torch.manual_seed(0)
+    network = Transformer(VOCAB, dropout=dropout, norm="inner", max_length=length)
+    model = NextToken(network).to(device)
+    optimizer = model.configure_optimizers()
+    batch = list(torch.randint(VOCAB, (3, batch_size, length), device=device))
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return training_cost(model, optimizer, batch), measured_peak(model, optimizer, batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=16, help="sentences")
+    parser.add_argument("--length", type=int, default=512, help="tokens of source and of target")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    print(f"torch {version('torch')}, {name}; {options.batch} sentences of {options.length} tokens")
+    print(f"{'attention':<12}{'dropout':>8}  {'kernel':<26}", end="")
+    print(f"{'activations':>12}{'estimate':>10}{'measured':>10}{'ratio':>8}  MiB")
+    for plain in (False, True):
+        for dropout in (0.0, 0.1):
+            cost, peak = measure(options.batch, options.length, dropout, plain, device)
+            way = cost.ways[0]
+            print(f"{'plain' if plain else 'fused':<12}{dropout:>8}  {way.kernel:<26}", end="")
+            print(f"{way.activations:>12,.1f}{way.peak:>10,.1f}{peak:>10,.1f}", end="")
+            print(f"{way.peak / peak:>8.3f}")
+
+
+if __name__ == "__main__":
+    main()
