@@ -13,7 +13,7 @@ from datamodules.base import IGNORED
 from datamodules.text import BEGIN, END
 from errors import UserError
 from lit_models.base import LitModel
-from lit_models.networks.beam_search import Hypotheses, beam_search, keeping_source
+from lit_models.networks import Hypotheses, beam_search, keeping_source
 
 
 class LitSeq2Seq(LitModel):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from lit_models.networks import Transformer, beam_search
+from lit_models.networks import Transformer, beam_search, keeping_source
 
 NEURAL, NETWORK = 0, 1
 # The tree of Berkeley's question on beam search: log probabilities of `neural` and `network`
@@ -101,13 +102,18 @@ class RNN(nn.Module):
         return (self.scale * self.output(state[0])).log_softmax(1), state
 
 
-def transformer(vocab_size: int = VOCAB) -> Transformer:
-    network = Transformer(vocab_size, 16, 2, 2, 2, 16, dropout=0.0, embeddings="separate")
+def transformer(vocab_size: int = VOCAB, **options: Any) -> Transformer:
+    options = {"dropout": 0.0, "embeddings": "separate", **options}
+    network = Transformer(vocab_size, 16, 2, 2, 2, 16, **options)
     nn.init.normal_(network.output.weight, std=0.5)
     return network.eval()
 
 
-NETWORKS = {"transformer": transformer, "rnn": RNN}
+NETWORKS = {
+    "transformer": transformer,
+    "copying": partial(transformer, copy=True),
+    "rnn": RNN,
+}
 EACH_NETWORK = pytest.mark.parametrize("make_network", NETWORKS.values(), ids=NETWORKS)
 
 
@@ -257,6 +263,39 @@ def test_stopping_early_changes_no_result(
         torch.testing.assert_close(found.scores[0], late.scores[b], rtol=0, atol=1e-5)
     steps = [found.tokens.shape[2] for found in early]
     assert min(steps) < 5 <= max(steps)
+
+
+# Keeping to the source
+
+
+def test_a_change_costs_its_penalty() -> None:
+    """A token is a change unless it follows its predecessor somewhere in the source."""
+    uniform = torch.full((2, VOCAB), 1 / VOCAB).log()
+    step = keeping_source(lambda token, state: (uniform, state + 1), change_penalty=2.0)
+    source = torch.tensor([[BEGIN, 2, 3, 2, 4, END], [BEGIN, 4, 4, END, 0, 0]])
+    log_probabilities, (state, same) = step(torch.tensor([2, 4]), (torch.zeros(2), source))
+    kept = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 0, 0, 1]])
+    torch.testing.assert_close(log_probabilities, uniform - 2 * (1 - kept))
+    assert torch.equal(state, torch.ones(2))
+    assert same is source
+
+
+def test_a_high_penalty_keeps_every_source() -> None:
+    torch.manual_seed(0)
+    network = transformer(vocab_size=9)
+    # of different tokens, so that there is one way through
+    body = torch.stack([torch.randperm(7)[:5] + 2 for _ in range(8)])
+    source = torch.cat([body, torch.full((8, 1), END)], 1)
+    state = network.start(source), torch.cat([torch.full((8, 1), BEGIN), source], 1)
+    begin = torch.full((8,), BEGIN)
+    step = keeping_source(network.step, change_penalty=100.0)
+    found = beam_search(step, state, begin, END, beam_width=3, max_length=9)
+    assert torch.equal(found.tokens[:, 0, :6], source)
+    free = beam_search(network.step, network.start(source), begin, END, 3, 9)
+    assert not torch.equal(free.tokens[:, 0], found.tokens[:, 0])
+    # without a change, the penalty took nothing from the score
+    expected = [log_probability(network, source[b], source[b].tolist()) for b in range(8)]
+    torch.testing.assert_close(found.scores[:, 0], torch.tensor(expected), rtol=0, atol=1e-4)
 
 
 def counted_steps(probabilities: Sequence[float], **options: Any) -> int:

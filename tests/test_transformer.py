@@ -31,8 +31,9 @@ EACH_KIND = pytest.mark.parametrize(
         {},
         {"positions": "learned", "embeddings": "shared", "output_bias": True},
         {"embeddings": "separate", "norm": "inner", "bias": False},
+        {"copy": True},
     ],
-    ids=["tied", "learned_positions", "separate"],
+    ids=["tied", "learned_positions", "separate", "copy"],
 )
 
 
@@ -183,6 +184,43 @@ def test_dropout_acts_in_training_alone() -> None:
     torch.testing.assert_close(network(source, target), small()(source, target))
 
 
+# Copying
+
+
+def test_copying_equals_its_formula() -> None:
+    """p = g p_copy + (1 - g) p_vocabulary, where a token may stand at several places."""
+    network, source, target = small(copy=True), sentences(2, 7), sentences(2, 6)
+    lengths = torch.tensor([7, 4])
+    seen: list[Any] = []
+    assert network.pointer is not None
+    network.pointer.register_forward_pre_hook(lambda module, given: seen.extend(given))
+    p = network(source, target, lengths).exp()
+    x, logits, read = seen
+    scores = network.pointer.query(x) @ read.keys.transpose(1, 2) / 16**0.5
+    gate = network.pointer.gate(x).sigmoid()
+    for b, length in enumerate(lengths):
+        attention = scores[b, :, :length].softmax(1)
+        copied = attention @ F.one_hot(source[b, :length], VOCAB).float()
+        expected = gate[b] * copied + (1 - gate[b]) * logits[b].softmax(1)
+        torch.testing.assert_close(p[b], expected)
+    torch.testing.assert_close(p.sum(2), torch.ones(2, 6))
+
+
+def test_learns_to_copy_tokens_it_has_never_seen_in_a_target() -> None:
+    network = small(copy=True, num_encoder_layers=1, num_decoder_layers=1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(150):
+        source = torch.randint(1, VOCAB - 3, (32, 6))  # tokens 8 to 10 are never shown
+        target_in = torch.cat([torch.zeros(32, 1, dtype=torch.long), source[:, :-1]], 1)
+        loss = F.cross_entropy(network(source, target_in).flatten(0, 1), source.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    source = torch.tensor([[8, 2, 9, 4, 10, 3]])
+    logits = network(source, torch.cat([torch.zeros(1, 1, dtype=torch.long), source[:, :-1]], 1))
+    assert (logits.argmax(2) == source).float().mean() >= 0.8
+
+
 # Step by step
 
 
@@ -208,6 +246,25 @@ def test_reordered_state_goes_on_as_the_rows_it_was_made_of() -> None:
     torch.testing.assert_close(found, expected[index], rtol=0, atol=1e-6)
     again, _ = network.step(target[:, 3], state)  # neither step nor reorder changed it
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["own", "other"])
+def test_hypotheses_of_a_source_share_what_was_read_of_it(moved: bool) -> None:
+    """In a beam search nothing of the source is copied, but rows may also go to other sources."""
+    network, source, lengths = small(), sentences(3, 7), torch.tensor([7, 2, 5])
+    _, start = network.step(sentences(3, 1)[:, 0], network.start(source, lengths))
+    state = start.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))
+    _, state = network.step(sentences(6, 1)[:, 0], state)
+    index = torch.tensor([5, 0, 0, 3, 2, 4] if moved else [1, 0, 2, 2, 4, 5])
+    state = state.reorder(index)
+    assert (state.source is start.source) != moved
+    found, _ = network.step(sentences(6, 2)[:, 1], state)
+
+    written = torch.stack(
+        [sentences(3, 1)[index // 2, 0], sentences(6, 1)[index, 0], sentences(6, 2)[:, 1]], 1
+    )
+    expected = network(source[index // 2], written, lengths[index // 2])[:, -1].log_softmax(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_step_computes_the_new_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:

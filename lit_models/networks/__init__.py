@@ -1,7 +1,7 @@
 """Networks in plain PyTorch; nothing here knows Lightning or a data set."""
 
 from lit_models.networks.attention_rnn import AttentionRNN
-from lit_models.networks.beam_search import Hypotheses, beam_search
+from lit_models.networks.beam_search import Hypotheses, beam_search, keeping_source
 from lit_models.networks.conv_stack import ConvStack
 from lit_models.networks.ensemble import Ensemble
 from lit_models.networks.lenet import LeNet5
@@ -29,4 +29,5 @@ __all__ = [
     "VanillaRNN",
     "WhitenedCNN",
     "beam_search",
+    "keeping_source",
 ]

@@ -5,7 +5,7 @@ several hypotheses of each), D embedding, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -35,33 +35,53 @@ class KeysValues(NamedTuple):
         )
 
 
+class Source(NamedTuple):
+    """What was read.
+
+    Attributes:
+        memory: Of each layer of the decoder, the keys and values of the source.
+        visible: Which tokens are no padding, (B, 1, 1, S), or None for all.
+        tokens: The tokens (B, S).
+        keys: By which they are copied, (B, S, D), or None where they cannot be.
+    """
+
+    memory: list[KeysValues]
+    visible: Tensor | None
+    tokens: Tensor
+    keys: Tensor | None
+
+    def reorder(self, index: Tensor) -> "Source":
+        return Source(
+            [layer.reorder(index) for layer in self.memory],
+            None if self.visible is None else self.visible[index],
+            self.tokens[index],
+            None if self.keys is None else self.keys[index],
+        )
+
+
 @dataclass(frozen=True)
 class DecoderState:
     """What has been read and written so far; a step makes a new one and changes none.
 
     Args:
-        memory: Of each layer, the keys and values of the source.
-        visible: Which tokens of the source are no padding, (N, 1, 1, S), or None for all.
+        source: What was read, once for all hypotheses of it.
         past: Of each layer, the keys and values of the tokens written; empty before the first.
         written: Number of these tokens.
-        source: What can be copied: the tokens (N, S) and their keys (N, S, D), or None.
     """
 
-    memory: list[KeysValues]
-    visible: Tensor | None
+    source: Source
     past: list[KeysValues]
     written: int = 0
-    source: tuple[Tensor, Tensor] | None = None
 
     def reorder(self, index: Tensor) -> "DecoderState":
         """The state whose row i is row index[i] of this one; rows can be repeated or dropped."""
-        return DecoderState(
-            [memory.reorder(index) for memory in self.memory],
-            None if self.visible is None else self.visible[index],
-            [past.reorder(index) for past in self.past],
-            self.written,
-            self.source and (self.source[0][index], self.source[1][index]),
-        )
+        source, sources = self.source, len(self.source.tokens)
+        rows = len(self.past[0].keys) if self.past else sources
+        owner = index // (rows // sources)  # of each new row
+        own = torch.arange(sources, device=index.device).repeat_interleave(len(index) // sources)
+        if not (self.past and torch.equal(owner, own)):  # in a beam search all stay where they are
+            source = source.reorder(owner)
+        return DecoderState(source, [layer.reorder(index) for layer in self.past], self.written)
 
 
 class Transformer(nn.Module):
@@ -177,8 +197,8 @@ class Transformer(nn.Module):
             x = layer(x, visible)
         x = self.encoder_norm(x)
         memory = [layer.cross_attention.keys_values(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
-        copied = (source, self.pointer.key(x)) if self.pointer else None
-        return DecoderState(memory, visible, past=[], source=copied)
+        keys = self.pointer.key(x) if self.pointer else None
+        return DecoderState(Source(memory, visible, source, keys), past=[])
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Write one token (N,) more; returns log probabilities (N, V) of the next, and the state.
@@ -193,15 +213,14 @@ class Transformer(nn.Module):
         x = self.embed(tokens, self.target_embedding, state.written)  # (N, T, D)
         pasts: list[KeysValues | None] = [*state.past] or [None] * len(self.decoder)
         now = []
-        for layer, past, memory in zip(self.decoder, pasts, state.memory, strict=True):
-            x, past = layer(x, past, memory, state.visible)
+        for layer, past, memory in zip(self.decoder, pasts, state.source.memory, strict=True):
+            x, past = layer(x, past, memory, state.source.visible)
             now.append(past)
-        written = state.written + tokens.shape[1]
         x = self.decoder_norm(x)
         logits = self.output(x)  # (N, T, V)
-        if self.pointer and state.source:
-            logits = self.pointer(x, logits, *state.source, state.visible)
-        return logits, replace(state, past=now, written=written)
+        if self.pointer:
+            logits = self.pointer(x, logits, state.source)
+        return logits, DecoderState(state.source, now, state.written + tokens.shape[1])
 
     def embed(self, tokens: Tensor, embedding: nn.Embedding, begin: int = 0) -> Tensor:
         end = begin + tokens.shape[1]
@@ -224,26 +243,30 @@ class Pointer(nn.Module):
         self.key = nn.Linear(dim, dim)
         self.gate = nn.Linear(dim, 1)
 
-    def forward(
-        self, x: Tensor, logits: Tensor, source: Tensor, keys: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, logits: Tensor, source: Source) -> Tensor:
         """Log probabilities (N, T, V) of the tokens, copied or not.
 
         Args:
             x: What the decoder knows of each place, (N, T, D).
             logits: Of the vocabulary, (N, T, V).
-            source: Tokens that can be copied, (N, S).
-            keys: Of each of them, (N, S, D).
-            visible: Which of them are no padding, (N, 1, 1, S), or None for all.
+            source: What can be copied, of B sources.
         """
-        scores = self.query(x) @ keys.transpose(1, 2) / math.sqrt(x.shape[2])  # (N, T, S)
-        if visible is not None:
-            scores = scores.masked_fill(~visible[:, 0], -torch.inf)
-        gate = self.gate(x).float()
-        copied = scores.float().softmax(2) * gate.sigmoid()
-        p = logits.float().softmax(2) * (-gate).sigmoid()
-        p = p.scatter_add(2, source[:, None].expand_as(copied), copied)
-        return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+        assert source.keys is not None
+        asking = of_one_source(x, source.tokens)  # (B, N / B T, D)
+        scores = self.query(asking) @ source.keys.transpose(1, 2) / math.sqrt(x.shape[2])
+        if source.visible is not None:
+            scores = scores.masked_fill(~source.visible[:, 0], -torch.inf)
+        exact = torch.promote_types(x.dtype, torch.float)  # under autocast sums would be too coarse
+        gate = self.gate(asking).to(exact)
+        copied = scores.softmax(2, exact) * gate.sigmoid()  # (B, N / B T, S)
+        p = of_one_source(logits.softmax(2, exact), source.tokens) * (-gate).sigmoid()
+        p = p.scatter_add(2, source.tokens[:, None].expand(copied.shape), copied)
+        return p.clamp_min(torch.finfo(p.dtype).tiny).log().view_as(logits)
+
+
+def of_one_source(x: Tensor, source: Tensor) -> Tensor:
+    """(N, T, ...) -> (B, N / B T, ...): what is written for a source (B, ...) asks it together."""
+    return x.reshape(len(source), -1, *x.shape[2:])
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -318,7 +341,8 @@ class DecoderLayer(EncoderLayer):
         several = x.shape[1] > 1  # a single token is the last one and sees all
         x = x + self.dropout(self.attention(normed, now, causal=several))
         normed = self.cross_attention_norm(x)
-        x = x + self.dropout(self.cross_attention(normed, memory, visible))
+        asking = of_one_source(normed, memory.keys)
+        x = x + self.dropout(self.cross_attention(asking, memory, visible).view_as(x))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), now
 
 
