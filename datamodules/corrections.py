@@ -68,8 +68,11 @@ class Line:
 
     @property
     def apart(self) -> bool:
-        """Whether there is a blank between all words, full stop included."""
-        return all(a.end < b.start for a, b in zip(self.spans, self.spans[1:], strict=False))
+        """Whether there is a blank in front of punctuation, too."""
+        return any(
+            a.end < b.start and GLUED.fullmatch(self.text[b.start : b.end]) is not None
+            for a, b in zip(self.spans, self.spans[1:], strict=False)
+        )
 
     def segments(self, corrected: str) -> Iterator[Segment]:
         """What stays, goes and comes, if the words become ``corrected``."""
@@ -81,7 +84,8 @@ class Line:
                 if not new:  # with a word goes the blank on one side of it
                     start, end = self.with_blank(start, end)
             else:
-                start = end = self.spans[edit.start - 1].end if edit.start else 0
+                start = self.spans[edit.start - 1].end if edit.start else len(self.blank)
+                end = start
                 if not edit.start:
                     new = f"{new} " if self.spans else new
                 elif self.apart or not GLUED.fullmatch(edit.correction.split()[0]):
@@ -92,10 +96,15 @@ class Line:
             done = end
         yield Segment("kept", self.text[done:])
 
+    @property
+    def blank(self) -> str:
+        """What stands in front of the first word."""
+        return self.text[: len(self.text) - len(self.text.lstrip())]
+
     def with_blank(self, start: int, end: int) -> Span:
-        if self.text[:start].endswith(" "):
-            return Span(start - 1, end)
-        return Span(start, end + self.text[end:].startswith(" "))
+        """A span with the blanks before it, or at the start of the line with those behind it."""
+        before, behind = self.text[:start].rstrip(), self.text[end:].lstrip()
+        return Span(len(before), end) if before else Span(start, len(self.text) - len(behind))
 
     def corrected(self, corrected: str) -> str:
         """The line, if its words become ``corrected``."""

@@ -120,6 +120,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fake_data.write_mnist(root)
     fake_data.write_photos(root)
     fake_data.write_names(root)
+    fake_data.write_books(root)
     return root
 
 

@@ -4,6 +4,7 @@ Images of a class share a colour, so a network learns them within a few steps.
 """
 
 import struct
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,33 @@ def write_names(root: Path, per_language: int = 40) -> Path:
         ]
         names = "".join(f"{stem.title()}{end}\n" for stem in stems)
         (folder / f"{language}.txt").write_text(names, encoding="utf-8")
+    return folder
+
+
+BOOKS = [
+    "austen-emma", "austen-persuasion", "austen-sense", "bryant-stories", "burgess-busterbrown",
+    "carroll-alice", "chesterton-ball", "chesterton-brown", "chesterton-thursday",
+    "edgeworth-parents", "melville-moby_dick",
+]  # fmt: skip
+
+
+def write_books(root: Path, sentences: int = 60) -> Path:
+    """Books of short sentences, in paragraphs of hard-wrapped lines, each with a heading."""
+    folder = root / "gutenberg"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    parts = [
+        ["The", "My", "Every", "An"],
+        ["old man", "sister", "teacher", "good child"],
+        ["always goes", "walked", "has never been", "does not want to go"],
+        ["to the house", "with a friend", "into the garden", "through the village"],
+        ["because it is late", "in the morning", "and comes back", "every day"],
+    ]
+    for name in BOOKS:
+        lines = [" ".join(random.choice(part) for part in parts) + "." for _ in range(sentences)]
+        paragraphs = [textwrap.fill(" ".join(lines[i : i + 5]), 60) for i in range(0, sentences, 5)]
+        text = "\n\n".join([f"[{name}]", "CHAPTER I", *paragraphs])
+        (folder / f"{name}.txt").write_text(text, encoding="latin-1")
     return folder
 
 

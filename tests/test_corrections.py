@@ -1,0 +1,150 @@
+"""Corrected lines: what stays as it was, what changes, and how it is shown, stored and scored."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from callbacks.correction_table import corrections
+from datamodules.corrections import CorrectedText, Line, Piece, as_object, assemble, marked
+from datamodules.text import MIN_VOCAB_SIZE, Subwords, padded
+from metrics.correction import score_corrections
+from metrics.edits import Edit
+from metrics.m2 import M2Sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("She go to school.", "She goes to school .", "She goes to school."),
+        ("She go to school .", "She goes to school .", "She goes to school ."),
+        ("She go  to\tschool", "She went to school .", "She went  to\tschool."),
+        ("She go to school", "She goes to the school", "She goes to the school"),
+        ("I have a an idea, yes", "I have an idea , yes", "I have an idea, yes"),
+        ("the the end", "the end", "the end"),
+        ("He dont know.", "He does n't know .", "He doesn't know."),
+        ("is late.", "It is late .", "It is late."),
+        ("However it is.", "However , it is .", "However, it is."),
+        ("However it is .", "However , it is .", "However , it is ."),
+        ("  went  he .", "he went .", "  he went ."),
+        ("", "", ""),
+        ("   ", "", "   "),
+    ],
+)
+def test_only_what_changes_is_written_anew(text: str, words: str, expected: str) -> None:
+    assert Line.of_text(text).corrected(words) == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(max_size=60))
+def test_a_line_that_is_right_stays_byte_for_byte(text: str) -> None:
+    line = Line.of_text(text)
+    assert line.corrected(" ".join(line.words)) == text
+
+
+def test_marks() -> None:
+    line = Line.of_text("She go to to school")
+    assert marked(line, "She goes to school .", styled=False).plain == (
+        "She [-go-]{+goes+} to [-to-] school{+.+}"
+    )
+    styled = marked(line, "She goes to school .", styled=True)
+    assert {styled.plain[s.start : s.end]: s.style for s in styled.spans} == {
+        "go": "red strike", "goes": "bold green", "to": "red strike", ".": "bold green",
+    }  # fmt: skip
+
+
+def test_object_of_a_line() -> None:
+    found = [("She goes .", -0.5), ("She went .", -1.25)]
+    assert as_object(Line.of_text("She go."), found) == {
+        "input": "She go.",
+        "output": "She goes.",
+        "edits": [{"start": 1, "end": 2, "source": "go", "correction": "goes"}],
+        "hypotheses": [
+            {"output": "She goes.", "score": -0.5},
+            {"output": "She went.", "score": -1.25},
+        ],
+    }
+
+
+def test_pieces_become_lines_again() -> None:
+    lines = [Line.of_text("One. Two"), Line.of_text(""), Line.of_text("Three")]
+    pieces = [Piece(0, 0, 2), Piece(0, 2, 3), Piece(1, 0, 0, False), Piece(2, 0, 1, False)]
+    written = {0: "1 .", 1: "", 2: "never", 3: "never"}  # a piece never becomes nothing
+    assert assemble(lines, pieces, written) == ["1 . Two", "", "Three"]
+    assert assemble(lines, pieces, {}) == ["One . Two", "", "Three"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_every_line_comes_back_in_its_place(
+    as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subwords = Subwords.train(["She goes home ."], MIN_VOCAB_SIZE)
+    lines = tuple(Line.of_text(text) for text in ("She go.", "", "home"))
+    pieces = (Piece(0, 0, 3), Piece(1, 0, 0, False), Piece(2, 0, 1))
+    written = padded(subwords.encode(["She goes .", "x", "home", "She went .", "y", "Home"]))
+    tokens = written.reshape(2, 3, -1).transpose(0, 1).numpy()
+    scores = np.array([[-1.0, -2.0], [-3.0, -3.0], [-0.25, -np.inf]])
+    path = tmp_path / "out.txt"
+    table = CorrectedText(subwords=subwords, lines=lines, pieces=pieces, as_json=as_json)
+    table.write_predictions(path, np.arange(3), tokens, scores)
+    assert path.read_text() == "She goes.\n\nhome\n"
+    printed = capsys.readouterr().out.splitlines()
+    if as_json:
+        objects = [json.loads(line) for line in printed]
+        assert [o["input"] for o in objects] == ["She go.", "", "home"]
+        assert [len(o["hypotheses"]) for o in objects] == [2, 2, 1]
+    else:
+        assert [line.split(maxsplit=1)[-1] for line in printed if line.split()] == [
+            "She [-go-]{+goes+}.", "She [-go-]{+went+}.", "-3.000", "-3.000", "home",
+        ]  # fmt: skip
+
+
+# Scores
+
+
+GOLD = [
+    M2Sentence("She go home .", {0: [Edit(1, 2, "goes", kind="verb")]}),
+    M2Sentence(
+        "I has a idea .", {0: [Edit(1, 2, "have", kind="verb"), Edit(2, 3, "an", kind="article")]}
+    ),
+    M2Sentence("All is well .", {0: []}),
+    M2Sentence("So it is .", {0: []}),
+]  # fmt: skip
+
+
+def test_scores() -> None:
+    corrected = ["She goes home .", "I have a ideas .", "All is well .", "So it was ."]
+    scores = score_corrections(GOLD, corrected)
+    assert scores["precision"] == pytest.approx(2 / 4)
+    assert scores["recall"] == pytest.approx(2 / 3)
+    assert scores["f05"] == pytest.approx(1.25 * 2 / (4 + 0.25 * 3))
+    assert scores["f05_of_wrong"] == pytest.approx(1.25 * 2 / (3 + 0.25 * 3))
+    assert (scores["corrected"], scores["left_alone"]) == (0.5, 0.5)
+    assert (scores["recall_verb"], scores["recall_article"]) == (1.0, 0.0)
+    assert scores["gleu_of_source"] < scores["gleu"] < 100
+
+
+def test_scores_of_doing_nothing_and_of_all_done() -> None:
+    nothing = score_corrections(GOLD, [sentence.source for sentence in GOLD])
+    assert (nothing["f05"], nothing["corrected"], nothing["left_alone"]) == (0, 0, 1)
+    assert nothing["gleu"] == nothing["gleu_of_source"]
+    right = ["She goes home .", "I have an idea .", "All is well .", "So it is ."]
+    everything = score_corrections(GOLD, right)
+    assert (everything["f05"], everything["corrected"], everything["gleu"]) == (1, 1, 100)
+
+
+def test_what_there_is_no_sentence_for_is_left_out() -> None:
+    assert not {"left_alone"} & score_corrections(GOLD[:2], ["a b c d", "e f g h"]).keys()
+    assert not {"corrected", "f05_of_wrong"} & score_corrections(GOLD[2:], ["a", "b"]).keys()
+
+
+def test_table_of_one_and_of_several_people() -> None:
+    table = corrections(GOLD[:1], ["She go home ."])
+    assert table.to_dict("records") == [
+        {"source": "She go home .", "output": "She go home .", "reference": "She goes home ."}
+    ]
+    two = M2Sentence("She go .", {0: [Edit(1, 2, "goes")], 2: []})
+    assert list(corrections([two], ["x"])) == ["source", "output", "reference0", "reference2"]
