@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from rich.text import Text
 from datamodules.submission import Submission
 from datamodules.text import Span, Subwords, sentences, words
 from files import atomic_write
-from metrics.edits import extract_edits
+from metrics.edits import Edit, extract_edits
 
 GLUED = re.compile(r"[.,;:!?)\]}]+|\.\.\.|n't|'\w*", re.IGNORECASE)  # no blank in front of these
 STYLES = {"kept": "", "removed": "red strike", "added": "bold green"}
@@ -74,10 +74,10 @@ class Line:
             for a, b in zip(self.spans, self.spans[1:], strict=False)
         )
 
-    def segments(self, corrected: str) -> Iterator[Segment]:
-        """What stays, goes and comes, if the words become ``corrected``."""
+    def segments(self, edits: Sequence[Edit]) -> Iterator[Segment]:
+        """What stays, goes and comes with edits of the words."""
         done = 0
-        for edit in extract_edits(" ".join(self.words), corrected):
+        for edit in edits:
             new = joined(edit.correction.split(), self.apart)
             if edit.start < edit.end:
                 start, end = self.spans[edit.start].start, self.spans[edit.end - 1].end
@@ -106,9 +106,8 @@ class Line:
         before, behind = self.text[:start].rstrip(), self.text[end:].lstrip()
         return Span(len(before), end) if before else Span(start, len(self.text) - len(behind))
 
-    def corrected(self, corrected: str) -> str:
-        """The line, if its words become ``corrected``."""
-        return "".join(s.text for s in self.segments(corrected) if s.kind != "removed")
+    def corrected(self, edits: Sequence[Edit]) -> str:
+        return "".join(s.text for s in self.segments(edits) if s.kind != "removed")
 
 
 def joined(tokens: list[str], apart: bool) -> str:
@@ -149,7 +148,7 @@ class CorrectedText(Submission):
             scores: (N, n_best); -inf where there was no further hypothesis.
         """
         ranks = range(tokens.shape[1])
-        ways = [self.put_together(ids, tokens[:, rank]) for rank in ranks]
+        ways = [self.edits(ids, tokens[:, rank]) for rank in ranks]
         sums = [self.sums(ids, scores[:, rank]) for rank in ranks]
         with atomic_write(
             path, "w", encoding="utf-8", newline="", errors="surrogateescape"
@@ -171,11 +170,11 @@ class CorrectedText(Submission):
                 text.append_text(marked(line, way, console.is_terminal))
                 console.print(text)
 
-    def put_together(self, ids: np.ndarray, tokens: np.ndarray) -> list[str]:
-        """The words of each line, between blanks, from what was written for its pieces."""
+    def edits(self, ids: np.ndarray, tokens: np.ndarray) -> list[list[Edit]]:
+        """The edits of each line, from what was written for its pieces."""
         assert self.subwords is not None
         decoded = [self.subwords.decode(row) for row in tokens.tolist()]
-        return assemble(self.lines, self.pieces, dict(zip(ids.tolist(), decoded, strict=True)))
+        return edits_of(self.lines, self.pieces, dict(zip(ids.tolist(), decoded, strict=True)))
 
     def sums(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """The score of each line, the sum of those of its pieces."""
@@ -183,24 +182,28 @@ class CorrectedText(Submission):
         return np.bincount(owners, weights=scores, minlength=len(self.lines))
 
 
-def assemble(
+def edits_of(
     lines: Sequence[Line], pieces: Sequence[Piece], written: Mapping[int, str]
-) -> list[str]:
-    """The words of each line, between blanks, after its pieces have become what was written.
+) -> list[list[Edit]]:
+    """The edits of each line's words, after its pieces have become what was written.
 
-    A piece for which nothing was written stays as it is.
+    A piece for which nothing was written stays as it is: a correction never takes all away.
     """
-    parts: list[list[str]] = [[] for _ in lines]
-    for number, piece in enumerate(pieces):
-        old = lines[piece.line].words[piece.start : piece.end]
-        parts[piece.line] += (written.get(number, "").split() if piece.readable else []) or old
-    return [" ".join(those) for those in parts]
+    edits: list[list[Edit]] = [[] for _ in lines]
+    for number, (line, start, end, readable) in enumerate(pieces):
+        if readable and (new := written.get(number, "")):
+            old = " ".join(lines[line].words[start:end])
+            edits[line] += [
+                replace(edit, start=start + edit.start, end=start + edit.end)
+                for edit in extract_edits(old, new)
+            ]
+    return edits
 
 
-def marked(line: Line, corrected: str, styled: bool) -> Text:
+def marked(line: Line, edits: Sequence[Edit], styled: bool) -> Text:
     """The line with its changes, in colour or with the marks of wdiff."""
     text = Text()
-    for kind, part in line.segments(corrected):
+    for kind, part in line.segments(edits):
         blank = part[: len(part) - len(part.lstrip())]
         text.append(blank)
         if part := part[len(blank) :]:
@@ -208,23 +211,22 @@ def marked(line: Line, corrected: str, styled: bool) -> Text:
     return text
 
 
-def as_object(line: Line, found: Sequence[tuple[str, float]]) -> dict[str, Any]:
+def as_object(line: Line, found: Sequence[tuple[Sequence[Edit], float]]) -> dict[str, Any]:
     """A line with its hypotheses, the best first, and the edits of the best."""
-    old = line.words
-    edits = [
-        {
-            "start": edit.start,
-            "end": edit.end,
-            "source": " ".join(old[edit.start : edit.end]),
-            "correction": edit.correction,
-        }
-        for edit in extract_edits(" ".join(old), found[0][0])
-    ]
+    words, best = line.words, found[0][0]
     return {
         "input": line.text,
-        "output": line.corrected(found[0][0]),
-        "edits": edits,
+        "output": line.corrected(best),
+        "edits": [
+            {
+                "start": edit.start,
+                "end": edit.end,
+                "source": " ".join(words[edit.start : edit.end]),
+                "correction": edit.correction,
+            }
+            for edit in best
+        ],
         "hypotheses": [
-            {"output": line.corrected(way), "score": round(score, 4)} for way, score in found
+            {"output": line.corrected(edits), "score": round(score, 4)} for edits, score in found
         ],
     }

@@ -13,7 +13,7 @@ from datamodules.base import IGNORED, Tensors
 from datamodules.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
 from datamodules.bucketed import BucketedLoader
 from datamodules.corpora import read_corpus, read_lines
-from datamodules.corrections import CorrectedText, Line, Piece, assemble
+from datamodules.corrections import CorrectedText, Line, Piece, edits_of
 from datamodules.error_synthesis import ErrorSynthesis
 from datamodules.resident import Stage
 from datamodules.synthetic import DrawingLoader, Split
@@ -104,10 +104,7 @@ class GrammarDataModule(BookDataModule):
 
     def corrected_sentences(self, split: Split, epoch: int = 0) -> list[M2Sentence]:
         if path := self.files[split]:
-            examples = read_corpus(Path(path))
-            if split == "train":
-                self.epoch_size = len(examples)
-            return examples
+            return read_corpus(Path(path))
         synthesis = self.errors if split == "train" else replace(self.errors, seed=HELD_OUT_SEED)
         examples = []
         for number, index, sentence in self.drawn_sentences(split, epoch):
@@ -136,13 +133,17 @@ class GrammarDataModule(BookDataModule):
         whole = [p.end - p.start == len(self.lines[p.line].spans) for p in self.pieces]
         written = [pairs[p.line][1] if w else [] for p, w in zip(self.pieces, whole, strict=True)]
         _, _, target_in, target = training_tensors([([], tokens) for tokens in written])
-        target[~torch.tensor(whole)] = IGNORED
+        target[~torch.tensor(whole, dtype=torch.bool)] = IGNORED
         return source, lengths, target_in, ids, target
 
     def read_predict(self) -> Tensors:
         if self.text is None and self.text_file is None:
             raise UserError("nothing to correct: give --text LINE or --text_file FILE.")
-        lines = list(self.text or [])
+        lines = [line for text in self.text or [] for line in text.split("\n")]
+        try:
+            "".join(lines).encode()
+        except UnicodeEncodeError:  # bytes of another encoding come from the command line as such
+            raise UserError("the text is not UTF-8; convert it first.") from None
         if self.text_file:
             lines += read_lines(self.text_file)
         self.digest = hashlib.sha256(repr(lines).encode()).hexdigest()
@@ -189,7 +190,10 @@ class GrammarDataModule(BookDataModule):
         Sentences that were not evaluated, because the batches were limited, do not count.
         """
         decoded = {number: self.subwords.decode(tokens) for number, tokens in written.items()}
-        self.corrected = assemble(self.lines, self.pieces, decoded)
+        edits = edits_of(self.lines, self.pieces, decoded)
+        self.corrected = [
+            apply_edits(line.text, those) for line, those in zip(self.lines, edits, strict=True)
+        ]
         left_out = {piece.line for i, piece in enumerate(self.pieces) if i not in written}
         seen = [i for i in range(len(self.lines)) if i not in left_out]
         return score_corrections(
@@ -227,7 +231,7 @@ def training_tensors(pairs: Sequence[Pair]) -> Tensors:
     sources = [[*source, END] for source, _ in pairs]
     return (
         padded(sources),
-        torch.tensor([len(source) for source in sources]),
+        torch.tensor([len(source) for source in sources], dtype=torch.long),
         padded([[BEGIN, *target] for _, target in pairs]),
         padded([[*target, END] for _, target in pairs], IGNORED),
     )

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callbacks.correction_table import corrections
-from datamodules.corrections import CorrectedText, Line, Piece, as_object, assemble, marked
+from datamodules.corrections import CorrectedText, Line, Piece, as_object, edits_of, marked
 from datamodules.text import MIN_VOCAB_SIZE, Subwords, padded
 from metrics.correction import score_corrections
-from metrics.edits import Edit
+from metrics.edits import Edit, apply_edits, extract_edits
 from metrics.m2 import M2Sentence
 
 
@@ -35,29 +35,28 @@ from metrics.m2 import M2Sentence
     ],
 )
 def test_only_what_changes_is_written_anew(text: str, words: str, expected: str) -> None:
-    assert Line.of_text(text).corrected(words) == expected
+    line = Line.of_text(text)
+    assert line.corrected(extract_edits(" ".join(line.words), words)) == expected
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.text(max_size=60))
 def test_a_line_that_is_right_stays_byte_for_byte(text: str) -> None:
-    line = Line.of_text(text)
-    assert line.corrected(" ".join(line.words)) == text
+    assert Line.of_text(text).corrected([]) == text
 
 
 def test_marks() -> None:
     line = Line.of_text("She go to to school")
-    assert marked(line, "She goes to school .", styled=False).plain == (
-        "She [-go-]{+goes+} to [-to-] school{+.+}"
-    )
-    styled = marked(line, "She goes to school .", styled=True)
+    edits = [Edit(1, 2, "goes"), Edit(3, 4, ""), Edit(5, 5, ".")]
+    assert marked(line, edits, styled=False).plain == "She [-go-]{+goes+} to [-to-] school{+.+}"
+    styled = marked(line, edits, styled=True)
     assert {styled.plain[s.start : s.end]: s.style for s in styled.spans} == {
         "go": "red strike", "goes": "bold green", "to": "red strike", ".": "bold green",
     }  # fmt: skip
 
 
 def test_object_of_a_line() -> None:
-    found = [("She goes .", -0.5), ("She went .", -1.25)]
+    found = [([Edit(1, 2, "goes")], -0.5), ([Edit(1, 2, "went")], -1.25)]
     assert as_object(Line.of_text("She go."), found) == {
         "input": "She go.",
         "output": "She goes.",
@@ -72,9 +71,19 @@ def test_object_of_a_line() -> None:
 def test_pieces_become_lines_again() -> None:
     lines = [Line.of_text("One. Two"), Line.of_text(""), Line.of_text("Three")]
     pieces = [Piece(0, 0, 2), Piece(0, 2, 3), Piece(1, 0, 0, False), Piece(2, 0, 1, False)]
-    written = {0: "1 .", 1: "", 2: "never", 3: "never"}  # a piece never becomes nothing
-    assert assemble(lines, pieces, written) == ["1 . Two", "", "Three"]
-    assert assemble(lines, pieces, {}) == ["One . Two", "", "Three"]
+    written = {0: "1 .", 1: "", 2: "never", 3: "never"}
+    assert edits_of(lines, pieces, written) == [[Edit(0, 1, "1")], [], []]
+    assert edits_of(lines, pieces, {1: "2 ."}) == [[Edit(2, 3, "2 .")], [], []]
+
+
+def test_a_long_line_is_put_together_from_its_pieces() -> None:
+    text = " ".join(f"w{i}" for i in range(3000))
+    pieces = [Piece(0, i, i + 10) for i in range(0, 3000, 10)]
+    written = {
+        k: " ".join(f"w{i}" for i in range(10 * k, 10 * k + 10) if i % 7) for k in range(300)
+    }
+    (edits,) = edits_of([Line.of_words(text)], pieces, written)
+    assert apply_edits(text, edits) == " ".join(f"w{i}" for i in range(3000) if i % 7)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -166,6 +166,23 @@ def test_arguments_out_of_range(root: Path, options: dict[str, Any], said: str) 
         data(root, **options)
 
 
+def test_text_that_is_not_utf_8(root: Path) -> None:
+    with pytest.raises(UserError, match="the text is not UTF-8"):
+        data(root, text=["caf\udce9"]).setup("predict")
+
+
+def test_a_text_of_two_lines_is_two(root: Path) -> None:
+    books = data(root, text=["one\ntwo", "three"])
+    books.setup("predict")
+    assert [line.text for line in books.lines] == ["one", "two", "three"]
+
+
+def test_trains_without_validation(root: Path) -> None:
+    books = data(root, val_size=0)
+    books.setup("fit")
+    assert len(books.train_dataloader()) == 5
+
+
 def test_nothing_to_correct(root: Path) -> None:
     with pytest.raises(UserError, match="nothing to correct: give --text LINE or --text_file"):
         data(root).setup("predict")
