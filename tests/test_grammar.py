@@ -3,6 +3,10 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +355,36 @@ def test_tests_on_another_corpus(run: Path, tmp_path: Path) -> None:
     train.main(["test", f"--run={run}", f"--data.test={source}", "--trainer.accelerator=cpu"])
     (row,) = table(run / "corrections_test.csv")
     assert row["output"] == row["reference"]
+
+
+def by_processes(count: int, script: str, *args: str) -> None:
+    """Run a script with one thread for each of its processes."""
+    devices = ["--accelerator=cpu", f"--devices={count}"]
+    if script == train.__file__:
+        devices = [f"--trainer.{flag[2:]}" for flag in devices] + ["--trainer.strategy=ddp"]
+    # as many threads as in this process, for another number rounds differently
+    one_core = partial(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+    command = [sys.executable, script, *args, *devices]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, preexec_fn=one_core)
+
+
+@pytest.mark.slow
+def test_two_processes_score_and_correct_as_one(run: Path, tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        by_processes(count, train.__file__, "test", f"--run={run}", "--data.eval_batch_size=7")
+        last = next(row for row in reversed(table(run / "metrics.csv")) if row["test/f05"])
+        scores = {key: float(value) for key, value in last.items() if "test/" in key and value}
+        lines = tmp_path / "lines.txt"
+        lines.write_text("My sister walked to the the house.\n\nIt is is late. The the end.\n" * 9)
+        output = tmp_path / f"{count}.txt"
+        flags = [f"--text_file={lines}", f"--output={output}", "--data.eval_batch_size=4"]
+        by_processes(count, predict.__file__, str(run), *flags)
+        found.append((scores, output.read_bytes()))
+    (one, text), (two, same) = found
+    assert two == pytest.approx(one, abs=1e-6)
+    assert same == text
+    assert len(text.splitlines()) == 27
 
 
 def test_loss_of_the_first_step_is_that_of_a_guess(root: Path) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import CONFIGS, end_wandb
 
+import benchmarks.jfleg as jfleg_table
 import predict
 import submit
 import train
-from datamodules import LastNamesDataModule, MNISTDataModule
+from datamodules import GrammarDataModule, LastNamesDataModule, MNISTDataModule
 from errors import UserError
 from metrics.edits import apply_edits, extract_edits, score_edits
 from metrics.gleu import corpus_gleu
@@ -206,3 +207,51 @@ def test_maxmatch_of_jfleg(real_data: Path, tmp_path: Path) -> None:
         ]
         score = m2_score([lines[i] for i in short], gold)
         assert (score.precision, score.recall, score.f()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sentences_of_the_books(real_data: Path) -> None:
+    if not (real_data / "gutenberg").is_dir():
+        pytest.skip("REAL_DATA has no gutenberg")
+    books = GrammarDataModule(str(real_data))
+    counts = {split: len(books.all_sentences(split)) for split in ("train", "val", "test")}
+    assert counts == {"train": 31_433, "val": 1_943, "test": 5_826}
+    lines = books.all_sentences("test")
+    assert len(books.subwords) == 4000
+    assert [books.subwords.decode(tokens) for tokens in books.subwords.encode(lines)] == lines
+    assert len(set(lines) & set(books.all_sentences("train"))) < 0.01 * len(lines)
+
+
+def test_from_books_to_jfleg(
+    real_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A network that has only begun to learn, and the whole way to its GLEU on JFLEG."""
+    jfleg = real_data / "jfleg" / "dev"
+    if not (jfleg.is_dir() and (real_data / "gutenberg").is_dir()):
+        pytest.skip("REAL_DATA has no jfleg or no gutenberg")
+    monkeypatch.chdir(tmp_path)
+    small = ["embedding_dim=64", "num_heads=4", "num_encoder_layers=1", "num_decoder_layers=1",
+             "hidden_size=128"]  # fmt: skip
+    flags = [f"--model.network.{flag}" for flag in small]
+    flags += [f"--data.data_dir={real_data}", "--data.epoch_size=3200", "--data.val_size=50"]
+    config = f"--config={CONFIGS / 'grammar.yaml'}"
+    train.main(["fit", config, *flags, "--run=x", "--trainer.max_epochs=1"])
+    end_wandb()
+    run = Path("runs/grammar/x")
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
+
+    train.main(["test", f"--run={run}", f"--data.test={jfleg}", "--model.beam_width=1"])
+    capsys.readouterr()
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    found = next(row for row in reversed(rows) if row["test/gleu"])
+    assert float(found["test/gleu_of_source"]) == pytest.approx(38.20, abs=0.005)
+    assert float(found["test/gleu"]) < 38
+    source = str(jfleg / "dev.src")
+    predict.main([str(run), "--text_file", source, "--output=out.txt", "--model.beam_width=1"])
+    assert len(Path("out.txt").read_text().splitlines()) == 754
+    jfleg_table.main([str(jfleg), "out.txt"])
+    assert "55.76" in capsys.readouterr().out
