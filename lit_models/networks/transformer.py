@@ -84,7 +84,43 @@ class DecoderState:
         return DecoderState(source, [layer.reorder(index) for layer in self.past], self.written)
 
 
-class Transformer(nn.Module):
+class Encoder(nn.Module):
+    """Reads a sequence; networks that do it alike can take over each other's weights.
+
+    It makes no parameters; a subclass does, under these names.
+    """
+
+    source_embedding: nn.Embedding
+    positions: Tensor
+    encoder: nn.ModuleList
+    encoder_norm: nn.Module
+    dropout: nn.Dropout
+    max_length: int
+
+    def read(self, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is known of each token (B, S), (B, S, D), and which are no padding (B, 1, 1, S)."""
+        visible = None
+        if lengths is not None:
+            check_lengths(lengths, tokens)
+            visible = ~padding_mask(lengths, tokens.shape[1])[:, None, None]
+        x = self.embed(tokens, self.source_embedding)  # (B, S, D)
+        for layer in self.encoder:
+            x = layer(x, visible)
+        return self.encoder_norm(x), visible
+
+    def embed(self, tokens: Tensor, embedding: nn.Embedding, begin: int = 0) -> Tensor:
+        end = begin + tokens.shape[1]
+        if end > self.max_length:
+            raise UserError(
+                f"a sequence of {end} tokens is longer than max_length, {self.max_length}; "
+                "shorten it or raise max_length."
+            )
+        # section 3.4 of the paper: the weights are small for the output, large for the input
+        x = embedding(tokens) * math.sqrt(embedding.embedding_dim)
+        return self.dropout(x + self.positions[begin:end])
+
+
+class Transformer(Encoder):
     """Encoder and decoder of Vaswani et al. (arXiv:1706.03762), with LayerNorm before each block.
 
     Source and target share one vocabulary. Sources of different length are padded behind their end,
@@ -142,11 +178,7 @@ class Transformer(nn.Module):
                 "num_encoder_layers and num_decoder_layers must be at least 1, got "
                 f"{num_encoder_layers} and {num_decoder_layers}."
             )
-        if num_heads < 1 or embedding_dim % num_heads or embedding_dim % 2:
-            raise UserError(
-                "embedding_dim must be even and a multiple of num_heads, got "
-                f"{embedding_dim} and {num_heads}."
-            )
+        check_heads(num_heads, embedding_dim)
         block = Block(embedding_dim, num_heads, hidden_size, dropout, bias, norm != "none")
         self.encoder = nn.ModuleList(EncoderLayer(block) for _ in range(num_encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(block) for _ in range(num_decoder_layers))
@@ -167,7 +199,6 @@ class Transformer(nn.Module):
 
         self.pointer = Pointer(embedding_dim) if copy else None
 
-        self.positions: Tensor
         if positions == "learned":
             self.positions = nn.Parameter(torch.empty(max_length, embedding_dim))
             nn.init.normal_(self.positions, std=embedding_dim**-0.5)
@@ -188,14 +219,7 @@ class Transformer(nn.Module):
 
     def start(self, source: Tensor, lengths: Tensor | None = None) -> DecoderState:
         """Read the source (B, S): the state before anything is written."""
-        visible = None
-        if lengths is not None:
-            check_lengths(lengths, source)
-            visible = ~padding_mask(lengths, source.shape[1])[:, None, None]
-        x = self.embed(source, self.source_embedding)  # (B, S, D)
-        for layer in self.encoder:
-            x = layer(x, visible)
-        x = self.encoder_norm(x)
+        x, visible = self.read(source, lengths)
         memory = [layer.cross_attention.keys_values(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
         keys = self.pointer.key(x) if self.pointer else None
         return DecoderState(Source(memory, visible, source, keys), past=[])
@@ -221,17 +245,6 @@ class Transformer(nn.Module):
         if self.pointer:
             logits = self.pointer(x, logits, state.source)
         return logits, DecoderState(state.source, now, state.written + tokens.shape[1])
-
-    def embed(self, tokens: Tensor, embedding: nn.Embedding, begin: int = 0) -> Tensor:
-        end = begin + tokens.shape[1]
-        if end > self.max_length:
-            raise UserError(
-                f"a sequence of {end} tokens is longer than max_length, {self.max_length}; "
-                "shorten it or raise max_length."
-            )
-        # section 3.4 of the paper: the weights are small for the output, large for the input
-        x = embedding(tokens) * math.sqrt(embedding.embedding_dim)
-        return self.dropout(x + self.positions[begin:end])
 
 
 class Pointer(nn.Module):
@@ -267,6 +280,14 @@ class Pointer(nn.Module):
 def of_one_source(x: Tensor, source: Tensor) -> Tensor:
     """(N, T, ...) -> (B, N / B T, ...): what is written for a source (B, ...) asks it together."""
     return x.reshape(len(source), -1, *x.shape[2:])
+
+
+def check_heads(num_heads: int, embedding_dim: int) -> None:
+    if num_heads < 1 or embedding_dim % num_heads or embedding_dim % 2:
+        raise UserError(
+            "embedding_dim must be even and a multiple of num_heads, got "
+            f"{embedding_dim} and {num_heads}."
+        )
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
