@@ -5,6 +5,7 @@ from lit_models.networks.beam_search import Hypotheses, beam_search, keeping_sou
 from lit_models.networks.conv_stack import ConvStack
 from lit_models.networks.ensemble import Ensemble
 from lit_models.networks.lenet import LeNet5
+from lit_models.networks.masked_language import MaskedLanguageModel, unmask
 from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
 from lit_models.networks.resnet import ResNet
 from lit_models.networks.transformer import Transformer
@@ -22,6 +23,7 @@ __all__ = [
     "GatedRNN",
     "Hypotheses",
     "LeNet5",
+    "MaskedLanguageModel",
     "Recurrent",
     "ResNet",
     "Transformer",
@@ -30,4 +32,5 @@ __all__ = [
     "WhitenedCNN",
     "beam_search",
     "keeping_source",
+    "unmask",
 ]

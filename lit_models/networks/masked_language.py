@@ -1,0 +1,136 @@
+"""A Transformer that reads a text with gaps and tells what stands in them.
+
+Dimensions: B batch, T tokens, D embedding, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from lit_models.networks.recurrent import checked_dropout
+from lit_models.networks.transformer import (
+    Block,
+    Encoder,
+    EncoderLayer,
+    check_heads,
+    sinusoidal_positions,
+)
+
+
+class MaskedLanguageModel(Encoder):
+    """The encoder of a Transformer and an output layer tied to its embedding.
+
+    It is BERT (Devlin et al., arXiv:1810.04805) but for LayerNorm before each block, ReLU,
+    sinusoidal positions, no embedding of the segments, and no layer in front of the output.
+    :class:`~lit_models.networks.Transformer` has the same names for what both have.
+
+    Args:
+        vocab_size: Number of tokens V.
+        embedding_dim: Features D of a token, an even number.
+        num_heads: Attention heads; they share the features out among them.
+        num_layers: Layers of the encoder.
+        hidden_size: Units between the two linear layers of a block.
+        dropout: Share set to zero, in training, of the embedded tokens, of the attention's weights
+            and of what each block adds.
+        max_length: The most tokens of a text.
+
+    Raises:
+        UserError: If an argument is out of range, or a batch does not fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int = 192,
+        num_heads: int = 6,
+        num_layers: int = 3,
+        hidden_size: int = 768,
+        dropout: float = 0.1,
+        max_length: int = 256,
+    ) -> None:
+        super().__init__()
+        check_heads(num_heads, embedding_dim)
+        if num_layers < 1:
+            raise UserError(f"num_layers must be at least 1, got {num_layers}.")
+        block = Block(embedding_dim, num_heads, hidden_size, dropout, bias=True, norm=True)
+        self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
+        nn.init.normal_(self.source_embedding.weight, std=embedding_dim**-0.5)
+        self.encoder = nn.ModuleList(EncoderLayer(block) for _ in range(num_layers))
+        self.encoder_norm = block.make_norm()
+        self.dropout = checked_dropout(dropout)
+        self.output = nn.Linear(embedding_dim, vocab_size, bias=False)
+        self.output.weight = self.source_embedding.weight
+        self.max_length = max_length
+        table = sinusoidal_positions(max_length, embedding_dim)
+        self.register_buffer("positions", table, persistent=False)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of what stands at each place, seen from all places.
+
+        Args:
+            tokens: Tokens (B, T), some of them masked.
+            lengths: Tokens of each text (B,); without them all have T.
+        """
+        x, _ = self.read(tokens, lengths)
+        return self.output(x)
+
+
+@torch.no_grad()
+def unmask(
+    network: nn.Module,
+    tokens: Tensor,
+    steps: int,
+    mask_id: int,
+    forbidden: Sequence[int] = (),
+    temperature: float = 0.0,
+    lengths: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill the gaps of texts in some steps, the most certain first.
+
+    Each step predicts all gaps that are left, keeps an equal share of them and forgets the others,
+    which the next step predicts again with what was kept in view. Mask-predict (Ghazvininejad et
+    al., arXiv:1904.09324) also takes back what became doubtful; here what is written stays, so
+    that as many steps as gaps fill one place after the other (as Wang and Cho do in an order of
+    chance, arXiv:1902.04094).
+
+    Args:
+        network: Gives logits (B, T, V) of tokens (B, T) and lengths (B,); in evaluation mode.
+        tokens: Tokens (B, T) with ``mask_id`` in the gaps; all others stay as they are.
+        steps: Number of steps. With one, all gaps are filled without a look at each other.
+        mask_id: The token of a gap.
+        forbidden: Other tokens that are never written.
+        temperature: 0 writes the most probable token; else one is drawn from the probabilities
+            p^(1 / temperature), scaled to sum to one.
+        lengths: Tokens of each text (B,); without them all have T.
+        generator: Random numbers of what is drawn, on the device of the tokens.
+
+    Returns:
+        Tokens (B, T) without a gap.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}.")
+    if not temperature >= 0:
+        raise UserError(
+            f"temperature must not be negative, got {temperature}; 0 takes the most probable token."
+        )
+    for left in range(steps, 0, -1):
+        gaps = tokens == mask_id  # (B, T)
+        logits = network(tokens, lengths).float()
+        logits[:, :, [mask_id, *forbidden]] = -torch.inf
+        probabilities = logits.softmax(2)
+        if temperature:
+            weights = (logits / temperature).softmax(2).flatten(0, 1)
+            written = weights.multinomial(1, generator=generator).view_as(tokens)
+        else:
+            written = logits.argmax(2)
+        certainty = probabilities.gather(2, written[:, :, None])[:, :, 0].masked_fill(~gaps, -1)
+        rank = certainty.argsort(dim=1, descending=True, stable=True).argsort(1)
+        share = (gaps.sum(1, keepdim=True) + left - 1) // left  # ceil: none is left in the end
+        tokens = torch.where(gaps & (rank < share), written, tokens)
+    return tokens
