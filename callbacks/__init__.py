@@ -10,6 +10,7 @@ from callbacks.correction_table import CorrectionTable
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.hidden_gradients import HiddenGradients
 from callbacks.learning_curves import LearningCurves
+from callbacks.masked_accuracy import MaskedAccuracy
 from callbacks.mistakes import Mistakes
 from callbacks.progress import ProgressBar
 from callbacks.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord
@@ -29,6 +30,7 @@ __all__ = [
     "GradientSpikeMonitor",
     "HiddenGradients",
     "LearningCurves",
+    "MaskedAccuracy",
     "MetricsCSV",
     "Mistakes",
     "ProgressBar",

@@ -8,6 +8,7 @@ from datamodules.grammar import GrammarDataModule
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.kaggle_cifar10 import KaggleCIFAR10DataModule
 from datamodules.last_names import LastNamesDataModule
+from datamodules.masked_books import MaskedBooksDataModule
 from datamodules.mnist import MNISTDataModule
 from datamodules.running_mean import RunningMeanDataModule
 from datamodules.temporal_order import TemporalOrderDataModule
@@ -23,6 +24,7 @@ __all__ = [
     "KaggleCIFAR10DataModule",
     "LastNamesDataModule",
     "MNISTDataModule",
+    "MaskedBooksDataModule",
     "RunningMeanDataModule",
     "TemporalOrderDataModule",
     "UCSBCIFAR10DataModule",
