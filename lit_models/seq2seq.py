@@ -1,10 +1,12 @@
 """One sequence of tokens in, another one out. Dimensions: B batch, S source, T target tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -14,6 +16,7 @@ from datamodules.text import BEGIN, END
 from errors import UserError
 from lit_models.base import LitModel
 from lit_models.networks import Hypotheses, beam_search, keeping_source
+from runs import Run, load_checkpoint
 
 
 class LitSeq2Seq(LitModel):
@@ -36,6 +39,9 @@ class LitSeq2Seq(LitModel):
         change_penalty: What each changed token costs in log probability, see
             :func:`~lit_models.networks.beam_search.keeping_source`.
         n_best: Hypotheses of a prediction.
+        pretrained: Run folder or checkpoint, such as that of a masked language model, whose weights
+            the network starts from where names and shapes are the same. A run that is continued or
+            used does not need it any more.
     """
 
     monitor = "val/f05"
@@ -53,6 +59,7 @@ class LitSeq2Seq(LitModel):
         length_penalty: float = 0.0,
         change_penalty: float = 0.0,
         n_best: int = 1,
+        pretrained: str | None = None,
     ) -> None:
         accuracy = MulticlassAccuracy(vocab_size, average="micro", validate_args=False)
         metrics = MetricCollection({"token_accuracy": accuracy})
@@ -69,7 +76,15 @@ class LitSeq2Seq(LitModel):
         self.length_penalty = length_penalty
         self.change_penalty = change_penalty
         self.n_best = n_best
+        self.pretrained = pretrained
         self._written: list[tuple[Tensor, Tensor]] = []  # ids (B,) and tokens (B, T) of an epoch
+
+    def on_fit_start(self) -> None:
+        if self.pretrained and not self.trainer.ckpt_path:  # a resumed run has its own by now
+            merges = self.data.state_dict().get("merges")
+            taken = take_over(self.network, self.pretrained, merges)
+            total = len(self.network.state_dict())
+            rank_zero_only(print)(f"{taken} of {total} weights are those of {self.pretrained}")
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         source, lengths, target_in, target = batch
@@ -144,6 +159,43 @@ class LitSeq2Seq(LitModel):
         return beam_search(
             step, state, begin, END, beam_width, longest, self.length_penalty, n_best
         )
+
+
+def take_over(network: nn.Module, source: str, merges: list[str] | None) -> int:
+    """Give a network the weights of another run that have the same names and shapes.
+
+    Args:
+        network: What gets them.
+        source: Run folder or checkpoint.
+        merges: The subwords the network will read, see :class:`~datamodules.text.Subwords`.
+
+    Returns:
+        How many they are.
+
+    Raises:
+        UserError: There is no such run or checkpoint, it reads other subwords, or nothing fits.
+    """
+    path = Path(source) if Path(source).suffix == ".ckpt" else Run.find(source).checkpoint()
+    checkpoint = load_checkpoint(path)
+    parts = [part for part in checkpoint.values() if isinstance(part, dict)]
+    if [part["merges"] for part in parts if "merges" in part] != [merges]:
+        raise UserError(
+            f"{path} reads other subwords than these data; train both on the same books with the "
+            "same vocab_size."
+        )
+    theirs = checkpoint["state_dict"]
+    fitting = {
+        name: theirs[f"network.{name}"]
+        for name, own in network.state_dict().items()
+        if getattr(theirs.get(f"network.{name}"), "shape", None) == own.shape
+    }
+    if not fitting:
+        raise UserError(
+            f"nothing in {path} has the name and the shape of a weight of this network; give it "
+            "the sizes of the pretrained one."
+        )
+    network.load_state_dict(fitting, strict=False)
+    return len(fitting)
 
 
 def changed(source: Tensor, target_in: Tensor, target: Tensor) -> Tensor:
