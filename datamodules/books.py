@@ -4,9 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from datamodules.base import IGNORED, Tensors
+from datamodules.bucketed import BucketedLoader
 from datamodules.corpora import read_books
-from datamodules.synthetic import Split, SyntheticDataModule
+from datamodules.resident import Stage
+from datamodules.synthetic import DrawingLoader, Split, SyntheticDataModule
 from datamodules.text import MIN_VOCAB_SIZE, Subwords
 from errors import UserError
 
@@ -111,3 +115,20 @@ class BookDataModule(SyntheticDataModule):
             index = passes[number][place]
             drawn.append((number, index, everything[index]))
         return drawn
+
+    def make_loader(self, tensors: Tensors, stage: Stage) -> "TextLoader":
+        return TextLoader(tensors, **self.loader_arguments(stage))
+
+
+class TextLoader(BucketedLoader, DrawingLoader):
+    """Resident sentences, put together by length and drawn anew for every epoch."""
+
+    def replace(self, tensors: Tensors) -> None:
+        super().replace(tensors)
+        self.measure()
+
+    def sizes(self) -> Tensor:
+        lengths, target = self.tensors[1], self.tensors[-1]
+        if self.stage == "predict":
+            return lengths
+        return torch.maximum(lengths, (target != IGNORED).sum(1))

@@ -7,16 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from datamodules.base import IGNORED, Tensors
 from datamodules.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
-from datamodules.bucketed import BucketedLoader
 from datamodules.corpora import read_corpus, read_lines
 from datamodules.corrections import CorrectedText, Line, Piece, edits_of
 from datamodules.error_synthesis import ErrorSynthesis
-from datamodules.resident import Stage
-from datamodules.synthetic import DrawingLoader, Split
+from datamodules.synthetic import Split
 from datamodules.text import BEGIN, END, padded
 from errors import UserError
 from metrics.correction import score_corrections
@@ -207,23 +204,6 @@ class GrammarDataModule(BookDataModule):
             pieces=tuple(self.pieces),
             as_json=self.as_json,
         )
-
-    def make_loader(self, tensors: Tensors, stage: Stage) -> "TextLoader":
-        return TextLoader(tensors, **self.loader_arguments(stage))
-
-
-class TextLoader(BucketedLoader, DrawingLoader):
-    """Resident pairs of sentences, put together by length and drawn anew for every epoch."""
-
-    def replace(self, tensors: Tensors) -> None:
-        super().replace(tensors)
-        self.measure()
-
-    def sizes(self) -> Tensor:
-        lengths, target = self.tensors[1], self.tensors[-1]
-        if self.stage == "predict":
-            return lengths
-        return torch.maximum(lengths, (target != IGNORED).sum(1))
 
 
 def training_tensors(pairs: Sequence[Pair]) -> Tensors:

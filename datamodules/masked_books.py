@@ -5,8 +5,6 @@ from torch import Tensor
 
 from datamodules.base import IGNORED, Tensors
 from datamodules.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
-from datamodules.grammar import TextLoader
-from datamodules.resident import Stage
 from datamodules.synthetic import Split
 from datamodules.text import BEGIN, END, IS_NEXT, MASK, NOT_NEXT, SPECIAL, padded
 from errors import UserError
@@ -130,9 +128,6 @@ class MaskedBooksDataModule(BookDataModule):
             "a masked language model has no predictions to hand in; read what it writes with "
             "python -m benchmarks.unmasking RUN."
         )
-
-    def make_loader(self, tensors: Tensors, stage: Stage) -> TextLoader:
-        return TextLoader(tensors, **self.loader_arguments(stage))
 
 
 def choose(
