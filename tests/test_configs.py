@@ -15,6 +15,8 @@ def fake(config: Path, data_dir: Path) -> list[str]:
     text = config.read_text()
     verified = "CIFAR10DataModule" in text or "MNISTDataModule" in text
     data = ["--data.verify=false"] if verified else []
+    if "GrammarDataModule" in text or "MaskedBooksDataModule" in text:
+        data = ["--data.epoch_size=80"]
     folder = data_dir / "photos" if "ImageFolderDataModule" in text else data_dir
     return [f"--data.data_dir={folder}", "--data.val_size=40", "--data.batch_size=20", *data]
 

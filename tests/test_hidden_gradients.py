@@ -258,6 +258,7 @@ def test_a_run_leaves_table_and_picture(measured: Path) -> None:
     assert (measured / "hidden_gradients.png").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_table(measured: Path, tmp_path: Path) -> None:
     fit(tmp_path, "halves", "--trainer.max_epochs=2")
     folder = fit(tmp_path, "halves")

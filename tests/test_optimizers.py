@@ -243,6 +243,7 @@ def test_update_clipping_limits_vectors_and_leaves_matrices_and_decay_alone(
     assert (free[1] - before[1]).norm() > 10 * update.norm()
 
 
+@pytest.mark.slow
 def test_it_trains_from_the_command_line(small: list[str], tmp_path: Path) -> None:
     optimizer = ["--model.optimizer=lit_models.optimizers.Muon", "--model.optimizer.lr=0.02"]
     run = ["--run=muon", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]

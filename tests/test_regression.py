@@ -54,6 +54,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         model.evaluation_step([torch.zeros(2, 3, 1), TARGET])
 
 
+@pytest.mark.slow
 def test_it_learns_and_keeps_the_best_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -404,6 +404,7 @@ FIT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_pictures(trained_lstm: Path) -> None:
     names = {path.stem for path in trained_lstm.glob("*.png")}
     assert names == {"spikes_curves", "spikes_norms", "spikes_layers", "spikes_through_time"}
@@ -425,6 +426,7 @@ def test_the_kept_weights_are_those_of_the_largest_gradient(trained_lstm: Path) 
     assert seen.proof.endswith("reproduced")
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_off_leaves_its_pictures_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

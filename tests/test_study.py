@@ -95,6 +95,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return sentence
 
 
+@pytest.mark.slow
 def test_every_point_is_run_once(capsys: pytest.CaptureFixture[str]) -> None:
     write_study([0.1, 0.2])
     study.main(["run", "small.yaml", "--jobs=3"])
@@ -112,6 +113,7 @@ def test_every_point_is_run_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(starts().values()) == {1}  # nor when the grid grows
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_is_tried_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -277,6 +277,7 @@ def write_study(folder: Path, small: list[str]) -> str:
     return "--study=tiny.yaml"
 
 
+@pytest.mark.slow
 def test_a_point_of_a_study_names_its_run(
     small: list[str],
     tmp_path: Path,

@@ -79,6 +79,7 @@ def test_operations_of_a_linear_layer() -> None:
     assert len(cost.ways) == 1
 
 
+@pytest.mark.slow
 def test_operations_of_a_token() -> None:
     cost, _ = measure(4, 128, 0.0, False)
     d, length = 64, 128
@@ -99,6 +100,7 @@ def test_operations_of_a_fused_lstm_are_counted() -> None:
 # Memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dropout", "plain"), [(0.0, False), (0.0, True), (0.1, False)])
 def test_estimate_is_what_a_transformer_takes(dropout: float, plain: bool) -> None:
     cost, peak = measure(4, 128, dropout, plain)
