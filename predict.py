@@ -255,13 +255,14 @@ def main(args: list[str] | None = None) -> None:
             named = " and ".join(", ".join(names) for names in sorted(classes))
             raise UserError(f"runs with different classes have no average: {named}.")
         told = not options.json  # standard output is for the objects alone
+        bar = told and not options.text
         trainer = Trainer(
             accelerator=options.accelerator,
             devices=options.devices,
             strategy="auto" if options.devices in ("auto", "1") else "ddp",
             precision=options.precision or members[0].config["trainer"]["precision"],
-            callbacks=[ProgressBar()] if told else [],
-            enable_progress_bar=told,
+            callbacks=[ProgressBar()] if bar else [],
+            enable_progress_bar=bar,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,

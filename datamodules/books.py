@@ -60,7 +60,7 @@ class BookDataModule(SyntheticDataModule):
         books: list[str] = TRAIN_BOOKS,
         val_books: list[str] = VAL_BOOKS,
         test_books: list[str] = TEST_BOOKS,
-        merges: list[str] | None = None,
+        merges: str | None = None,
     ) -> None:
         super().__init__(epoch_size, batch_size, eval_batch_size, val_size, data_dir)
         if vocab_size < MIN_VOCAB_SIZE:

@@ -70,7 +70,7 @@ class GrammarDataModule(BookDataModule):
         books: list[str] = TRAIN_BOOKS,
         val_books: list[str] = VAL_BOOKS,
         test_books: list[str] = TEST_BOOKS,
-        merges: list[str] | None = None,
+        merges: str | None = None,
         errors: ErrorSynthesis = ErrorSynthesis(),  # noqa: B008  frozen
         train: str | None = None,
         val: str | None = None,

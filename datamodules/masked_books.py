@@ -58,7 +58,7 @@ class MaskedBooksDataModule(BookDataModule):
         books: list[str] = TRAIN_BOOKS,
         val_books: list[str] = VAL_BOOKS,
         test_books: list[str] = TEST_BOOKS,
-        merges: list[str] | None = None,
+        merges: str | None = None,
         mask_fraction: float = 0.15,
         random_fraction: float = 0.1,
         kept_fraction: float = 0.1,

@@ -62,12 +62,13 @@ class Subwords:
     It begins with the 256 bytes, so nothing is unknown to it. A subword never spans two words.
 
     Args:
-        merges: Pairs of subwords that are put together, ``"a b"``, the most frequent first.
+        merges: Pairs of subwords that are put together, ``a b``, one a line, the most frequent
+            first. It is a single text because jsonargparse takes a minute for a list so long.
     """
 
-    def __init__(self, merges: Sequence[str]) -> None:
-        self.merges = list(merges)
-        pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges)]
+    def __init__(self, merges: str) -> None:
+        self.merges = merges
+        pairs = [(a, b) for a, _, b in (line.partition(" ") for line in merges.split("\n") if line)]
         names = (*SPECIAL, *BYTES, *(a + b for a, b in pairs))
         vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
         try:
@@ -111,8 +112,8 @@ def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(parts)
 
 
-def merges_of(encoding: tokenizers.Tokenizer) -> list[str]:
-    return [" ".join(pair) for pair in json.loads(encoding.to_str())["model"]["merges"]]
+def merges_of(encoding: tokenizers.Tokenizer) -> str:
+    return "\n".join(" ".join(pair) for pair in json.loads(encoding.to_str())["model"]["merges"])
 
 
 def until_end(tokens: Iterable[int]) -> Iterator[int]:

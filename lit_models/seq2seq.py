@@ -161,7 +161,7 @@ class LitSeq2Seq(LitModel):
         )
 
 
-def take_over(network: nn.Module, source: str, merges: list[str] | None) -> int:
+def take_over(network: nn.Module, source: str, merges: str | None) -> int:
     """Give a network the weights of another run that have the same names and shapes.
 
     Args:

@@ -90,7 +90,7 @@ def test_frequent_words_are_one_subword() -> None:
 def test_merges_are_all_there_is_to_know() -> None:
     again = Subwords(SUBWORDS.merges)
     assert again.encode(LINES) == SUBWORDS.encode(LINES)
-    assert len(Subwords([])) == MIN_VOCAB_SIZE
+    assert len(Subwords("")) == MIN_VOCAB_SIZE
 
 
 def test_nobody_can_type_a_sign() -> None:
@@ -111,7 +111,7 @@ def test_half_a_character_is_no_error() -> None:
 
 def test_damaged_merges() -> None:
     with pytest.raises(UserError, match="no byte-pair encoding"):
-        Subwords(["nowhere seen"])
+        Subwords("nowhere seen")
 
 
 def test_padded() -> None:
