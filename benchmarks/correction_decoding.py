@@ -21,7 +21,7 @@ from errors import UserError, told_in_one_sentence
 from lit_models import LitSeq2Seq
 from predict import Member
 
-PENALTIES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+PENALTIES = (0.0, 1.0, 2.0, 3.0, 4.0)
 WIDTHS = (1, 2, 4, 8)
 SHOWN = ("f05", "precision", "recall", "f05_of_wrong", "corrected", "left_alone", "gleu")
 
