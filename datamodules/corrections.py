@@ -150,9 +150,7 @@ class CorrectedText(Submission):
         ranks = range(tokens.shape[1])
         ways = [self.edits(ids, tokens[:, rank]) for rank in ranks]
         sums = [self.sums(ids, scores[:, rank]) for rank in ranks]
-        with atomic_write(
-            path, "w", encoding="utf-8", newline="", errors="surrogateescape"
-        ) as file:
+        with atomic_write(path, "w", encoding="utf-8", newline="") as file:
             for line, way in zip(self.lines, ways[0], strict=True):
                 file.write(line.corrected(way) + "\n")
         console = Console(highlight=False, soft_wrap=True)

@@ -284,6 +284,8 @@ def test_learns_the_errors_it_is_shown(run: Path) -> None:
     right = [row["output"] == row["reference"] for row in examples]
     assert sum(right) > 30
     assert table(run / "corrections.csv")[0].keys() == examples[0].keys()
+    (shown,) = run.glob("wandb/*/files/media/table/tables/corrections_test*.json")
+    assert len(json.loads(shown.read_text())["data"]) == 40
 
 
 def test_corrects_lines_of_any_kind(
