@@ -959,6 +959,7 @@ def counted(tmp_path: Path, *callbacks: Callback) -> Meter:
     return meter
 
 
+@pytest.mark.slow
 def test_log_reads_nothing_between_log_steps_and_adds_few_operators(tmp_path: Path) -> None:
     callbacks = [GradientSpikeMonitor(), UpdateClipping(max_decrease=0.5)]
     plain = counted(tmp_path / "plain")

@@ -298,6 +298,7 @@ def network_of(path: Path) -> dict[str, Tensor]:
     return {k.removeprefix("network."): w for k, w in weights.items() if k.startswith("network.")}
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_taken_over_and_the_rest_is_not_touched(run: Path) -> None:
     merges = data(Path("data")).subwords.merges
     network = Transformer(VOCAB, 32, 4, 1, 1, 64, copy=True)

@@ -73,6 +73,7 @@ def test_files_of_a_prediction(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert labels == [label for _, label in rows[1:]]
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_test(run: Path, trained: Path) -> None:
     """The classes agree with the labels as often as ``test`` counted."""
     predict_csv(run)

@@ -33,6 +33,7 @@ def metered(train: Callable[..., None], folder: Path, steps: int = 101) -> Meter
     return meter
 
 
+@pytest.mark.slow
 def test_a_step_as_shipped_reads_nothing_and_adds_few_operators(tmp_path: Path) -> None:
     ours, raw = metered(steadyfit, tmp_path), metered(raw_loop, tmp_path)
     assert ours.per_step(5, 45).reads == 0  # between log steps
@@ -42,6 +43,7 @@ def test_a_step_as_shipped_reads_nothing_and_adds_few_operators(tmp_path: Path) 
     assert 0 < overhead <= 15
 
 
+@pytest.mark.slow
 def test_a_read_in_the_training_step_is_seen(tmp_path: Path) -> None:
     meter = metered(partial(steadyfit, lit_model=Reading), tmp_path, steps=51)
     assert meter.per_step(5, 45).reads == 1

@@ -93,6 +93,7 @@ def test_wandb_run_reads_back(trained: Path) -> None:
     assert any(key.startswith("pictures/learning_curves") for row in history for key in row)
 
 
+@pytest.mark.slow
 def test_test_uses_the_run_and_adds_to_its_records(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
