@@ -155,7 +155,7 @@ def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path
     record = {
         "csv": output.name,
         "sha256": sha256(output),
-        "rows": len(ids),
+        "rows": submission.count(ids),
         "competition": data.competition,
         "sample": str(submission.sample) if submission.sample else None,
         "labels": list(submission.labels),
@@ -193,7 +193,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--text_file", metavar="FILE", help="likewise, a text file of one a line; - is stdin"
     )
     parser.add_argument(
-        "--n_best", type=int, metavar="N", help="of lines to correct, the N best corrections"
+        "--n_best", type=int, metavar="N", help="of each sentence, the N best corrections"
     )
     parser.add_argument(
         "--json", action="store_true", help="print corrections as JSON, an object a line"
@@ -277,7 +277,8 @@ def main(args: list[str] | None = None) -> None:
             if trainer.is_global_zero:
                 write(members, ids, outputs, output)
                 if told:
-                    print(f"{len(ids):,} predictions in {output}")
+                    count = members[0].data.submission().count(ids)
+                    print(f"{count:,} predictions in {output}")
                 if submission.sendable:
                     target = members[0].source if options.output is None else output
                     print(f"Next: python submit.py {target} --dry_run")

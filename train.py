@@ -29,7 +29,7 @@ from datamodules.base import BaseDataModule
 from errors import UserError, told_in_one_sentence
 from grid import DEFAULTS, PointRecord, Study
 from lit_models.base import LitModel
-from runs import ROOT, Run, provenance
+from runs import ROOT, Run, load_checkpoint, provenance
 
 SUBCOMMANDS = ("fit", "validate", "test")
 SEE_HELP = "; see --help for what is known."
@@ -130,8 +130,14 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             if config.ckpt_path is None and run.last_checkpoint.is_file():
                 config.ckpt_path = str(run.last_checkpoint)
-        elif config.ckpt_path is None:
-            config.ckpt_path = str(run.checkpoint())
+        else:
+            config.ckpt_path = config.ckpt_path or str(run.checkpoint())
+            # what the data had learned, which their files need not tell again
+            checkpoint = load_checkpoint(Path(config.ckpt_path))
+            for name, value in checkpoint.get(
+                config.data.class_path.rpartition(".")[2], {}
+            ).items():
+                config.data.init_args[name] = value
         trainer.default_root_dir = str(run.folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else []:
             settings = logger.init_args

@@ -10,6 +10,7 @@ happen, because a hypothesis that is best in the end may fall out of the wider b
 
 import argparse
 from itertools import pairwise
+from math import nan
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from errors import UserError, told_in_one_sentence
 from lit_models import LitSeq2Seq
 from predict import Member
 
-PENALTIES = (0.0, 1.0, 2.0, 3.0, 4.0)
+PENALTIES = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0)
 WIDTHS = (1, 2, 4, 8)
 SHOWN = ("f05", "precision", "recall", "f05_of_wrong", "corrected", "left_alone", "gleu")
 
@@ -49,7 +50,9 @@ def penalties(model: LitSeq2Seq, data: GrammarDataModule) -> Table:
         for width in (1, model.beam_width):
             model.change_penalty = penalty
             scores = data.score(written(model, batches, width)[0])
-            table.add_row(str(penalty), str(width), *(f"{scores[name]:.3f}" for name in SHOWN))
+            table.add_row(
+                str(penalty), str(width), *(f"{scores.get(name, nan):.3f}" for name in SHOWN)
+            )
     return table
 
 
@@ -72,6 +75,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="run folder or .ckpt file")
     parser.add_argument("--data_dir", default="data", help="root folder of the data sets")
+    parser.add_argument("--change_penalty", type=float, help="for the widths, instead of the run's")
     parser.add_argument("--sentences", type=int, default=200, help="test sentences for the widths")
     options = parser.parse_args(args)
     with told_in_one_sentence():
@@ -79,7 +83,9 @@ def main(args: list[str] | None = None) -> None:
         model, data = member.model.eval(), member.data
         if not isinstance(model, LitSeq2Seq) or not isinstance(data, GrammarDataModule):
             raise UserError(f"{member.source} was not trained on grammar.")
-        own = model.change_penalty
+        own = model.change_penalty if options.change_penalty is None else options.change_penalty
+        if data.val_size == 0:
+            raise UserError(f"{member.source} has no validation part to choose by.")
         console = Console()
         console.print(penalties(model, data))
         model.change_penalty = own

@@ -1,5 +1,6 @@
 """A table of corrected sentences."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -50,10 +51,10 @@ class CorrectionTable(Callback):
                 logger.log_table(f"tables/{name}", dataframe=rows.head(self.shown))
 
 
-def corrections(examples: list[M2Sentence], corrected: list[str]) -> pd.DataFrame:
+def corrections(examples: list[M2Sentence], corrected: Sequence[str | None]) -> pd.DataFrame:
     """Columns ``source``, ``output``, and ``reference``, or ``reference0``, ... of several people.
 
-    People who did not see a sentence have no correction of it.
+    People who did not see a sentence have no correction of it, and neither has the network.
     """
     people = sorted({person for example in examples for person in example.edits})
     names = ["reference"] if len(people) == 1 else [f"reference{person}" for person in people]

@@ -101,6 +101,8 @@ class BookDataModule(SyntheticDataModule):
 
         A pass brings every sentence once, in an order of its own.
         """
+        if not self.samples(split):
+            return []
         everything = self.all_sentences(split)
         seed = self.seed if split == "train" else 0
         begin = epoch * self.samples(split)

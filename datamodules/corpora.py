@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datamodules.text import sentences, words
 from errors import UserError
-from metrics.edits import extract_edits
+from metrics.edits import apply_edits, extract_edits
 from metrics.m2 import M2Sentence, read_m2
 
 MAX_WORDS = 40  # of a sentence from a book
@@ -71,10 +71,23 @@ def read_corpus(path: Path) -> list[M2Sentence]:
         if len(sources) != 1:
             raise UserError(f"{path} must hold one file NAME.src, found {len(sources)}.")
         (path,) = sources
-    if path.suffix == ".m2":
-        return read_m2(path)
+    examples = read_m2(path) if path.suffix == ".m2" else read_parallel(path)
+    if not examples:
+        raise UserError(f"{path} holds no sentence.")
+    for number, example in enumerate(examples, start=1):
+        for edits in example.edits.values():
+            try:
+                apply_edits(example.source, edits)
+            except ValueError as error:
+                raise UserError(f"{path}, sentence {number}: {error}") from error
+    return examples
+
+
+def read_parallel(path: Path) -> list[M2Sentence]:
+    """The sentences of ``NAME.src`` with the corrections beside it."""
     if path.suffix != ".src":
         raise UserError(f"{path} is no .m2 file, no .src file, and no folder with one.")
+    source = token_lines(path)
     numbered = sorted(path.parent.glob(f"{path.stem}.ref[0-9]*"))
     references = [p for p in (path.with_suffix(".trg"), *numbered) if p.is_file()]
     if not references:
@@ -82,7 +95,6 @@ def read_corpus(path: Path) -> list[M2Sentence]:
             f"{path} has no corrections beside it; write them to {path.with_suffix('.trg')}, or "
             f"those of several people to {path.with_suffix('.ref0')} and so on, a sentence a line."
         )
-    source = token_lines(path)
     corrected = [token_lines(reference) for reference in references]
     for reference, lines in zip(references, corrected, strict=True):
         if len(lines) != len(source):

@@ -70,8 +70,8 @@ class Line:
     def apart(self) -> bool:
         """Whether there is a blank in front of punctuation, too."""
         return any(
-            a.end < b.start and GLUED.fullmatch(self.text[b.start : b.end]) is not None
-            for a, b in zip(self.spans, self.spans[1:], strict=False)
+            a.end < b.start and word != "'" and GLUED.fullmatch(word) is not None
+            for a, b, word in zip(self.spans, self.spans[1:], self.words[1:], strict=False)
         )
 
     def segments(self, edits: Sequence[Edit]) -> Iterator[Segment]:
@@ -82,13 +82,17 @@ class Line:
             if edit.start < edit.end:
                 start, end = self.spans[edit.start].start, self.spans[edit.end - 1].end
                 if not new:  # with a word goes the blank on one side of it
+                    touching = self.text[start - 1 : start].isalnum() and self.text[end : end + 1]
+                    new = " " if touching and touching.isalnum() else ""
                     start, end = self.with_blank(start, end)
             else:
                 start = self.spans[edit.start - 1].end if edit.start else len(self.blank)
                 end = start
-                if not edit.start:
-                    new = f"{new} " if self.spans else new
-                elif self.apart or not GLUED.fullmatch(edit.correction.split()[0]):
+                glued = not self.apart and GLUED.fullmatch(edit.correction.split()[0])
+                touched = self.spans[edit.start : edit.start + 1]  # the word behind, if any
+                if not edit.start or (touched and touched[0].start == start and not glued):
+                    new = f"{new} " if touched else new
+                elif not glued:
                     new = f" {new}"
             yield Segment("kept", self.text[done:start])
             yield Segment("removed", self.text[start:end])
@@ -155,15 +159,17 @@ class CorrectedText(Submission):
                 file.write(line.corrected(way) + "\n")
         console = Console(highlight=False, soft_wrap=True)
         for number, line in enumerate(self.lines):
-            found = [
-                (way[number], float(score[number]))
-                for way, score in zip(ways, sums, strict=True)
+            # the n best of each sentence; where these are few, lines come out alike
+            found = {
+                line.corrected(way[number]): (way[number], float(score[number]))
+                for way, score in reversed(list(zip(ways, sums, strict=True)))
                 if np.isfinite(score[number])
-            ]
+            }
+            best = sorted(found.values(), key=lambda way: -way[1])
             if self.as_json:
-                sys.stdout.write(json.dumps(as_object(line, found), ensure_ascii=False) + "\n")
+                sys.stdout.write(json.dumps(as_object(line, best), ensure_ascii=False) + "\n")
                 continue
-            for way, score in found:
+            for way, score in best:
                 text = Text(f"{score:8.3f}  " if len(ranks) > 1 else "")
                 text.append_text(marked(line, way, console.is_terminal))
                 console.print(text)
@@ -175,9 +181,14 @@ class CorrectedText(Submission):
         return edits_of(self.lines, self.pieces, dict(zip(ids.tolist(), decoded, strict=True)))
 
     def sums(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """The score of each line, the sum of those of its pieces."""
-        owners = np.array([self.pieces[i].line for i in ids.tolist()])
-        return np.bincount(owners, weights=scores, minlength=len(self.lines))
+        """The score of each line, the sum of those of its pieces that were read."""
+        pieces = [self.pieces[i] for i in ids.tolist()]
+        counted = np.where([piece.readable for piece in pieces], scores, 0.0)
+        owners = [piece.line for piece in pieces]
+        return np.bincount(owners, weights=counted, minlength=len(self.lines))
+
+    def count(self, ids: np.ndarray) -> int:
+        return len(self.lines)
 
 
 def edits_of(

@@ -42,8 +42,10 @@ class GrammarDataModule(BookDataModule):
         data_dir: Root folder of all data sets.
         batch_size: Sentences in a training batch of one process.
         eval_batch_size: Sentences in a batch of validation, test and prediction.
-        epoch_size: Training sentences in an epoch; the next one goes on where it ended.
-        val_size: Sentences for validation, the same for all seeds; 0 goes without.
+        epoch_size: Training sentences of books in an epoch; the next one goes on where it ended.
+            Of a file, an epoch is all.
+        val_size: Sentences of books for validation, the same for all seeds, or all of a file; 0
+            goes without.
         vocab_size: Number of subwords, 256 bytes and a few signs among them.
         books: Names of the books for training.
         val_books: Names of those for validation.
@@ -93,7 +95,7 @@ class GrammarDataModule(BookDataModule):
         self.as_json = as_json
         self.max_tokens = max_tokens
         self.examples: list[M2Sentence] = []  # what was read for evaluation, with its gold edits
-        self.corrected: list[str] = []  # what the network made of these sentences
+        self.corrected: list[str | None] = []  # what became of these sentences, if evaluated
         self.lines: list[Line] = []  # what was read for evaluation or prediction
         self.pieces: list[Piece] = []  # parts of these lines; the ids count through them
 
@@ -101,7 +103,12 @@ class GrammarDataModule(BookDataModule):
 
     def corrected_sentences(self, split: Split, epoch: int = 0) -> list[M2Sentence]:
         if path := self.files[split]:
-            return read_corpus(Path(path))
+            examples = read_corpus(Path(path))
+            if split == "train":  # in an order of its own in each epoch
+                generator = self.generator(split, epoch)
+                order = torch.randperm(len(examples), generator=generator).tolist()
+                examples = [examples[index] for index in order]
+            return examples
         synthesis = self.errors if split == "train" else replace(self.errors, seed=HELD_OUT_SEED)
         examples = []
         for number, index, sentence in self.drawn_sentences(split, epoch):
@@ -120,14 +127,22 @@ class GrammarDataModule(BookDataModule):
         ]
         sources = self.subwords.encode([example.source for example in examples])
         pairs = list(zip(sources, self.subwords.encode(targets), strict=True))
-        if split == "train":
-            return training_tensors(
-                [(s[: self.max_tokens], t[: self.max_tokens]) for s, t in pairs]
-            )
+        if split == "train":  # what is too long counts for nothing
+            fits = [max(len(s), len(t)) <= self.max_tokens for s, t in pairs]
+            kept: list[Pair] = [
+                pair if fit else ([], []) for pair, fit in zip(pairs, fits, strict=True)
+            ]
+            source, lengths, target_in, target = training_tensors(kept)
+            target[~torch.tensor(fits, dtype=torch.bool)] = IGNORED
+            return source, lengths, target_in, target
         self.examples = examples
         self.take([Line.of_words(example.source) for example in examples])
         source, lengths, ids = self.piece_tensors()
-        whole = [p.end - p.start == len(self.lines[p.line].spans) for p in self.pieces]
+        whole = [
+            p.end - p.start == len(self.lines[p.line].spans)
+            and len(pairs[p.line][1]) <= self.max_tokens
+            for p in self.pieces
+        ]
         written = [pairs[p.line][1] if w else [] for p, w in zip(self.pieces, whole, strict=True)]
         _, _, target_in, target = training_tensors([([], tokens) for tokens in written])
         target[~torch.tensor(whole, dtype=torch.bool)] = IGNORED
@@ -142,7 +157,13 @@ class GrammarDataModule(BookDataModule):
         except UnicodeEncodeError:  # bytes of another encoding come from the command line as such
             raise UserError("the text is not UTF-8; convert it first.") from None
         if self.text_file:
+            if self.text_file == "-" and self.trainer and self.trainer.world_size > 1:
+                raise UserError(
+                    "standard input can be read by one process only; use --devices 1, or a file."
+                )
             lines += read_lines(self.text_file)
+        if not lines:
+            raise UserError(f"nothing to correct: {self.text_file} is empty.")
         self.digest = hashlib.sha256(repr(lines).encode()).hexdigest()
         self.take([Line.of_text(line) for line in lines])
         return self.piece_tensors()
@@ -188,14 +209,17 @@ class GrammarDataModule(BookDataModule):
         """
         decoded = {number: self.subwords.decode(tokens) for number, tokens in written.items()}
         edits = edits_of(self.lines, self.pieces, decoded)
-        self.corrected = [
-            apply_edits(line.text, those) for line, those in zip(self.lines, edits, strict=True)
-        ]
         left_out = {piece.line for i, piece in enumerate(self.pieces) if i not in written}
-        seen = [i for i in range(len(self.lines)) if i not in left_out]
-        return score_corrections(
-            [self.examples[i] for i in seen], [self.corrected[i] for i in seen]
-        )
+        self.corrected = [
+            None if number in left_out else apply_edits(line.text, those)
+            for number, (line, those) in enumerate(zip(self.lines, edits, strict=True))
+        ]
+        seen = [
+            (example, corrected)
+            for example, corrected in zip(self.examples, self.corrected, strict=True)
+            if corrected is not None
+        ]
+        return score_corrections([e for e, _ in seen], [c for _, c in seen])
 
     def submission(self) -> CorrectedText:
         return CorrectedText(

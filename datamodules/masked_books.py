@@ -98,7 +98,7 @@ class MaskedBooksDataModule(BookDataModule):
         drawn = self.drawn_sentences(split, epoch)
         sentences = [sentence for _, _, sentence in drawn]
         rows = [[BEGIN, *tokens, END] for tokens in self.encode(sentences)]
-        if self.next_sentence:
+        if self.next_sentence and drawn:
             indices = torch.tensor([index for _, index, _ in drawn])
             seconds, labels = second_sentences(indices, self.all_sentences(split), generator)
             rows = [
@@ -107,7 +107,7 @@ class MaskedBooksDataModule(BookDataModule):
             ]
         whole, lengths = padded(rows), torch.tensor([len(row) for row in rows])
         tokens, target = self.mask(whole, generator)
-        if self.next_sentence:
+        if self.next_sentence and drawn:
             target[:, 0] = labels
         return tokens, lengths, target
 

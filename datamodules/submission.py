@@ -33,6 +33,10 @@ class Submission:
         """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all."""
         self.write(path, ids, probabilities.argmax(1))
 
+    def count(self, ids: np.ndarray) -> int:
+        """How many predictions there are for people, given the ids (N,)."""
+        return len(ids)
+
     def write(self, path: Path, ids: np.ndarray, classes: np.ndarray) -> None:
         """Write the classes (N,) of the samples ``ids`` (N,) in the sample file's order.
 

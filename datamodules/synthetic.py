@@ -107,7 +107,7 @@ class DrawingLoader(ResidentLoader):
         self.tensors = [tensor.to(self.tensors[-1].device) for tensor in tensors]
 
     def order(self, generator: torch.Generator) -> Tensor:
-        return torch.arange(self.samples)
+        return torch.arange(self.epoch_size)  # an epoch that is filled up begins again
 
 
 def sha256(*tensors: Tensor) -> str:

@@ -156,6 +156,8 @@ class LitModel(LightningModule):
         target = outputs["target"]
         # MeanMetric ignores weights under nan_strategy="disable": one value for each sample instead
         losses = outputs["loss"].expand(len(target))
+        if len(target) == 0:  # a batch of text whose parts have no target of their own
+            return outputs
         # each metric takes from these what its update() names
         metrics.update(preds=outputs["preds"], target=target, value=losses)
         return outputs

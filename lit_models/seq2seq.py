@@ -99,17 +99,18 @@ class LitSeq2Seq(LitModel):
         counted = target != IGNORED
         changes = changed(source, target_in, target) & counted
         right = logits.argmax(2) == target
-        loss = losses.sum() / counted.sum()
+        count = counted.sum().clamp_min(1)
+        loss = losses.sum() / count
         self.record(
             loss=loss.detach(),
-            token_accuracy=right.sum() / counted.sum(),
+            token_accuracy=right.sum() / count,
             # of the tokens that correct something
             change_accuracy=(right & changes).sum() / changes.sum().clamp_min(1),
         )
         if self.change_weight == 1:
             return loss
         weights = torch.where(changes, self.change_weight, 1.0) * counted
-        return (losses * weights).sum() / weights.sum()
+        return (losses * weights).sum() / weights.sum().clamp_min(1)
 
     def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
         source, lengths, target_in, ids, target = batch

@@ -27,6 +27,8 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
     Raises:
         UserError: There is not one correction for each sentence.
     """
+    if not gold:
+        return {}
     total = m2_score(corrections, gold)
     sources = [sentence.source for sentence in gold]
     ways = [

@@ -242,7 +242,7 @@ def test_from_books_to_jfleg(
     run = Path("runs/grammar/x")
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
-    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
     train.main(["test", f"--run={run}", f"--data.test={jfleg}", "--model.beam_width=1"])
     capsys.readouterr()

@@ -199,6 +199,17 @@ def test_corpora_that_do_not_fit(jfleg: Path, tmp_path: Path) -> None:
         read_corpus(write(tmp_path / "a.m2", "S She go home .", "A 1 2|||V|||goes"))
 
 
+def test_damaged_or_empty_corpora(tmp_path: Path) -> None:
+    edit = "A 1 3|||V|||goes|||REQUIRED|||-NONE-|||0"
+    overlapping = write(tmp_path / "a.m2", "S a b c", edit, edit.replace("1 3", "2 3"))
+    with pytest.raises(UserError, match=r"a\.m2, sentence 1: the edit of tokens 2 to 3 overlaps"):
+        read_corpus(overlapping)
+    with pytest.raises(UserError, match=r"b\.m2 holds no sentence"):
+        read_corpus(write(tmp_path / "b.m2"))
+    with pytest.raises(UserError, match=r"none\.src cannot be read: No such file"):
+        read_corpus(tmp_path / "none.src")
+
+
 def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("one\x0ctwo\u2028three\r\n\nfour".encode())
