@@ -132,12 +132,10 @@ class CLI(LightningCLI):
                 config.ckpt_path = str(run.last_checkpoint)
         else:
             config.ckpt_path = config.ckpt_path or str(run.checkpoint())
-            # what the data had learned, which their files need not tell again
-            checkpoint = load_checkpoint(Path(config.ckpt_path))
-            for name, value in checkpoint.get(
-                config.data.class_path.rpartition(".")[2], {}
-            ).items():
-                config.data.init_args[name] = value
+            name = config.data.class_path.rpartition(".")[2]
+            learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
+            if "merges" in learned:  # subwords need no books again; classes are read and compared
+                config.data.init_args["merges"] = learned["merges"]
         trainer.default_root_dir = str(run.folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else []:
             settings = logger.init_args
