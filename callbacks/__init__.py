@@ -7,6 +7,7 @@ from callbacks.clipping import (
 )
 from callbacks.confusion_matrix import ConfusionMatrix
 from callbacks.correction_table import CorrectionTable
+from callbacks.freeze import Freeze
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.hidden_gradients import HiddenGradients
 from callbacks.learning_curves import LearningCurves
@@ -26,6 +27,7 @@ __all__ = [
     "BestCheckpoint",
     "ConfusionMatrix",
     "CorrectionTable",
+    "Freeze",
     "GradientNormClipping",
     "GradientSpikeMonitor",
     "HiddenGradients",

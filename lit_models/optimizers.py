@@ -9,10 +9,51 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
 from errors import UserError
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero, and near one in [0.7, 1.2]
+
+
+class BiasScaledSGD(torch.optim.SGD):
+    """Nesterov's SGD with a larger learning rate for biases and gains.
+
+    Behind batch normalisation a bias decides which share of its channel is let through, and that
+    can change fast without harm: 64 times the learning rate is usual (Page, "How to train your
+    ResNet 5"; arXiv:2404.00498, section 3.4). The decay per step is that of the other weights.
+
+    Args:
+        params: What is trained.
+        lr: Learning rate of matrices and filters.
+        bias_scale: Learning rate of vectors in units of ``lr``.
+        momentum: Share of the old in the sum of gradients.
+        weight_decay: Added to the gradient, times the weight.
+
+    Raises:
+        UserError: ``bias_scale`` is not positive.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.1,
+        bias_scale: float = 64.0,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        if not bias_scale > 0:
+            raise UserError(f"bias_scale must be positive, got {bias_scale}; 1 is as the weights.")
+        weights, biases = by_dimension(params)
+        scaled = {"lr": lr * bias_scale, "weight_decay": weight_decay / bias_scale}
+        groups = [{"params": weights}, {"params": biases, **scaled}]
+        super().__init__(
+            [group for group in groups if group["params"]],
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+        )
 
 
 class Muon(Optimizer):
@@ -94,7 +135,7 @@ class Muon(Optimizer):
         if not params:
             return
         gradients = [p.grad for p in params if p.grad is not None]
-        averages = self._states(params, "momentum_buffer")
+        averages = states(self, params, "momentum_buffer")
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
         updates = muon_updates(list(ahead), group["steps"])
@@ -108,8 +149,8 @@ class Muon(Optimizer):
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
-            self._states(params, "exp_avg"),
-            self._states(params, "exp_avg_sq"),
+            states(self, params, "exp_avg"),
+            states(self, params, "exp_avg_sq"),
             [],
             [self.state[p]["step"] for p in params],
             amsgrad=False,
@@ -121,16 +162,129 @@ class Muon(Optimizer):
             maximize=False,
         )
 
-    def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """A tensor of each parameter's state, zero at first."""
-        for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(p)
-        return [self.state[p][name] for p in params]
+
+class MuonSGD(Optimizer):
+    """Muon on filters of fixed norm, Nesterov's SGD on biases and output layer.
+
+    The optimizer of airbench94_muon (github.com/KellerJordan/cifar10-airbench), for networks whose
+    filters are all followed by batch normalisation. Their scale means nothing then: before a step
+    the filters of each layer are set to a root mean square norm of one, and a step turns them by
+    the same angle in all directions. There are three parameter groups (filters, vectors, output
+    layer), whose learning rates a schedule must multiply, as :class:`Triangle` does.
+
+    Args:
+        params: What is trained, from the inputs to the outputs; the last matrix is the output
+            layer.
+        lr: Learning rate of the filters: the length of an update relative to the filters.
+        momentum: Share of the old in the sum of the filters' gradients; Nesterov's look ahead.
+        bias_lr: Learning rate of vectors.
+        head_lr: Learning rate of the output layer.
+        sgd_momentum: Momentum of these two.
+        decay: Share of them that a step at the full learning rate takes away.
+        steps: Iterations of Newton-Schulz.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.24,
+        momentum: float = 0.6,
+        bias_lr: float = 106.0,
+        head_lr: float = 1.75,
+        sgd_momentum: float = 0.85,
+        decay: float = 0.004,
+        steps: int = 3,
+    ) -> None:
+        for name, rate in (("lr", lr), ("bias_lr", bias_lr), ("head_lr", head_lr)):
+            if not rate > 0:
+                raise UserError(f"{name} must be positive, got {rate}.")
+        for name, share in (
+            ("momentum", momentum),
+            ("sgd_momentum", sgd_momentum),
+            ("decay", decay),
+        ):
+            if not 0 <= share < 1:
+                raise UserError(f"{name} must be in [0, 1), got {share}.")
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, got {steps}; 3 to 5 are usual.")
+        matrices, vectors = by_dimension(params)
+        by_sgd = {"momentum": sgd_momentum, "steps": 0}
+        groups = [
+            {"params": matrices[:-1], "lr": lr, "momentum": momentum, "weight_decay": 0.0},
+            {"params": vectors, "lr": bias_lr, "weight_decay": decay / bias_lr, **by_sgd},
+            {"params": matrices[-1:], "lr": head_lr, "weight_decay": decay / head_lr, **by_sgd},
+        ]
+        super().__init__([group for group in groups if group["params"]], {"steps": steps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in params]
+            if not params:
+                continue
+            sums = states(self, params, "momentum_buffer")
+            if group["steps"]:
+                torch._foreach_mul_(sums, group["momentum"])
+                torch._foreach_add_(sums, gradients)
+                ahead = torch._foreach_add(gradients, sums, alpha=group["momentum"])
+                normalize_filters(params)
+                updates = orthogonal_updates(list(ahead), group["steps"])
+                torch._foreach_add_(params, updates, alpha=-group["lr"])
+                continue
+            sgd(
+                params,
+                gradients,
+                list(sums),
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["momentum"] > 0,
+                maximize=False,
+                foreach=True,
+            )
+        return loss
+
+
+def by_dimension(params: ParamsT) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices (filters among them), then vectors (biases, gains), each in the order given."""
+    given = list(params)
+    return [p for p in given if p.ndim >= 2], [p for p in given if p.ndim < 2]
+
+
+def states(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
+    """A tensor of each parameter's state, zero at first."""
+    for p in params:
+        if name not in optimizer.state[p]:
+            optimizer.state[p][name] = torch.zeros_like(p)
+    return [optimizer.state[p][name] for p in params]
+
+
+def normalize_filters(filters: list[Tensor]) -> None:
+    """Scale each layer's filters (R, ...) to a root mean square norm of one, in place."""
+    norms = torch._foreach_norm(filters)
+    factors = [len(p) ** 0.5 / norm for p, norm in zip(filters, norms, strict=True)]
+    torch._foreach_mul_(filters, factors)
 
 
 def muon_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
-    """Orthogonalised momenta, each (R, ...) as a matrix (R, C), with a root mean square of 0.2.
+    """Orthogonalised momenta, each (R, ...) as a matrix (R, C), with a root mean square of 0.2."""
+    updates = orthogonal_updates(momenta, steps)
+    for momentum, update in zip(momenta, updates, strict=True):
+        update.mul_(0.2 * max(momentum.flatten(1).shape) ** 0.5)
+    return updates
+
+
+def orthogonal_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
+    """Momenta, each (R, ...) as a matrix (R, C), with singular values of about one.
 
     Those of one shape are worked on together.
     """
@@ -138,10 +292,10 @@ def muon_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
     for i, momentum in enumerate(momenta):
         by_shape[(momentum.device, momentum.dtype, *momentum.flatten(1).shape)].append(i)
     updates = list(momenta)
-    for (*_, rows, columns), indices in by_shape.items():
+    for indices in by_shape.values():
         batch = torch.stack([momenta[i].flatten(1) for i in indices])  # (N, R, C)
-        scaled = orthogonalize(batch, steps).mul_(0.2 * max(rows, columns) ** 0.5)
-        for i, update in zip(indices, scaled.to(batch.dtype).unbind(), strict=True):
+        orthogonal = orthogonalize(batch, steps).to(batch.dtype)
+        for i, update in zip(indices, orthogonal.unbind(), strict=True):
             updates[i] = update.view_as(momenta[i])
     return updates
 
