@@ -5,12 +5,14 @@ from callbacks.clipping import (
     GradientNormClipping,
     UpdateClipping,
 )
+from callbacks.compile import Compile
 from callbacks.confusion_matrix import ConfusionMatrix
 from callbacks.correction_table import CorrectionTable
 from callbacks.freeze import Freeze
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.hidden_gradients import HiddenGradients
 from callbacks.learning_curves import LearningCurves
+from callbacks.lookahead import Lookahead
 from callbacks.masked_accuracy import MaskedAccuracy
 from callbacks.mistakes import Mistakes
 from callbacks.progress import ProgressBar
@@ -25,6 +27,7 @@ __all__ = [
     "AdaptiveGradientClipping",
     "AtomicCheckpointIO",
     "BestCheckpoint",
+    "Compile",
     "ConfusionMatrix",
     "CorrectionTable",
     "Freeze",
@@ -32,6 +35,7 @@ __all__ = [
     "GradientSpikeMonitor",
     "HiddenGradients",
     "LearningCurves",
+    "Lookahead",
     "MaskedAccuracy",
     "MetricsCSV",
     "Mistakes",

@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.augment import Effects
 from datamodules.base import BaseDataModule
 from datamodules.resident import ResidentLoader, Stage
+from datamodules.trivial_augment import TrivialAugment
 from errors import UserError
 
 Flip = Literal["none", "random", "alternating"]
@@ -92,7 +93,7 @@ class ImageLoader(ResidentLoader):
         crop: int = 0,
         flip: Flip = "none",
         cutout: int = 0,
-        effects: Effects | None = None,
+        effects: Effects | TrivialAugment | None = None,
         **loader: Any,
     ) -> None:
         super().__init__([images, targets], **loader)
@@ -229,6 +230,8 @@ class ImageDataModule(BaseDataModule):
             0.1 is usual.
         blur: Largest standard deviation in pixels of a Gaussian blur; it is drawn from 0.1 up, and
             1 is usual.
+        trivial: Change each image in one of 14 ways at random (:class:`TrivialAugment`), instead of
+            the nine settings above.
         train_fraction: Share of the training part that is trained on: the first of one fixed order
             in which the classes take turns, so that 20 % is contained in 50 %.
         epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
@@ -261,6 +264,7 @@ class ImageDataModule(BaseDataModule):
         saturation: float = 0.0,
         hue: float = 0.0,
         blur: float = 0.0,
+        trivial: bool = False,
         train_fraction: float = 1.0,
         epoch_size: int | None = None,
         unlabelled: int = 0,
@@ -300,11 +304,13 @@ class ImageDataModule(BaseDataModule):
                 f"saturation and hue need images of 3 channels, these have {channels}; leave them "
                 "out."
             )
+        if trivial and effects:
+            raise UserError("trivial takes the place of rotate to blur; leave one of them out.")
         self.augmentation: dict[str, Any] = {
             "crop": crop,
             "flip": flip,
             "cutout": cutout,
-            "effects": effects,
+            "effects": TrivialAugment() if trivial else effects,
         }
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size

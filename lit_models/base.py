@@ -28,8 +28,8 @@ class LitModel(LightningModule):
     reaches the loggers with its own optimizer step, counted from 0.
 
     Args:
-        network: What is trained. If it has a method ``init_from_data(inputs)``, it is called once
-            before training with a few thousand training inputs.
+        network: What is trained. A layer of it that has a method ``init_from_data(inputs)`` is
+            shown a few thousand training inputs before training.
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
             an argument ``total_steps`` that is not set is given the length of training.
@@ -73,9 +73,12 @@ class LitModel(LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
-        init_from_data = getattr(self.network, "init_from_data", None)
-        if stage == "fit" and init_from_data:
-            init_from_data(*self.data.training_inputs(5000))
+        layers = (getattr(layer, "init_from_data", None) for layer in self.network.modules())
+        asking = [init_from_data for init_from_data in layers if init_from_data]
+        if stage == "fit" and asking:
+            inputs = self.data.training_inputs(5000)
+            for init_from_data in asking:
+                init_from_data(*inputs)
 
     # Training
 

@@ -1,7 +1,7 @@
 """Optimizers that torch does not have. Dimensions: N matrices of one shape, R rows, C columns."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class BiasScaledSGD(torch.optim.SGD):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: Iterable[Tensor],
         lr: float = 0.1,
         bias_scale: float = 64.0,
         momentum: float = 0.9,
@@ -46,7 +46,7 @@ class BiasScaledSGD(torch.optim.SGD):
             raise UserError(f"bias_scale must be positive, got {bias_scale}; 1 is as the weights.")
         weights, biases = by_dimension(params)
         scaled = {"lr": lr * bias_scale, "weight_decay": weight_decay / bias_scale}
-        groups = [{"params": weights}, {"params": biases, **scaled}]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, **scaled}]
         super().__init__(
             [group for group in groups if group["params"]],
             lr=lr,
@@ -189,7 +189,7 @@ class MuonSGD(Optimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: Iterable[Tensor],
         lr: float = 0.24,
         momentum: float = 0.6,
         bias_lr: float = 106.0,
@@ -212,7 +212,7 @@ class MuonSGD(Optimizer):
             raise UserError(f"steps must be at least 1, got {steps}; 3 to 5 are usual.")
         matrices, vectors = by_dimension(params)
         by_sgd = {"momentum": sgd_momentum, "steps": 0}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": matrices[:-1], "lr": lr, "momentum": momentum, "weight_decay": 0.0},
             {"params": vectors, "lr": bias_lr, "weight_decay": decay / bias_lr, **by_sgd},
             {"params": matrices[-1:], "lr": head_lr, "weight_decay": decay / head_lr, **by_sgd},
@@ -254,7 +254,7 @@ class MuonSGD(Optimizer):
         return loss
 
 
-def by_dimension(params: ParamsT) -> tuple[list[Tensor], list[Tensor]]:
+def by_dimension(params: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Matrices (filters among them), then vectors (biases, gains), each in the order given."""
     given = list(params)
     return [p for p in given if p.ndim >= 2], [p for p in given if p.ndim < 2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from test_classification import NUM_CLASSES, Points, model, trainer
+from test_classification import NUM_CLASSES, Given, Points, model, trainer
 from test_networks import smooth_images
 from torch import Tensor, nn
 
@@ -98,14 +98,14 @@ def test_overfits_one_batch() -> None:
     assert torch.equal(network.eval()(inputs).argmax(1), target)
 
 
-def test_members_that_ask_for_training_inputs_are_given_them() -> None:
-    network = Ensemble(partial(WhitenedCNN, widths=(8, 8, 8)), members=2)
-    network.init_from_data(smooth_images(50))
+def test_members_that_ask_for_training_inputs_are_given_them(tmp_path: Path) -> None:
+    network = Ensemble(partial(WhitenedCNN, widths=(8, 8, 8), num_classes=5), members=2)
+    data = Given(smooth_images(50), torch.arange(50) % NUM_CLASSES, val_size=5)
+    trainer(tmp_path, max_steps=0).fit(model(network), data)
     weights = network.state_dict()
     filters = weights["members.0.whiten.weight"]
     assert torch.equal(filters[12:], -filters[:12])  # as only whitening makes them
     assert torch.equal(filters, weights["members.1.whiten.weight"])
-    Ensemble(LeNet5, 1).init_from_data(smooth_images(2))  # those that do not are left alone
 
 
 def test_an_ensemble_of_nobody_is_refused() -> None:

@@ -24,7 +24,7 @@ def smooth_images(count: int, seed: int = 0) -> Tensor:
 
 def whitened(images: Tensor) -> WhitenedCNN:
     network = WhitenedCNN(widths=(16, 16, 16))
-    network.init_from_data(images)
+    network.whiten.init_from_data(images)
     return network
 
 

@@ -8,9 +8,11 @@ from lit_models.networks.lenet import LeNet5
 from lit_models.networks.masked_language import MaskedLanguageModel, unmask
 from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
 from lit_models.networks.resnet import ResNet
+from lit_models.networks.resnet9 import ResNet9
 from lit_models.networks.transformer import Transformer
 from lit_models.networks.unrolled import GatedRNN, VanillaLSTM, VanillaRNN
 from lit_models.networks.whitened_cnn import WhitenedCNN
+from lit_models.networks.wide_resnet import WideResNet
 
 __all__ = [
     "GRU",
@@ -26,10 +28,12 @@ __all__ = [
     "MaskedLanguageModel",
     "Recurrent",
     "ResNet",
+    "ResNet9",
     "Transformer",
     "VanillaLSTM",
     "VanillaRNN",
     "WhitenedCNN",
+    "WideResNet",
     "beam_search",
     "keeping_source",
     "unmask",

@@ -47,9 +47,3 @@ class Ensemble(nn.Module):
             return logits.flatten(0, 1)
         log_probabilities = logits.float().log_softmax(2)
         return log_probabilities.logsumexp(0) - math.log(len(self.members))
-
-    def init_from_data(self, *inputs: Tensor) -> None:
-        """Hand training inputs to the members that ask for them."""
-        for member in self.members:
-            if init_from_data := getattr(member, "init_from_data", None):
-                init_from_data(*inputs)

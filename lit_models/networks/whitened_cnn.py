@@ -4,24 +4,28 @@ Dimensions: B batch, C channels, H height, W width, K classes.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
+
+from lit_models.networks.whitening import Whitening
 
 
 class WhitenedCNN(nn.Module):
-    """Three groups of two 3 x 3 convolutions behind a fixed layer that whitens 2 x 2 patches.
+    """Three groups of 3 x 3 convolutions behind a fixed layer that whitens 2 x 2 patches.
 
-    The shape of the airbench94 network (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU",
-    arXiv:2404.00498, section 3); the whitening layer is Page's ("How to train your ResNet").
-    The first layer's filters are the eigenvectors of the patch covariance and their negatives, so
-    the network needs some training images before it starts: :meth:`init_from_data`.
+    The shape of the airbench networks (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU",
+    arXiv:2404.00498, section 3): with two convolutions a group that of airbench94, with three, the
+    last two of them residual, that of airbench96. :class:`Whitening` needs some training images
+    before it starts.
 
     Args:
         num_classes: Number of classes K.
         widths: Channels of the three groups.
         in_channels: Channels C of the images.
         scale: Factor on the logits; small logits at the start suit a large learning rate.
+        convolutions: Convolutions of a group.
     """
 
     def __init__(
@@ -30,14 +34,14 @@ class WhitenedCNN(nn.Module):
         widths: Sequence[int] = (32, 128, 128),
         in_channels: int = 3,
         scale: float = 1 / 9,
+        convolutions: Literal[2, 3] = 2,
     ) -> None:
         super().__init__()
-        patch = in_channels * 2 * 2
-        self.whiten = nn.Conv2d(in_channels, 2 * patch, 2)
-        self.whiten.weight.requires_grad_(False)
-        self.whiten.bias = nn.Parameter(torch.zeros(2 * patch))
-        sizes = [2 * patch, *widths]
-        self.groups = nn.Sequential(*map(group, sizes, sizes[1:]))
+        self.whiten = Whitening(in_channels, 2)
+        sizes = [self.whiten.out_channels, *widths]
+        self.groups = nn.Sequential(
+            *(group(*pair, residual=convolutions == 3) for pair in pairwise(sizes))
+        )
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         self.scale = scale
 
@@ -46,35 +50,22 @@ class WhitenedCNN(nn.Module):
         x = self.groups(x)  # (B, widths[-1], 3, 3)
         return self.head(x.amax((2, 3))) * self.scale
 
-    @torch.no_grad()
-    def init_from_data(self, images: Tensor, eps: float = 5e-4) -> None:
-        """Set the first layer so that its outputs over ``images`` (B, C, H, W) are decorrelated.
 
-        Args:
-            images: Normalised training images without augmentation; a few thousand are enough.
-            eps: Added to the eigenvalues, so that flat directions are not blown up.
-        """
-        patches = nn.functional.unfold(images, 2)  # (B, C * 4, P)
-        patches = patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + eps).sqrt()).T.flip(0)  # strongest direction first
-        # an eigenvector's sign is arbitrary: fix it, so that every machine gets the same filters
-        filters *= filters.gather(1, filters.abs().argmax(1, keepdim=True)).sign()
-        filters = filters.reshape(-1, *self.whiten.weight.shape[1:])
-        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+class Residual(nn.Sequential):
+    """Layers that learn what is to be added to their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
-def group(inputs: int, outputs: int) -> nn.Sequential:
-    """Halve the image, (B, inputs, H, W) -> (B, outputs, H / 2, W / 2), then convolve once more."""
-    return nn.Sequential(
-        identity_conv(inputs, outputs),
-        nn.MaxPool2d(2),
-        batch_norm(outputs),
-        nn.GELU(),
-        identity_conv(outputs, outputs),
-        batch_norm(outputs),
-        nn.GELU(),
-    )
+def group(inputs: int, outputs: int, *, residual: bool) -> nn.Sequential:
+    """Halve the image, (B, inputs, H, W) -> (B, outputs, H / 2, W / 2), then convolve further."""
+    down = (identity_conv(inputs, outputs), nn.MaxPool2d(2), batch_norm(outputs), nn.GELU())
+    second = (identity_conv(outputs, outputs), batch_norm(outputs))
+    if not residual:
+        return nn.Sequential(*down, *second, nn.GELU())
+    third = (identity_conv(outputs, outputs), batch_norm(outputs))
+    return nn.Sequential(*down, Residual(*second, nn.GELU(), *third), nn.GELU())
 
 
 def identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
