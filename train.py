@@ -25,6 +25,7 @@ import callbacks  # noqa: F401  short class names in configs are those that were
 import datamodules  # noqa: F401
 import lit_models  # noqa: F401
 from callbacks.run_folder import RunRecord
+from callbacks.termination import Termination
 from datamodules.base import BaseDataModule
 from errors import UserError, told_in_one_sentence
 from grid import DEFAULTS, PointRecord, Study
@@ -151,7 +152,10 @@ class CLI(LightningCLI):
         trainer = self.config_init[self.subcommand].trainer
         if not trainer.fast_dev_run:  # in front, so that what it flushes reaches the pictures
             kwargs["callbacks"] = [self.record, *(trainer.callbacks or [])]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        if not trainer.fast_dev_run:  # now, since Lightning takes it for a ModelCheckpoint
+            made.callbacks.append(Termination())  # type: ignore[attr-defined]
+        return made
 
     def run_folder(self, config: Namespace) -> Run:
         root = Path(config.trainer.default_root_dir or ROOT)

@@ -20,6 +20,7 @@ from callbacks.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV,
 from callbacks.sample_sheet import SampleSheet
 from callbacks.spike_pictures import SpikePictures
 from callbacks.submission_log import SubmissionLog
+from callbacks.termination import Termination
 from callbacks.training_cost import TrainingCost
 from callbacks.wandb_logger import ResumableWandbLogger
 
@@ -45,6 +46,7 @@ __all__ = [
     "SampleSheet",
     "SpikePictures",
     "SubmissionLog",
+    "Termination",
     "TrainingCost",
     "UpdateClipping",
 ]
