@@ -46,8 +46,9 @@ class Termination(Checkpoint):
             raise SIGTERMException(EXIT_STATUS)
 
         # Lightning broadcasts the first process's flag and reads it in every step, and its handler
-        # broadcasts in the midst of other collectives, so that a signal to one process hangs all.
-        # To be dropped with Lightning-AI/pytorch-lightning#21487, for which #21640 is proposed.
+        # broadcasts in the midst of other collectives: one signal hangs or crashes all processes.
+        # To be dropped when Lightning-AI/pytorch-lightning#20806 (the hang) and #21487 (the cost; a
+        # pull request is #21640) are closed.
         signals = trainer._signal_connector
         signals._sigterm_notifier_fn = note if stage == "fit" else end  # type: ignore[method-assign, assignment]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -10,12 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import CONFIGS, SMALL
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim import Adam
@@ -35,15 +38,15 @@ TIME_LIMIT = 180  # seconds; busy machines take long to start
 
 
 class SignalAt(Callback):
-    """SIGTERM when a hook is called for the nth time."""
+    """A signal when a hook is called for the nth time."""
 
-    def __init__(self, hook: str, time: int) -> None:
+    def __init__(self, hook: str, time: int, number: int = signal.SIGTERM) -> None:
         self.calls = 0
 
         def count(*_: Any) -> None:
             self.calls += 1
             if self.calls == time:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
         setattr(self, hook, count)
 
@@ -141,6 +144,24 @@ def test_says_where_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str
         f"Stopped by SIGTERM after step 3; the same command with --run={tmp_path.name} "
         f"goes on from {tmp_path / 'checkpoints' / 'last.ckpt'}"
     )
+
+
+def test_requeueing_by_slurm_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signal is another one; SIGTERM, which comes behind it, stops as ever."""
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    for name in ("NTASKS", "NTASKS_PER_NODE", "JOB_ID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    scontrol = Mock(return_value=0)
+    monkeypatch.setattr(signal_connector, "call", scontrol)
+    signals = [
+        SignalAt("on_train_batch_start", 3, signal.SIGUSR1),
+        SignalAt("on_train_batch_start", 5),
+    ]
+    with pytest.raises(SIGTERMException):
+        Small(tmp_path, plugins=[SLURMEnvironment()]).fit(*signals)
+    scontrol.assert_called_once_with(["scontrol", "requeue", "1"])
+    assert Small(tmp_path).saved()["global_step"] == 5
 
 
 def test_other_stages_end_at_once(tmp_path: Path) -> None:
@@ -267,7 +288,7 @@ def assert_goes_on(both: list[str], home: Path, whole: Path) -> None:
 def test_signal_to_one_of_two_processes(
     rank: int, both: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Lightning's own handling hangs, whichever gets it, and writes no checkpoint."""
+    """Lightning's own handling hangs or crashes, whichever gets it, and writes no checkpoint."""
     program = tmp_path / "signalled.py"  # a file, which Lightning starts again for the second one
     program.write_text(SIGNALLED.format(rank=rank))
     assert start([sys.executable, str(program), *both], tmp_path).wait(TIME_LIMIT) == 143
