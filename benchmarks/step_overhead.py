@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -159,16 +159,19 @@ class Task(NamedTuple):
     data: Callable[..., BaseDataModule]
     batch_size: int = 64
 
-    def make_data(self, steps: int) -> BaseDataModule:
-        """Data for one epoch of ``steps`` batches, and one more to validate on."""
+    def make_data(self, steps: int, processes: int = 1) -> BaseDataModule:
+        """Data for one epoch of ``steps`` batches of each process, and one more to validate on."""
         size = self.batch_size
-        return self.data(samples=(steps + 1) * size, batch_size=size, val_size=size)
+        samples = (steps * processes + 1) * size
+        return self.data(samples=samples, batch_size=size, val_size=size)
 
 
 TASKS = {
     "LeNet5": Task(LeNet5, RandomImages),
     "one 1x2 Linear": Task(partial(nn.Linear, 1, 2), RandomNumbers),
 }
+ONE_CPU = {"accelerator": "cpu", "devices": 1}  # arguments of a Trainer
+WARM_UP = 10  # steps that are not measured
 make_optimizer = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 
 
@@ -197,6 +200,7 @@ def steadyfit(
     with_wandb: bool = False,
     lit_model: type[LitClassifier] = LitClassifier,
     more_callbacks: Callable[[], list[Callback]] = list,
+    devices: Mapping[str, Any] = ONE_CPU,
 ) -> None:
     """What ``train.py fit`` runs: the loggers and callbacks of ``configs/defaults.yaml``."""
     settings = yaml.safe_load(DEFAULTS.read_text())["trainer"]
@@ -207,13 +211,13 @@ def steadyfit(
     settings |= {
         "default_root_dir": str(folder),
         "precision": "32-true",
-        "accelerator": "cpu",
         "max_epochs": 1,
+        **devices,
     }
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(Trainer, "trainer")
     parts = parser.instantiate(parser.parse_object({"trainer": settings})).trainer
-    data = task.make_data(steps)
+    data = task.make_data(steps, devices["devices"])
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
     parts.callbacks += more_callbacks()
     Trainer(**parts).fit(model, data)
@@ -236,11 +240,13 @@ class Usual(LightningModule):
         return make_optimizer(self.parameters())
 
 
-def usual_lightning(task: Task, steps: int, meter: Meter, folder: Path) -> None:
+def usual_lightning(
+    task: Task, steps: int, meter: Meter, folder: Path, *, devices: Mapping[str, Any] = ONE_CPU
+) -> None:
     """A Trainer as it comes, with ``self.log`` and the progress bar."""
     network = meter.watch(task.network()).to(memory_format=torch.channels_last)
-    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder)
-    trainer.fit(Usual(network), task.make_data(steps))
+    trainer = Trainer(max_epochs=1, default_root_dir=folder, **devices)
+    trainer.fit(Usual(network), task.make_data(steps, devices["devices"]))
 
 
 WAYS: dict[str, Callable[[Task, int, Meter, Path], None]] = {
@@ -252,14 +258,18 @@ WAYS: dict[str, Callable[[Task, int, Meter, Path], None]] = {
 
 
 def measure(
-    way: Callable[[Task, int, Meter, Path], None], task: Task, steps: int, *, count: bool
+    way: Callable[[Task, int, Meter, Path], None],
+    task: Task,
+    steps: int,
+    *,
+    count: bool,
+    meter: Meter | None = None,
 ) -> Mark:
     """Cost per step of the last ``steps`` steps, after some to warm up, log steps included.
 
     Counting makes a step slower, so that either the time or the counts mean something.
     """
-    warm_up = 10
-    meter = Meter()
+    meter = meter or Meter()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         silence = stack.enter_context(open(os.devnull, "w"))
@@ -267,8 +277,8 @@ def measure(
         stack.enter_context(contextlib.redirect_stderr(silence))
         if count:
             stack.enter_context(meter.counting())
-        way(task, warm_up + steps + 1, meter, folder)
-    return meter.per_step(warm_up, warm_up + steps)
+        way(task, WARM_UP + steps + 1, meter, folder)
+    return meter.per_step(WARM_UP, WARM_UP + steps)
 
 
 def main(args: list[str] | None = None) -> None:
