@@ -24,6 +24,7 @@ from torch import Tensor
 import callbacks  # noqa: F401  short class names in configs are those that were imported
 import datamodules  # noqa: F401
 import lit_models  # noqa: F401
+from callbacks.idle_hooks import pass_over_idle_hooks
 from callbacks.run_folder import RunRecord
 from callbacks.termination import Termination
 from datamodules.base import BaseDataModule
@@ -155,6 +156,7 @@ class CLI(LightningCLI):
         made = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # now, since Lightning takes it for a ModelCheckpoint
             made.callbacks.append(Termination())  # type: ignore[attr-defined]
+        pass_over_idle_hooks(made)
         return made
 
     def run_folder(self, config: Namespace) -> Run:

@@ -32,6 +32,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from callbacks import GradientSpikeMonitor
+from callbacks.idle_hooks import pass_over_idle_hooks
+from callbacks.termination import Termination
 from datamodules.base import BaseDataModule
 from datamodules.images import ImageDataModule
 from lit_models import LitClassifier
@@ -220,7 +223,10 @@ def steadyfit(
     data = task.make_data(steps, devices["devices"])
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
     parts.callbacks += more_callbacks()
-    Trainer(**parts).fit(model, data)
+    trainer = Trainer(**parts)
+    trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
+    pass_over_idle_hooks(trainer)
+    trainer.fit(model, data)
 
 
 class Usual(LightningModule):
@@ -253,6 +259,9 @@ WAYS: dict[str, Callable[[Task, int, Meter, Path], None]] = {
     "raw PyTorch loop": raw_loop,
     "steadyfit, metrics.csv": steadyfit,
     "steadyfit, metrics.csv and W&B": partial(steadyfit, with_wandb=True),
+    "the same with spike monitor": partial(
+        steadyfit, with_wandb=True, more_callbacks=lambda: [GradientSpikeMonitor()]
+    ),
     "Trainer() with self.log and bar": usual_lightning,
 }
 

@@ -65,6 +65,13 @@ class LitModel(LightningModule):
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self._rows: dict[int, dict[str, float]] = {}  # what callbacks add, by optimizer step
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets this one some forty times a step, and a module looks for what it is first
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.network(*inputs)
 
