@@ -18,7 +18,7 @@ Tensors = tuple[Tensor, ...]  # (*inputs, target) or (*inputs, id), each (N, ...
 
 
 class BaseDataModule(LightningDataModule):
-    """Keeps each split as tensors and serves them from the training device.
+    """Keeps each split as tensors and serves them from the training device, if they fit there.
 
     A subclass fills in the three readers ``read_train``, ``read_test`` and ``read_predict``; each
     is called only by the stage that needs it, so the test split is touched by ``test`` alone.
@@ -110,7 +110,7 @@ class BaseDataModule(LightningDataModule):
         }
 
     def make_loader(self, tensors: Tensors, stage: Stage) -> ResidentLoader:
-        """Hook: the loader of one split whose tensors are on the device."""
+        """Hook: the loader of one split; it makes batches where its tensors are."""
         return ResidentLoader(tensors, **self.loader_arguments(stage))
 
     @property
@@ -118,7 +118,7 @@ class BaseDataModule(LightningDataModule):
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def resident(self, split: str, stage: Stage) -> ResidentLoader:
-        return self.make_loader(tuple(t.to(self.device) for t in self.splits[split]), stage)
+        return self.make_loader(self.splits[split], stage).to(self.device)
 
     def training_inputs(self, count: int) -> list[Tensor]:
         """The first ``count`` training inputs as the network sees them, without augmentation."""

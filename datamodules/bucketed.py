@@ -65,7 +65,6 @@ class BucketedLoader(ResidentLoader):
         """Hook: the samples of this epoch, in any order."""
         return super().order(generator)
 
-    def batch(self, index: Tensor) -> list[Tensor]:
+    def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:
         longest = int(self.lengths[self.sample(index)].max())
-        tensors = super().batch(index.to(self.tensors[-1].device))
-        return [t[:, :longest] if t.ndim == 2 else t for t in tensors]
+        return [t[:, :longest] if t.ndim == 2 else t for t in rows]

@@ -89,8 +89,8 @@ class EchoLoader(DrawingLoader):
         super().__init__(tensors, **loader)
         self.max_delay = max_delay
 
-    def batch(self, index: Tensor) -> list[Tensor]:
-        letters, delays, lengths, target = super().batch(index)
+    def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:
+        letters, delays, lengths, target = rows
         x = F.one_hot(letters, LETTERS + 1)  # (B, T, 27)
         if self.max_delay is not None:
             told = F.one_hot(delays, self.max_delay + 1)[:, None]

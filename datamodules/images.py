@@ -4,8 +4,10 @@ Dimensions: N images, B batch, H height, W width, C channels. Images are kept as
 which is what a channels_last batch (B, C, H, W) looks like in memory.
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -76,7 +78,8 @@ def cutout(images: Tensor, size: int, centers: Tensor) -> Tensor:
 class ImageLoader(ResidentLoader):
     """Resident images, augmented and normalised a batch at a time.
 
-    Padded and mirrored images are resident too, so that a batch is one gather of windows of them.
+    Padded and mirrored images are resident too, so that a batch is one gather of windows of them;
+    where they are too many for the device, a batch alone is padded and mirrored, when it is there.
     One table of uniform numbers (N, 5) per epoch decides the augmentation of every image: flip,
     crop row and column, cutout row and column. Where an epoch goes over the images in P passes, it
     has P * N rows. ``effects``, which come between crop and cutout, have a second table. Both are
@@ -97,21 +100,38 @@ class ImageLoader(ResidentLoader):
         **loader: Any,
     ) -> None:
         super().__init__([images, targets], **loader)
-        _, height, width, self.channels = images.shape
-        self.scale = (1 / (255 * std)).repeat(width).to(images.device)  # (W * C,)
-        self.shift = (mean / std).repeat(width).to(images.device)
+        _, self.height, self.width, self.channels = images.shape
+        self.scale = (1 / (255 * std)).repeat(self.width).to(images.device)  # (W * C,)
+        self.shift = (mean / std).repeat(self.width).to(images.device)
         self.crop = crop
         self.flip = flip
         self.cutout = cutout
         self.effects = effects or None
         changing = crop > 0 or flip != "none" or cutout > 0 or self.effects is not None
         self.augmenting = self.stage == "train" and changing
-        if self.augmenting:
-            padded = reflect_pad(images, crop) if crop else images
-            if flip != "none":
-                padded = torch.cat([padded, padded.flip(2)])  # image i mirrored is N + i
-            self.padded_size = padded.shape[1:3]
-            self.windows = windows(padded, height, width)
+        self.sides = 1 if flip == "none" else 2
+        self.padded_size = self.height + 2 * crop, self.width + 2 * crop
+
+    def place(self, device: torch.device, *, fits: bool) -> None:
+        super().place(device, fits=fits)
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+
+    def kept_bytes(self) -> int:
+        copies = self.sides * math.prod(self.padded_size) / (self.height * self.width)
+        return super().kept_bytes() + round(self.augmenting * copies * self.tensors[0].nbytes)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """Padded images, each followed by its mirror image: (N, H, W, C) -> (sides * N, ...)."""
+        if self.crop:
+            images = reflect_pad(images, self.crop)
+        if self.sides == 2:
+            images = torch.stack([images, images.flip(2)], 1).flatten(0, 1)
+        return images
+
+    @cached_property
+    def windows(self) -> Tensor:
+        """Every window of all padded images."""
+        return windows(self.padded(self.tensors[0]), self.height, self.width)
 
     def begin_epoch(self, generator: torch.Generator) -> None:
         if not self.augmenting:
@@ -123,9 +143,9 @@ class ImageLoader(ResidentLoader):
             first = torch.rand(self.samples, generator=torch.Generator().manual_seed(self.seed))
             turns = self.epoch * self.passes + torch.arange(self.passes)
             draws[:, 0] = ((first + 0.5 * (turns[:, None] % 2)) % 1.0).flatten()
-        image = torch.arange(rows) % self.samples
+        image = torch.arange(rows) % self.samples * self.sides
         if self.flip != "none":
-            image += self.samples * (draws[:, 0] < 0.5)
+            image += draws[:, 0] < 0.5
         row, column = (draws[:, 1:3] * (2 * self.crop + 1)).long().unbind(1)
         height, width = self.padded_size
         self.starts = ((image * height + row) * width + column).to(self.device)
@@ -134,23 +154,33 @@ class ImageLoader(ResidentLoader):
             draws = torch.rand(rows, self.effects.draws, generator=generator)
             self.parameters = self.effects.parameters(draws).to(self.device)
 
-    def batch(self, index: Tensor) -> list[Tensor]:
-        target = self.tensors[1].index_select(0, self.sample(index))
-        if not self.augmenting:
-            return [self.plain(index), target]
+    def gather(self, index: Tensor) -> list[Tensor]:
+        if not self.augmenting or self.copies_to is not None:
+            return super().gather(index)
         # index_select copies whole rows; windows[...] would go value by value, 14 times slower
         rows = self.windows.index_select(0, self.starts[index])
+        return [rows, self.tensors[1].index_select(0, self.sample(index))]
+
+    def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:
+        images, target = rows
+        if not self.augmenting:
+            return [self.normalize(images.flatten(2)), target]
+        pixels = images if self.copies_to is None else self.cropped(index, images)
         if self.effects:
-            pixels = self.effects(self.planes(rows / 255), self.parameters[index])
-            rows = pixels.permute(0, 2, 3, 1).flatten(2) * 255
-        batch = self.normalize(rows)
+            parameters = self.on_device(self.parameters[index])
+            pixels = self.effects(self.planes(pixels / 255), parameters)
+            pixels = pixels.permute(0, 2, 3, 1).flatten(2) * 255
+        batch = self.normalize(pixels)
         if self.cutout:
-            batch = cutout(batch, self.cutout, self.centers[index])
+            batch = cutout(batch, self.cutout, self.on_device(self.centers[index]))
         return [batch, target]
 
-    def plain(self, index: Tensor) -> Tensor:
-        """The images ``index`` (B,) without augmentation, (B, C, H, W)."""
-        return self.normalize(self.tensors[0].index_select(0, self.sample(index)).flatten(2))
+    def cropped(self, index: Tensor, images: Tensor) -> Tensor:
+        """The windows (B, H, W * C) of images (B, H, W, C) that were gathered as they are kept."""
+        places = torch.arange(len(index)) - self.sample(index)  # of a batch instead of the whole
+        starts = self.starts[index] + places * self.sides * math.prod(self.padded_size)
+        every = windows(self.padded(images), self.height, self.width)
+        return every.index_select(0, self.on_device(starts))
 
     def normalize(self, rows: Tensor) -> Tensor:
         """Pixels from 0 to 255 (B, H, W * C) -> float32 (B, C, H, W) in channels_last.
@@ -192,17 +222,30 @@ class SemiSupervisedLoader(ImageLoader):
         numbers = torch.arange(len(unlabelled), device=unlabelled.device)  # in place of labels
         self.others = ImageLoader(unlabelled, numbers, **{**options, **others})
 
+    def place(self, device: torch.device, *, fits: bool) -> None:
+        super().place(device, fits=fits)
+        self.others.place(device, fits=fits)
+
+    def kept_bytes(self) -> int:
+        return super().kept_bytes() + self.others.kept_bytes()
+
     def shares(self) -> Sequence[Any]:
         """Indices of this process's labelled (B,) and other images (U * B,) of every batch."""
         self.others = copy(self.others)  # a copy of this loader must not draw for the original
         self.others.set_epoch(self.epoch)
         return list(zip(super().shares()[: len(self)], self.others.shares(), strict=True))
 
-    def batch(self, index: Any) -> list[Tensor]:
+    def gather(self, index: Any) -> list[Tensor]:
         labelled, other = index
-        images, target = super().batch(labelled)
-        strong, _ = self.others.batch(other)
-        return [images, self.others.plain(other), strong, target]
+        plain = self.take(self.others.tensors[0], self.others.sample(other))
+        return [plain, *self.others.gather(other), *super().gather(labelled)]
+
+    def transform(self, index: Any, rows: list[Tensor]) -> list[Tensor]:
+        labelled, other = index
+        weak = self.normalize(rows[0].flatten(2))
+        strong, _ = self.others.transform(other, rows[1:3])
+        images, target = super().transform(labelled, rows[3:])
+        return [images, weak, strong, target]
 
 
 class ImageDataModule(BaseDataModule):
@@ -345,9 +388,10 @@ class ImageDataModule(BaseDataModule):
                 f"unlabelled is {self.unlabelled}, but train_fraction {self.train_fraction} leaves "
                 "no image out; lower it."
             )
-        images, targets, others = (t.to(self.device) for t in (*self.splits[split], unlabelled))
-        options = self.loader_arguments(stage) | {"unlabelled": others, "ratio": self.unlabelled}
-        return SemiSupervisedLoader(images, targets, **options)
+        options = self.loader_arguments(stage) | {"unlabelled": unlabelled}
+        images, targets = self.splits[split]
+        loader = SemiSupervisedLoader(images, targets, ratio=self.unlabelled, **options)
+        return loader.to(self.device)
 
     def denormalize(self, batch: Tensor) -> Tensor:
         """(B, C, H, W) as a network sees it -> uint8 (B, H, W, C) as a person does."""

@@ -125,8 +125,12 @@ class SequenceLoader(DrawingLoader):
         super().__init__(tensors, **loader)
         self.one_hot = torch.eye(PAD + 1, PAD, device=self.device)  # the last row is zero
 
-    def batch(self, index: Tensor) -> list[Tensor]:
-        symbols, target = super().batch(index)
+    def place(self, device: torch.device, *, fits: bool) -> None:
+        super().place(device, fits=fits)
+        self.one_hot = self.one_hot.to(device)
+
+    def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:
+        symbols, target = rows
         return [F.embedding(symbols.int(), self.one_hot), target]  # (B, T) -> (B, T, D)
 
 

@@ -138,8 +138,8 @@ class Twins(Points):
 
 
 class TwinLoader(ResidentLoader):
-    def batch(self, index: Tensor) -> list[Tensor]:
-        inputs, target = super().batch(index)
+    def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:
+        inputs, target = rows
         return [inputs[:2], inputs, inputs + 0.1, target[:2]]
 
 

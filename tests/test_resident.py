@@ -1,5 +1,11 @@
 """The resident loader and the augmentation on it: which samples come, when, and how they look."""
 
+import gc
+import math
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,9 +19,17 @@ from hypothesis import strategies as st
 from lightning import LightningModule
 from torch import Tensor
 
+from datamodules import EchoDataModule, LastNamesDataModule, TemporalOrderDataModule, resident
+from datamodules.augment import Effects
 from datamodules.base import BaseDataModule
-from datamodules.images import ImageDataModule, ImageLoader, cutout, reflect_pad
-from datamodules.resident import ResidentLoader, Stage
+from datamodules.images import (
+    ImageDataModule,
+    ImageLoader,
+    SemiSupervisedLoader,
+    cutout,
+    reflect_pad,
+)
+from datamodules.resident import AHEAD, ResidentLoader, Stage
 from errors import UserError
 
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
@@ -321,3 +335,169 @@ def test_few_samples_make_a_small_training_batch() -> None:
 def test_a_data_set_says_what_it_does_not_have(stage: str, complaint: str) -> None:
     with pytest.raises(UserError, match=f"BaseDataModule {complaint}"):
         BaseDataModule().setup(stage)
+
+
+# Data larger than the device's memory
+
+
+def on_host(loader: ResidentLoader) -> ResidentLoader:
+    """The same loader, as it is where the data do not fit on the device."""
+    loader.place(torch.device("cpu"), fits=False)
+    return loader
+
+
+def same_batches(left: Iterable[list[Tensor]], right: Iterable[list[Tensor]]) -> bool:
+    pairs = list(zip(left, right, strict=True))
+    return bool(pairs) and all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in pairs)
+
+
+def no_threads() -> bool:
+    """Whether the threads that gather end, soon after nobody asks them any more."""
+    for _ in range(200):
+        if not any(thread.name.startswith("ahead") for thread in threading.enumerate()):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+AUGMENTATIONS: list[dict[str, Any]] = [
+    {},
+    {"crop": 3},
+    {"flip": "random", "cutout": 8},
+    {"crop": 2, "flip": "alternating", "epoch_size": 60},
+    {"crop": 2, "flip": "random", "effects": Effects(rotate=10, brightness=0.2)},
+    {"crop": 2, "flip": "random", "stage": "evaluate"},
+    {"stage": "predict", "rank": 1, "world_size": 2},
+]
+
+
+@pytest.mark.parametrize("options", AUGMENTATIONS, ids=str)
+def test_batches_from_host_memory_are_the_same(images: Tensor, options: dict[str, Any]) -> None:
+    for epoch in (0, 3):
+        loaders = [image_loader(images, 7, **options) for _ in range(2)]
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        assert same_batches(loaders[0], on_host(loaders[1]))
+    assert no_threads()
+
+
+def test_unlabelled_images_from_host_memory_are_the_same(images: Tensor) -> None:
+    datamodule = ImageDataModule(crop=2, flip="random", cutout=4, batch_size=4)
+    options = datamodule.loader_arguments("train") | {"unlabelled": images[8:], "ratio": 3}
+    host = on_host(SemiSupervisedLoader(images[:8], torch.arange(8), **options))
+    assert same_batches(SemiSupervisedLoader(images[:8], torch.arange(8), **options), host)
+    assert host.kept_bytes() > images.nbytes * 2 * 36 * 36 / 32**2  # the others are counted as well
+
+
+@pytest.mark.parametrize("make", [TemporalOrderDataModule, EchoDataModule])
+def test_drawn_sequences_from_host_memory_are_the_same(make: type[BaseDataModule]) -> None:
+    datamodule = make(epoch_size=40, batch_size=16, val_size=0)  # type: ignore[call-arg]
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    expected = list(loader)
+    assert same_batches(expected, on_host(loader))
+
+
+def test_bucketed_names_from_host_memory_are_the_same(data_dir: Path) -> None:
+    datamodule = LastNamesDataModule(str(data_dir), batch_size=8, val_size=20)
+    datamodule.setup("fit")
+    for loader in (datamodule.train_dataloader(), datamodule.val_dataloader()):
+        expected = list(loader)
+        assert same_batches(expected, on_host(loader))
+
+
+def test_an_epoch_from_host_memory_resumes_where_it_stopped(images: Tensor) -> None:
+    """The thread is ahead; what counts is what was handed out."""
+    options: dict[str, Any] = {"crop": 2, "flip": "random"}
+    expected = list(image_loader(images, 4, **options))
+    first = on_host(image_loader(images, 4, **options))
+    batches = iter(first)
+    before = [next(batches) for _ in range(2)]
+    second = on_host(image_loader(images, 4, **options))
+    second.load_state_dict(first.state_dict())
+    assert same_batches([*before, *second], expected)
+
+
+def test_a_dropped_iterator_leaves_no_thread(images: Tensor) -> None:
+    batches = iter(on_host(image_loader(images, 2)))
+    next(batches)
+    assert any(thread.name.startswith("ahead") for thread in threading.enumerate())
+    del batches
+    assert no_threads()
+
+
+def test_the_last_batch_leaves_no_thread(images: Tensor) -> None:
+    """Lightning keeps the iterator of an epoch that is over."""
+    loader = on_host(image_loader(images, 8))
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        next(batches)
+    assert no_threads()
+
+
+class Torn(ResidentLoader):
+    def gather(self, index: Tensor) -> list[Tensor]:
+        if 5 in index:
+            raise OSError("the disk is gone")
+        return super().gather(index)
+
+
+def test_what_the_thread_raises_is_raised_by_the_batch() -> None:
+    batches = iter(on_host(Torn([torch.arange(12)], 2, "predict")))
+    assert [next(batches)[0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert no_threads()
+
+
+def test_few_batches_wait() -> None:
+    """However slowly they are taken, so that the memory does not grow."""
+    gathered = []
+
+    class Counting(ResidentLoader):
+        def gather(self, index: Tensor) -> list[Tensor]:
+            gathered.append(index)
+            return super().gather(index)
+
+    batches = iter(on_host(Counting([torch.arange(100)], 2, "predict")))
+    next(batches)
+    time.sleep(0.1)
+    assert len(gathered) <= 1 + AHEAD
+
+
+@pytest.mark.parametrize(("free", "stays"), [(math.inf, False), (60_000, True), (700_000, False)])
+def test_data_larger_than_half_the_free_memory_stay_on_the_host(
+    images: Tensor, free: float, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "free_memory", lambda device: free)
+    loader = image_loader(images, crop=4, flip="random")
+    assert loader.kept_bytes() == images.nbytes + 2 * 24 * 40 * 40 * 3 + 24 * 8
+    said = pytest.warns(UserWarning, match="stay in host memory") if stays else nullcontext()
+    with said:
+        loader.to(torch.device("cpu"))
+    assert (loader.copies_to is not None) == stays
+    assert same_batches(loader, image_loader(images, crop=4, flip="random"))
+
+
+def test_memory_that_pytorch_holds_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    assert resident.free_memory(torch.device("cuda", 0)) == 1300
+    assert resident.free_memory(torch.device("cpu")) == math.inf
+
+
+@pytest.mark.parametrize("stop", [4, 6], ids=["between epochs", "in mid-epoch"])
+def test_training_from_host_memory_is_the_same_and_resumes(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    whole = fit(10)
+    monkeypatch.setattr(resident, "free_memory", lambda device: 100)
+    with pytest.warns(UserWarning, match="stay in host memory"):
+        interrupted = fit(stop, save=tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="stay in host memory"):
+        resumed = fit(10, resume=tmp_path / "last.ckpt")
+    assert interrupted + resumed == whole
+    gc.collect()
+    assert no_threads()
