@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from errors import UserError
 
 ROOT = Path("runs")
@@ -121,6 +119,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, damaged, or not one of this project's checkpoints.
     """
+    import torch  # two seconds, for which study.py and submit.py need not wait
+
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

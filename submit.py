@@ -23,8 +23,9 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+import kaggle_client
 import ledger
-from datamodules import kaggle_client, submission
+import submission
 from errors import UserError, told_in_one_sentence
 from files import sha256
 from ledger import Record

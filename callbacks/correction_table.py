@@ -1,9 +1,11 @@
 """A table of corrected sentences."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
@@ -13,6 +15,9 @@ from errors import UserError
 from files import atomic_write
 from metrics.edits import apply_edits
 from metrics.m2 import M2Sentence
+
+if TYPE_CHECKING:  # a quarter of a second of imports, for grammar alone
+    import pandas as pd
 
 
 class CorrectionTable(Callback):
@@ -56,6 +61,8 @@ def corrections(examples: list[M2Sentence], corrected: Sequence[str | None]) -> 
 
     People who did not see a sentence have no correction of it, and neither has the network.
     """
+    import pandas as pd
+
     people = sorted({person for example in examples for person in example.edits})
     names = ["reference"] if len(people) == 1 else [f"reference{person}" for person in people]
     table = pd.DataFrame({"source": [e.source for e in examples], "output": corrected})

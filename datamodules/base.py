@@ -9,8 +9,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from datamodules.resident import ResidentLoader, Stage
-from datamodules.submission import Submission
 from errors import UserError
+from submission import Submission
 
 IGNORED = -100  # target of a step that counts for nothing, such as padding; a loss leaves it out
 

@@ -12,10 +12,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from datamodules.submission import Submission
 from datamodules.text import Span, Subwords, sentences, words
 from files import atomic_write
 from metrics.edits import Edit, extract_edits
+from submission import Submission
 
 GLUED = re.compile(r"[.,;:!?)\]}]+|\.\.\.|n't|'\w*", re.IGNORECASE)  # no blank in front of these
 STYLES = {"kept": "", "removed": "red strike", "added": "bold green"}

@@ -12,8 +12,8 @@ import torch
 
 from datamodules.base import Tensors
 from datamodules.images import ImageDataModule
-from datamodules.submission import Submission
 from errors import UserError
+from submission import Submission
 
 SIDE = 32
 HELD_OUT = 500  # originals that only test and prediction see

@@ -28,8 +28,8 @@ from datamodules.photo_folder import (
     readable,
     split_off,
 )
-from datamodules.submission import FileTable
 from errors import UserError
+from submission import FileTable
 
 
 class ImageFolderDataModule(ImageDataModule):

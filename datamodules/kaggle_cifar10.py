@@ -17,8 +17,8 @@ from datamodules.base import Tensors
 from datamodules.cifar10 import CLASS_NAMES
 from datamodules.images import ImageDataModule
 from datamodules.png_folder import png_ids, read_images
-from datamodules.submission import Submission, read_table
 from errors import UserError
+from submission import Submission, read_table
 
 
 class KaggleCIFAR10DataModule(ImageDataModule):
@@ -43,7 +43,7 @@ class KaggleCIFAR10DataModule(ImageDataModule):
     def prepare_data(self) -> None:
         """Download, unpack and decode what the running stage needs and the disk lacks."""
         if not self.folder.exists():
-            from datamodules import kaggle_client  # imported only where an account is asked for
+            import kaggle_client  # imported only where an account is asked for
 
             if kaggle_client.has_credentials():
                 kaggle_client.download_competition(self.competition, self.folder)

@@ -20,9 +20,9 @@ from torch import Tensor
 from datamodules.base import BaseDataModule, Tensors
 from datamodules.bucketed import BucketedLoader
 from datamodules.resident import Stage
-from datamodules.submission import Submission
 from errors import UserError
 from files import atomic_write
+from submission import Submission
 
 SYMBOLS = string.ascii_letters + " .,;'"
 PAD = len(SYMBOLS)  # 57, so an embedding has 58 rows

@@ -7,9 +7,9 @@ import torch
 
 from datamodules.base import Tensors
 from datamodules.cifar10 import CIFAR10DataModule
-from datamodules.submission import Submission, read_table
 from errors import UserError
 from files import sha256
+from submission import Submission, read_table
 
 
 class UCSBCIFAR10DataModule(CIFAR10DataModule):

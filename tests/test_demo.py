@@ -16,8 +16,8 @@ from datamodules.demo import (
     linear_baseline,
     tents,
 )
-from datamodules.submission import read_table
 from errors import UserError
+from submission import read_table
 
 GOLDEN = [  # SHA-256 of training images and targets, test images and targets
     "c73a8adec3c48c90a36c7435b9f93478f40fdf28c1e38406a5786e018e3ed155",

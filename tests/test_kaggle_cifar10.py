@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules import KaggleCIFAR10DataModule, decode_images, kaggle_client, png_folder
+import kaggle_client
+from datamodules import KaggleCIFAR10DataModule, decode_images, png_folder
 from datamodules.decode_images import decode
 from datamodules.image_cache import Decoded
 from datamodules.png_folder import png_ids, read_images

@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kaggle_server import KEY, USERNAME, KaggleServer
 
+import kaggle_client
 import submit
-from datamodules import kaggle_client
-from datamodules.submission import Submission, check_submission
 from errors import UserError
+from submission import Submission, check_submission
 from submit import main, wilson_interval
 
 RUN = "runs/digits/first"

@@ -1,0 +1,26 @@
+"""What a command imports before it does anything."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"pandas", "sklearn", "wandb", "kaggle"}  # a quarter of a second or more
+
+
+def imported(module: str) -> set[str]:
+    """Names of all modules after the import of one, in a process of its own."""
+    command = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, check=True)
+    return set(done.stdout.decode().split())
+
+
+@pytest.mark.parametrize("module", ["study", "submit"])
+def test_commands_without_a_network_do_without_pytorch(module: str) -> None:
+    """``submit.py --help`` took seven seconds, because its form lay among the data sets."""
+    assert imported(module).isdisjoint({"torch", "lightning", *HEAVY})
+
+
+@pytest.mark.slow
+def test_what_a_command_may_not_need_is_imported_later() -> None:
+    assert imported("predict").isdisjoint(HEAVY)  # which imports train.py as well
