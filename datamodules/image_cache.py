@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from datamodules import decode_images
+from datamodules.ahead import ahead
 from files import atomic_write
 
 How = Literal["exact", "fit"]  # a PNG of that very size, or any photo scaled and cropped to it
@@ -80,15 +80,12 @@ def decode_all(
     """
     starts = range(0, len(names), chunk)
     parts = [names[start : start + chunk] for start in starts]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the threads only wait for their processes
-        decoded = track(
-            pool.map(partial(decode_chunk, folder, size, how), parts),
-            title,
-            total=len(parts),
-            console=Console(stderr=True),
-        )
-        for start, (pixels, reasons) in zip(starts, decoded, strict=True):
-            yield pixels, {start + position: why for position, why in reasons.items()}
+    cores = os.cpu_count() or 1
+    # the threads only wait for their processes; where the disk is slow, few chunks wait for it
+    decoded = ahead(partial(decode_chunk, folder, size, how), parts, 2 * cores, threads=cores)
+    shown = track(decoded, title, total=len(parts), console=Console(stderr=True))
+    for start, (pixels, reasons) in zip(starts, shown, strict=True):
+        yield pixels, {start + position: why for position, why in reasons.items()}
 
 
 def decode_chunk(folder: Path, size: tuple[int, int], how: How, names: Sequence[str]) -> Chunk:

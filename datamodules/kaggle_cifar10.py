@@ -5,7 +5,9 @@ import re
 import tempfile
 from lzma import LZMAError
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import py7zr
 import rich.progress
 import torch
@@ -21,6 +23,15 @@ from errors import UserError
 from submission import Submission, read_table
 
 
+class Part(NamedTuple):
+    """The images of a folder in the order of their ids."""
+
+    images: Tensor  # (N, 32, 32, 3) uint8
+    ids: Tensor  # (N,)
+    classes: Tensor  # (N,)
+    digest: str  # SHA-256 of the images
+
+
 class KaggleCIFAR10DataModule(ImageDataModule):
     """Train on the 50,000 labelled images of the competition and predict the other 300,000.
 
@@ -31,6 +42,10 @@ class KaggleCIFAR10DataModule(ImageDataModule):
 
     class_names = CLASS_NAMES
     competition = "cifar-10"
+
+    def __init__(self, data_dir: str = "data", **options: Any) -> None:
+        super().__init__(data_dir, **options)
+        self.prepared: dict[str, Part] = {}
 
     @property
     def folder(self) -> Path:
@@ -47,29 +62,34 @@ class KaggleCIFAR10DataModule(ImageDataModule):
 
             if kaggle_client.has_credentials():
                 kaggle_client.download_competition(self.competition, self.folder)
-        if self.trainer is not None and self.trainer.predicting:
-            self.read_predict()
-        else:
-            self.read_train()
+        predicting = self.trainer is not None and self.trainer.predicting
+        split = "test" if predicting else "train"
+        self.prepared = {split: self.read_split(split)}  # what setup in this process asks for next
 
     def read_train(self) -> Tensors:
-        images, _, classes = self.read_split("train", self.folder / "trainLabels.csv")
-        self.digest = hashlib.sha256(self.digest.encode() + classes.numpy().tobytes()).hexdigest()
-        return images, classes
+        part = self.part("train")
+        digest = part.digest.encode() + part.classes.numpy().tobytes()
+        self.digest = hashlib.sha256(digest).hexdigest()
+        return part.images, part.classes
 
     def read_predict(self) -> Tensors:
-        images, ids, _ = self.read_split("test", self.sample)
-        return images, ids
+        part = self.part("test")
+        self.digest = part.digest
+        return part.images, part.ids
 
     def submission(self) -> Submission:
         return Submission(labels=self.class_names, sample=self.sample)
 
-    def read_split(self, split: str, table: Path) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (N, 32, 32, 3) uint8 in the order of their ids (N,), and their classes (N,).
+    def part(self, split: str) -> Part:
+        return self.prepared.pop(split, None) or self.read_split(split)
+
+    def read_split(self, split: str) -> Part:
+        """The images of ``train`` or ``test``.
 
         Raises:
             UserError: Something is missing, broken, or in the table and not in the folder.
         """
+        table = self.folder / "trainLabels.csv" if split == "train" else self.sample
         folder = self.folder / split
         archive = folder.with_suffix(".7z")
         if not table.exists() or not (folder.exists() or archive.exists()):
@@ -77,27 +97,26 @@ class KaggleCIFAR10DataModule(ImageDataModule):
                 f"{folder if table.exists() else table} does not exist; run `kaggle competitions "
                 f"download -c {self.competition} -p {self.folder}` and unzip the file there."
             )
-        class_of = read_classes(table)
+        listed, classes = read_classes(table)
         if not folder.exists():
             unpack(archive)
         ids = png_ids(folder)
-        found = set(ids.tolist())
-        if missing := class_of.keys() - found:
+        if len(missing := np.setdiff1d(listed, ids, assume_unique=True)):
             raise UserError(
                 f"{folder / str(min(missing))}.png does not exist, though {table.name} lists it; "
                 f"unpack or download {folder} again."
             )
-        if unlisted := found - class_of.keys():
+        if len(unlisted := np.setdiff1d(ids, listed, assume_unique=True)):
             raise UserError(
                 f"{table} has no row for {folder / str(min(unlisted))}.png; download it again."
             )
-        pixels, self.digest = read_images(folder, ids, self.image_size[:2])
-        classes = torch.tensor([class_of[i] for i in ids.tolist()])
-        return torch.from_numpy(pixels), torch.from_numpy(ids), classes
+        pixels, digest = read_images(folder, ids, self.image_size[:2])
+        images, numbers, targets = map(torch.from_numpy, (pixels, ids, classes))
+        return Part(images, numbers, targets, digest)
 
 
-def read_classes(path: Path) -> dict[int, int]:
-    """The class of each id in a table of ids and class names.
+def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending ids (N,) and their classes (N,) in a table of ids and class names.
 
     Raises:
         UserError: Another header, an id that comes twice, or a name that is not a class.
@@ -105,17 +124,16 @@ def read_classes(path: Path) -> dict[int, int]:
     table = read_table(path)
     if table.header != ("id", "label"):
         raise UserError(f"{path}: the columns must be id,label, got {','.join(table.header)}.")
+    ids, rows, counts = np.unique(table.ids, return_index=True, return_counts=True)
+    if counts.max() > 1:
+        raise UserError(f"{path}: the id {ids[counts.argmax()]} comes more than once.")
     index_of = {name: index for index, name in enumerate(CLASS_NAMES)}
-    class_of: dict[int, int] = {}
-    for i, name in zip(table.ids, table.labels, strict=True):
-        if i in class_of:
-            raise UserError(f"{path}: the id {i} comes more than once.")
-        if name not in index_of:
-            raise UserError(
-                f"{path}: the label {name!r} of id {i} is not one of {', '.join(CLASS_NAMES)}."
-            )
-        class_of[i] = index_of[name]
-    return class_of
+    if set(table.labels) - index_of.keys():
+        i, name = next(x for x in zip(table.ids, table.labels, strict=True) if x[1] not in index_of)
+        raise UserError(
+            f"{path}: the label {name!r} of id {i} is not one of {', '.join(CLASS_NAMES)}."
+        )
+    return ids, np.array([index_of[name] for name in table.labels])[rows]
 
 
 def unpack(archive: Path) -> None:

@@ -19,9 +19,10 @@ def png_ids(folder: Path) -> np.ndarray:
     names = [name for name in os.listdir(folder) if name.endswith(".png") and name[0] != "."]
     if not names:
         raise UserError(f"{folder} holds no PNG files; delete it and run the same command again.")
-    if strange := [name for name in names if not name[:-4].isdecimal() or name[0] == "0"]:
-        raise UserError(f"{folder / min(strange)} is not named <id>.png; move it away.")
-    return np.sort(np.array([int(name[:-4]) for name in names]))
+    numbers = [name[:-4] for name in names]
+    if strange := [number for number in numbers if not number.isdecimal() or number[0] == "0"]:
+        raise UserError(f"{folder / min(strange)}.png is not named <id>.png; move it away.")
+    return np.sort(np.array(list(map(int, numbers))))
 
 
 def read_images(folder: Path, ids: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
