@@ -1,0 +1,93 @@
+"""What the commands cost before they do anything, and which imports it goes to.
+
+    python -m benchmarks.startup [--rounds 7] [--quick]
+
+CPU seconds (user and system) of whole processes, which a busy machine changes less than the time on
+a clock; medians of rounds in which all commands take turns. ``fit`` trains one batch of LeNet on
+random images. The imports are those of ``python train.py``, by ``python -X importtime``: the
+seconds of a module include those that it imports first and nothing else has.
+"""
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent.parent
+LINE = re.compile(
+    r"import time: *(\d+) \| *(\d+) \| ( *)(\S+)"
+)  # microseconds: own, and with those
+
+FIT = [
+    *("train.py", "fit", "--config=configs/running_mean_rnn.yaml", "--trainer.max_steps=1"),
+    *("--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"),
+]
+COMMANDS = {
+    "train.py --help": ["train.py", "--help"],
+    "train.py fit --help": ["train.py", "fit", "--help"],
+    "train.py fit, one batch": FIT,
+    "predict.py --help": ["predict.py", "--help"],
+    "submit.py --help": ["submit.py", "--help"],
+    "study.py --help": ["study.py", "--help"],
+}
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """User and system seconds of a command and of the processes that it waits for."""
+    before = os.times()
+    subprocess.run([sys.executable, *command], cwd=HERE, check=True, capture_output=True)
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])
+
+
+def import_seconds(module: str) -> dict[str, float]:
+    """Seconds of each module that is imported, those that it imports first included."""
+    command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
+    done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
+    lines = (LINE.match(line) for line in done.stderr.splitlines())
+    return {match[4]: int(match[2]) / 1e6 for match in lines if match}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round: a trial run")
+    parser.add_argument("--imports", type=int, default=15, help="imports that are shown")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
+    seconds: dict[str, list[float]] = defaultdict(list)
+    imports: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as runs:
+        for _ in range(rounds):
+            for name, command in COMMANDS.items():
+                more = [f"--trainer.default_root_dir={runs}"] if command is FIT else []
+                seconds[name].append(cpu_seconds([*command, *more]))
+            for name, value in import_seconds("train").items():
+                imports[name].append(value)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    print(f"Python {platform.python_version()}, {libraries}, {os.cpu_count()} cores; ", end="")
+    print(f"medians of {rounds} rounds")
+    commands = Table("command", "CPU s", "lowest to highest")
+    for name, values in seconds.items():
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        commands.add_row(name, f"{statistics.median(values):.2f}", spread)
+    modules = Table("import", "s")
+    medians = {name: statistics.median(values) for name, values in imports.items()}
+    packages = [name for name in medians if "." not in name or name.count(".") == 1]
+    for name in sorted(packages, key=lambda name: -medians[name])[: options.imports]:
+        modules.add_row(name, f"{medians[name]:.2f}")
+    Console().print(commands, modules)
+
+
+if __name__ == "__main__":
+    main()
