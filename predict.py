@@ -6,15 +6,17 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 import yaml
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
 from callbacks import ProgressBar
 from datamodules.base import BaseDataModule
@@ -100,6 +102,36 @@ class Member:
 Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
 
 
+class Parts(Callback):
+    """What this process predicts, written batch by batch.
+
+    Kept in memory, the small results would lie between the large batches that come and go, whose
+    space could not be used again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        for output in outputs:
+            np.save(self.file, output.cpu().numpy())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    @staticmethod
+    def read(path: Path, columns: int) -> Iterator[list[np.ndarray]]:
+        """The batches in a file, as arrays of ids and of each output."""
+        with path.open("rb") as file:
+            while file.peek(1):
+                yield [np.load(file) for _ in range(columns)]
+
+
 def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, Outputs]:
     """Ids (N,) in ascending order and what was predicted, averaged over the members.
 
@@ -111,16 +143,15 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
     folder.mkdir(parents=True, exist_ok=True)
     names = members[0].model.outputs
     for number, member in enumerate(members):
-        batches = trainer.predict(member.model, member.data) or []
-        if batches:  # a process may have had none
-            columns = (torch.cat(c).cpu().numpy() for c in zip(*batches, strict=True))
-            arrays: Outputs = dict(zip(("ids", *names), columns, strict=True))
-            np.savez(folder / f"member{number}-rank{trainer.global_rank}.npz", **arrays)
+        with Parts(folder / f"member{number}-rank{trainer.global_rank}") as parts:
+            trainer.callbacks.append(parts)  # type: ignore[attr-defined]
+            trainer.predict(member.model, member.data, return_predictions=False)
+            trainer.callbacks.remove(parts)  # type: ignore[attr-defined]
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return np.empty(0), {}
     # batch sizes may differ, and with them what a process had: only the whole can be averaged
-    predictions = [assemble(folder, number) for number in range(len(members))]
+    predictions = [assemble(folder, number, ("ids", *names)) for number in range(len(members))]
     ids = predictions[0][0]
     for member, (others, _) in zip(members, predictions, strict=True):
         if member.data.digest != members[0].data.digest or not np.array_equal(ids, others):
@@ -134,10 +165,12 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
     return ids, {name: np.mean([outputs[name] for _, outputs in predictions], 0) for name in names}
 
 
-def assemble(folder: Path, number: int) -> tuple[np.ndarray, Outputs]:
+def assemble(folder: Path, number: int, names: tuple[str, ...]) -> tuple[np.ndarray, Outputs]:
     """Ids (N,) in ascending order and the outputs of one member, from all processes."""
-    parts = [dict(np.load(path)) for path in sorted(folder.glob(f"member{number}-rank*.npz"))]
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    files = sorted(folder.glob(f"member{number}-rank*"))
+    batches = [batch for path in files for batch in Parts.read(path, len(names))]
+    columns = (np.concatenate(column) for column in zip(*batches, strict=True))
+    whole: Outputs = dict(zip(names, columns, strict=True))
     ids = whole.pop("ids")
     if len(np.unique(ids)) != len(ids):
         raise AssertionError("an id was predicted twice")

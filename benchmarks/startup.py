@@ -3,8 +3,8 @@
     python -m benchmarks.startup [--rounds 7] [--quick]
 
 CPU seconds (user and system) of whole processes, which a busy machine changes less than the time on
-a clock; medians of rounds in which all commands take turns. ``fit`` trains one batch of LeNet on
-random images. The imports are those of ``python train.py``, by ``python -X importtime``: the
+a clock; medians of rounds in which all commands take turns. ``fit`` trains one batch of a small
+recurrent network. The imports are those of ``python train.py``, by ``python -X importtime``: the
 seconds of a module include those that it imports first and nothing else has.
 """
 
