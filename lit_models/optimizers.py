@@ -46,7 +46,10 @@ class BiasScaledSGD(torch.optim.SGD):
             raise UserError(f"bias_scale must be positive, got {bias_scale}; 1 is as the weights.")
         weights, biases = by_dimension(params)
         scaled = {"lr": lr * bias_scale, "weight_decay": weight_decay / bias_scale}
-        groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, **scaled}]
+        groups: list[dict[str, Any]] = [
+            {"name": "weights", "params": weights},
+            {"name": "biases", "params": biases, **scaled},
+        ]
         super().__init__(
             [group for group in groups if group["params"]],
             lr=lr,
@@ -211,12 +214,15 @@ class MuonSGD(Optimizer):
         if steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}; 3 to 5 are usual.")
         matrices, vectors = by_dimension(params)
+        filters, head = matrices[:-1], matrices[-1:]
         by_sgd = {"momentum": sgd_momentum, "steps": 0}
         groups: list[dict[str, Any]] = [
-            {"params": matrices[:-1], "lr": lr, "momentum": momentum, "weight_decay": 0.0},
-            {"params": vectors, "lr": bias_lr, "weight_decay": decay / bias_lr, **by_sgd},
-            {"params": matrices[-1:], "lr": head_lr, "weight_decay": decay / head_lr, **by_sgd},
+            {"name": "filters", "params": filters, "lr": lr, "momentum": momentum},
+            {"name": "biases", "params": vectors, "lr": bias_lr, **by_sgd},
+            {"name": "head", "params": head, "lr": head_lr, **by_sgd},
         ]
+        for group in groups:
+            group["weight_decay"] = 0.0 if group["name"] == "filters" else decay / group["lr"]
         super().__init__([group for group in groups if group["params"]], {"steps": steps})
 
     @torch.no_grad()
