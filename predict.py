@@ -143,7 +143,7 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
     folder.mkdir(parents=True, exist_ok=True)
     names = members[0].model.outputs
     for number, member in enumerate(members):
-        with Parts(folder / f"member{number}-rank{trainer.global_rank}") as parts:
+        with Parts(folder / part_name(number, trainer.global_rank)) as parts:
             trainer.callbacks.append(parts)  # type: ignore[attr-defined]
             trainer.predict(member.model, member.data, return_predictions=False)
             trainer.callbacks.remove(parts)  # type: ignore[attr-defined]
@@ -151,7 +151,10 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
     if not trainer.is_global_zero:
         return np.empty(0), {}
     # batch sizes may differ, and with them what a process had: only the whole can be averaged
-    predictions = [assemble(folder, number, ("ids", *names)) for number in range(len(members))]
+    predictions = [
+        assemble([folder / part_name(number, rank) for rank in range(trainer.world_size)], names)
+        for number in range(len(members))
+    ]
     ids = predictions[0][0]
     for member, (others, _) in zip(members, predictions, strict=True):
         if member.data.digest != members[0].data.digest or not np.array_equal(ids, others):
@@ -165,13 +168,15 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
     return ids, {name: np.mean([outputs[name] for _, outputs in predictions], 0) for name in names}
 
 
-def assemble(folder: Path, number: int, names: tuple[str, ...]) -> tuple[np.ndarray, Outputs]:
+def part_name(number: int, rank: int) -> str:
+    return f"member{number}-rank{rank}"
+
+
+def assemble(parts: list[Path], names: tuple[str, ...]) -> tuple[np.ndarray, Outputs]:
     """Ids (N,) in ascending order and the outputs of one member, from all processes."""
-    files = sorted(folder.glob(f"member{number}-rank*"))
-    batches = [batch for path in files for batch in Parts.read(path, len(names))]
-    columns = (np.concatenate(column) for column in zip(*batches, strict=True))
+    batches = [batch for path in parts for batch in Parts.read(path, 1 + len(names))]
+    ids, *columns = (np.concatenate(column) for column in zip(*batches, strict=True))
     whole: Outputs = dict(zip(names, columns, strict=True))
-    ids = whole.pop("ids")
     if len(np.unique(ids)) != len(ids):
         raise AssertionError("an id was predicted twice")
     order = ids.argsort()

@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -206,6 +207,9 @@ class CLI(LightningCLI):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.config.fit.test:
             best = Run(folder).checkpoint()
+            # loading a checkpoint, Lightning's averaging brings back the weights of training
+            kept = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+            self.trainer.callbacks = kept  # type: ignore[attr-defined]
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         if not self.trainer.is_global_zero:
             return

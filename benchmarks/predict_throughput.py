@@ -7,8 +7,9 @@ folder in the shape of Kaggle's CIFAR-10. The first time it decodes the images, 
 maps what the first one kept. Input is the time in ``prepare_data`` and ``setup`` of the data,
 network the rest of ``Trainer.predict``, total everything from the start of the process to its end.
 
-Memory is that of the predicting process at its peak: all of it (``ru_maxrss``), and of that what
-is its own (``RssAnon``, sampled); the rest is mapped from files and given back when others need it.
+Memory is that of the predicting process at its peak, as Linux tells it: all of it (``ru_maxrss``),
+and of that what is its own (``RssAnon``, sampled); the rest is mapped from files and given back
+when others need it.
 """
 
 import argparse

@@ -41,12 +41,11 @@ from benchmarks.step_overhead import (
     steadyfit,
     usual_lightning,
 )
-from callbacks import Termination
 from train import quiet_libraries
 
 WAYS: dict[str, Callable[..., None]] = {
-    "steadyfit": partial(steadyfit, more_callbacks=lambda: [Termination()]),
-    "steadyfit, Lightning's SIGTERM": steadyfit,
+    "steadyfit": steadyfit,
+    "steadyfit, Lightning's SIGTERM": partial(steadyfit, termination=False),
     "Trainer() with self.log and bar": usual_lightning,
 }
 TASK = TASKS["LeNet5"]

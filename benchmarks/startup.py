@@ -83,7 +83,7 @@ def main() -> None:
         commands.add_row(name, f"{statistics.median(values):.2f}", spread)
     modules = Table("import", "s")
     medians = {name: statistics.median(values) for name, values in imports.items()}
-    packages = [name for name in medians if "." not in name or name.count(".") == 1]
+    packages = [name for name in medians if name.count(".") <= 1]
     for name in sorted(packages, key=lambda name: -medians[name])[: options.imports]:
         modules.add_row(name, f"{medians[name]:.2f}")
     Console().print(commands, modules)

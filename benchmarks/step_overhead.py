@@ -204,6 +204,7 @@ def steadyfit(
     lit_model: type[LitClassifier] = LitClassifier,
     more_callbacks: Callable[[], list[Callback]] = list,
     devices: Mapping[str, Any] = ONE_CPU,
+    termination: bool = True,
 ) -> None:
     """What ``train.py fit`` runs: the loggers and callbacks of ``configs/defaults.yaml``."""
     settings = yaml.safe_load(DEFAULTS.read_text())["trainer"]
@@ -224,7 +225,8 @@ def steadyfit(
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
     parts.callbacks += more_callbacks()
     trainer = Trainer(**parts)
-    trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
+    if termination:
+        trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
     pass_over_idle_hooks(trainer)
     trainer.fit(model, data)
 

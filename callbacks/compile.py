@@ -1,11 +1,13 @@
 """The network as compiled code."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 
@@ -20,6 +22,9 @@ class Compile(Callback):
         mode: What torch should strive for. ``reduce-overhead`` records the step as a CUDA graph,
             which helps where issuing it takes longer than computing it: LeNet, recurrent networks;
             ``max-autotune`` tries more kernels, for minutes.
+
+    Raises:
+        MisconfigurationException: Training is on a CPU, and there is no C++ compiler.
     """
 
     def __init__(
@@ -33,6 +38,11 @@ class Compile(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+            raise MisconfigurationException(
+                "Compile needs a C++ compiler to train on a CPU; install g++ or leave Compile out."
+            )
         # torch's own place is the temporary folder, which does not last
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "steadyfit" / "inductor"))

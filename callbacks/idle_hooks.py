@@ -36,7 +36,8 @@ def pass_over_idle_hooks(trainer: Trainer) -> None:
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for hook in OF_A_BATCH:
-            if getattr(type(callback), hook) is getattr(Callback, hook):
+            own = hook in vars(callback)  # as a LambdaCallback has them
+            if not own and getattr(type(callback), hook) is getattr(Callback, hook):
                 setattr(callback, hook, None)
     if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
         trainer.profiler = NoProfiler()  # type: ignore[attr-defined]

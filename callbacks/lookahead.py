@@ -22,7 +22,7 @@ class Lookahead(Callback):
         keep: Share of the slow weights that is kept at the end of training.
 
     Raises:
-        MisconfigurationException: If an argument is out of range.
+        MisconfigurationException: If an argument is out of range, or training has no end.
     """
 
     def __init__(self, every: int = 5, keep: float = 0.95**5) -> None:
@@ -36,6 +36,10 @@ class Lookahead(Callback):
         self.steps = 0  # optimizer steps seen: a batch that is only accumulated is none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.total_steps < 1:  # type: ignore[operator]
+            raise MisconfigurationException(
+                "Lookahead needs the length of training; set trainer.max_epochs or max_steps."
+            )
         fast = floating(pl_module)
         if not self.slow:
             self.slow = [x.clone() for x in fast]

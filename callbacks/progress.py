@@ -5,28 +5,29 @@ import time
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+INTERVAL = 0.2  # seconds between two drawings
+
 
 class ProgressBar(TQDMProgressBar):
     """A bar with the last training values that were read from the device anyway.
 
-    A metric logged with ``prog_bar=True`` would be read at every step, bar or not.
+    A metric logged with ``prog_bar=True`` would be read at every step, bar or not. It is drawn five
+    times a second at most, so that steps of seconds are drawn each and those of a millisecond not.
 
     Args:
-        interval: Seconds between two drawings: steps of a millisecond are not drawn each, those of
-            seconds are.
+        refresh_rate: Steps between two drawings, if they take that long; 0 is without a bar.
     """
 
-    def __init__(self, interval: float = 0.2) -> None:
-        super().__init__()
-        self.interval = interval
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
         self._next = 0.0
 
     def _should_update(self, current: int, total: int | float) -> bool:
         now = time.monotonic()
         if now < self._next and current < total:
             return False
-        self._next = now + self.interval
-        return self.is_enabled
+        self._next = now + INTERVAL
+        return super()._should_update(current, total)  # type: ignore[arg-type]
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

@@ -83,7 +83,8 @@ class LitModel(LightningModule):
         layers = (getattr(layer, "init_from_data", None) for layer in self.network.modules())
         asking = [init_from_data for init_from_data in layers if init_from_data]
         if stage == "fit" and asking:
-            inputs = self.data.training_inputs(5000)
+            device = self.trainer.strategy.root_device  # where the network is not yet
+            inputs = [x.to(device) for x in self.data.training_inputs(5000)]
             for init_from_data in asking:
                 init_from_data(*inputs)
 
@@ -214,7 +215,14 @@ class LitModel(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         length = {"total_steps": self.total_steps} if wants_total_steps(self.lr_scheduler) else {}
+        rates = {group["lr"] for group in optimizer.param_groups}
         scheduler = self.lr_scheduler(optimizer, **length)
+        peaks = {group.get("max_lr") for group in optimizer.param_groups}  # of OneCycleLR
+        if len(rates) > 1 and len(peaks) == 1 and peaks != {None}:
+            raise UserError(
+                f"{type(scheduler).__name__} gives every parameter the same learning rate, but "
+                f"{type(optimizer).__name__} has several; use lit_models.schedules.Triangle."
+            )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     @property

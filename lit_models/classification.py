@@ -42,8 +42,8 @@ class LitClassifier(LitModel):
             dimensions, which is added to the loss that is minimised (Tibshirani, "Regression
             shrinkage and selection via the lasso", 1996). ``train/loss`` is the loss without it.
         cutmix: Share of the training batches in which a rectangle of every image is another
-            image's, and the target likewise shared (Yun et al., arXiv:1905.04899). ``train/...``
-            count the image outside it alone.
+            image's, and the target likewise shared (Yun et al., arXiv:1905.04899). ``train/loss``
+            and ``train/accuracy`` are against the first image's label alone, and so look worse.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class LitClassifier(LitModel):
         *inputs, target = batch
         kept = None
         if self.cutmix:
-            (images,) = inputs
-            images, kept = mixed(images, self.cutmix)
+            if len(inputs) != 1 or inputs[0].ndim != 4 or target.ndim != 1:
+                raise UserError("cutmix needs images with one label each; set it to 0 for others.")
+            images, kept = mixed(inputs[0], self.cutmix)
             inputs = [images]
         logits = self(*inputs)  # (M * B, K) or (B, T, K)
         if aligned := target.ndim == 2:

@@ -170,10 +170,13 @@ class MuonSGD(Optimizer):
     """Muon on filters of fixed norm, Nesterov's SGD on biases and output layer.
 
     The optimizer of airbench94_muon (github.com/KellerJordan/cifar10-airbench), for networks whose
-    filters are all followed by batch normalisation. Their scale means nothing then: before a step
-    the filters of each layer are set to a root mean square norm of one, and a step turns them by
-    the same angle in all directions. There are three parameter groups (filters, vectors, output
-    layer), whose learning rates a schedule must multiply, as :class:`Triangle` does.
+    filters are all followed by batch normalisation. Their scale means nothing then: the filters of
+    each layer keep a root mean square norm of one, and a step turns them by the same angle in all
+    directions. It is not for an Ensemble, of which it would take only the last output layer for
+    one.
+
+    There are three parameter groups (filters, biases, head), whose learning rates a schedule must
+    multiply, as :class:`Triangle` does.
 
     Args:
         params: What is trained, from the inputs to the outputs; the last matrix is the output
@@ -183,7 +186,8 @@ class MuonSGD(Optimizer):
         bias_lr: Learning rate of vectors.
         head_lr: Learning rate of the output layer.
         sgd_momentum: Momentum of these two.
-        decay: Share of them that a step at the full learning rate takes away.
+        decay: Share of them that is added to the gradient, times the inverse of the learning rate:
+            what a step at the full rate would take away without momentum.
         steps: Iterations of Newton-Schulz.
 
     Raises:
@@ -236,20 +240,22 @@ class MuonSGD(Optimizer):
             gradients = [p.grad for p in params]
             if not params:
                 continue
-            sums = states(self, params, "momentum_buffer")
             if group["steps"]:
+                normalize_filters([p for p in params if not self.state[p]])  # at the first step
+                sums = states(self, params, "momentum_buffer")
                 torch._foreach_mul_(sums, group["momentum"])
                 torch._foreach_add_(sums, gradients)
                 ahead = torch._foreach_add(gradients, sums, alpha=group["momentum"])
-                normalize_filters(params)
                 updates = orthogonal_updates(list(ahead), group["steps"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"])
+                normalize_filters(params)
                 continue
             sgd(
                 params,
-                gradients,
-                list(sums),
-                weight_decay=group["weight_decay"],
+                # new ones, because Nesterov's momentum would be added to the gradients themselves
+                list(torch._foreach_add(gradients, params, alpha=group["weight_decay"])),
+                list(states(self, params, "momentum_buffer")),
+                weight_decay=0.0,
                 momentum=group["momentum"],
                 lr=group["lr"],
                 dampening=0.0,
@@ -276,9 +282,12 @@ def states(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor
 
 def normalize_filters(filters: list[Tensor]) -> None:
     """Scale each layer's filters (R, ...) to a root mean square norm of one, in place."""
-    norms = torch._foreach_norm(filters)
-    factors = [len(p) ** 0.5 / norm for p, norm in zip(filters, norms, strict=True)]
-    torch._foreach_mul_(filters, factors)
+    if filters:
+        norms = torch._foreach_norm(filters)
+        factors = [
+            len(p) ** 0.5 / norm.clamp(min=1e-12) for p, norm in zip(filters, norms, strict=True)
+        ]
+        torch._foreach_mul_(filters, factors)
 
 
 def muon_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:

@@ -320,6 +320,11 @@ def test_cutmix_shares_the_target_as_it_shares_the_image(tmp_path: Path) -> None
     torch.testing.assert_close(objective, expected)
 
 
+def test_cutmix_is_for_images_with_one_label(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cutmix needs images with one label each"):
+        trainer(tmp_path, max_epochs=1).fit(model(cutmix=0.5), Points())
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_a_share_of_cutmix_out_of_range_is_refused(value: float) -> None:
     with pytest.raises(UserError, match=r"cutmix must be in \[0, 1\], got"):

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_classification import NUM_CLASSES, Points, model, trainer
 from torch import nn
 
 from callbacks import Compile
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with a C++ compiler"),
-]
 
-
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with a C++ compiler")
 def test_the_weights_are_those_of_an_ordinary_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,3 +33,9 @@ def test_the_weights_are_those_of_an_ordinary_run(
     cache = tmp_path / "cache" / "steadyfit" / "inductor"
     assert any(path.is_file() for path in cache.rglob("*"))
     assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(cache)
+
+
+def test_without_a_compiler_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MisconfigurationException, match="Compile needs a C"):
+        trainer(tmp_path, max_epochs=1, callbacks=[Compile()]).fit(model(), Points())

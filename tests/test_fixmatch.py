@@ -193,3 +193,9 @@ def test_its_options_are_known_to_the_command_line(
     assert settings["class_path"].endswith("LitFixMatch")
     expected = {"threshold": 0.9, "l1_penalty": 0.1, "tta": "mirror_translate"}
     assert expected.items() <= settings["init_args"].items()
+
+
+def test_cutmix_is_refused() -> None:
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    with pytest.raises(UserError, match="LitFixMatch has no cutmix"):
+        LitFixMatch(nn.Linear(2, 2), optimizer, num_classes=2, cutmix=0.5)

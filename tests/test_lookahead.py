@@ -82,3 +82,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         Lookahead(**options)
+
+
+def test_a_training_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Lookahead needs the length of training"):
+        trainer(tmp_path, max_epochs=-1, callbacks=[Lookahead()]).fit(model(), Points())

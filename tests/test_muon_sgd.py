@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_classification import NUM_CLASSES, Points, trainer, weights
 from test_optimizers import randn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from errors import UserError
 from lit_models import LitClassifier
@@ -46,8 +47,8 @@ def reference_step(network: nn.Sequential, sums: dict[str, Tensor]) -> None:
     gradient = gradients["1.weight"]
     sums["1.weight"] = 0.5 * sums.get("1.weight", torch.zeros(())) + gradient
     ahead = (gradient + 0.5 * sums["1.weight"]).flatten(1)
-    filters.data *= 6**0.5 / filters.data.norm()
     filters.data -= 0.1 * orthogonalize(ahead[None], 4)[0].view_as(filters)
+    filters.data *= 6**0.5 / filters.data.norm()
 
 
 def test_steps_are_those_of_the_formulas() -> None:
@@ -64,6 +65,8 @@ def test_steps_are_those_of_the_formulas() -> None:
     )
     inputs, target = randn(40, 8), torch.arange(40) % NUM_CLASSES
     sums: dict[str, Tensor] = {}
+    theirs_filters = dict(theirs.named_parameters())["1.weight"]
+    theirs_filters.data *= 6**0.5 / theirs_filters.data.norm()
     for _ in range(4):
         for network in (ours, theirs):
             network.zero_grad()
@@ -166,6 +169,33 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError) as error:
         MuonSGD([nn.Parameter(torch.zeros(2))], **options)
     assert str(error.value) == message
+
+
+def test_a_schedule_that_knows_one_rate_alone_is_refused(tmp_path: Path) -> None:
+    """OneCycleLR would give biases the learning rate of the filters, and say nothing."""
+    one_cycle = partial(OneCycleLR, max_lr=0.1)
+    lit = LitClassifier(small_network(), BiasScaledSGD, NUM_CLASSES, one_cycle)
+    with pytest.raises(UserError, match="OneCycleLR gives every parameter the same learning rate"):
+        trainer(tmp_path, max_epochs=1).fit(lit, Points())
+
+
+def test_filters_of_zeros_stay_finite() -> None:
+    network = small_network()
+    network(randn(4, 8)).sum().backward()
+    params = list(network.parameters())
+    params[0].data.zero_()
+    MuonSGD(params).step()
+    assert params[0].isfinite().all()
+
+
+def test_gradients_are_left_as_they_were() -> None:
+    """Others look at them behind the step; torch's own would add Nesterov's momentum to them."""
+    network = small_network()
+    network(randn(4, 8)).sum().backward()
+    before = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    MuonSGD(network.parameters(), decay=0.0).step()
+    after = [p.grad for p in network.parameters() if p.grad is not None]
+    assert all(map(torch.equal, before, after))
 
 
 def test_a_bias_scale_that_cannot_be() -> None:

@@ -292,3 +292,14 @@ def test_two_processes_refuse_other_data(run: Path, data_dir: Path) -> None:
     result = by_two(run, other, "--data.eval_batch_size=9")
     assert result.returncode == 1
     assert "predict different samples" in result.stderr.splitlines()[-1]
+
+
+def test_what_a_killed_prediction_left_behind_is_not_read(run: Path) -> None:
+    """It ended in "an id was predicted twice"."""
+    whole = predict_csv(run, "--accelerator=cpu")
+    left = run / ".submission.csv.parts"
+    left.mkdir()
+    with (left / "member0-rank1").open("wb") as file:
+        np.save(file, np.array([1]))
+        np.save(file, np.full((1, 10), 0.1, np.float32))
+    assert predict_csv(run, "--accelerator=cpu") == whole

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_networks import smooth_images
 from torch import Tensor, nn
 
+from errors import UserError
 from lit_models.networks import ResNet9
 from lit_models.networks.resnet9 import GhostBatchNorm
 from lit_models.networks.whitening import Whitening
@@ -110,3 +111,8 @@ def test_running_averages_weigh_all_groups_alike() -> None:
         ghost(x)
     assert ghost.running_mean is not None
     assert ghost.running_mean.item() == pytest.approx(4, abs=0.2)
+
+
+def test_a_group_of_negative_size() -> None:
+    with pytest.raises(UserError, match="ghost must not be negative, got -1; 0 is the whole batch"):
+        ResNet9(ghost=-1)

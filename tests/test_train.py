@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -327,3 +328,22 @@ def test_an_agents_run_is_sent_to_its_server(
         with pytest.raises(SystemExit):
             train.main(["fit", f"--config={CONFIGS / 'demo.yaml'}", "--print_config"])
         assert os.environ["WANDB_MODE"] == mode
+
+
+def test_a_test_behind_training_is_that_of_the_averaged_weights(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``fit --test`` tested the weights of training, ``test --run`` and ``predict.py`` the mean."""
+    monkeypatch.chdir(tmp_path)
+    averaging = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    train.main(["fit", *small, *averaging, "--run=mean", "--trainer.max_epochs=2", "--test=true"])
+    end_wandb()
+    behind = re.findall(r"test/loss +([0-9.]+)", capsys.readouterr().out)
+    train.main(["test", "--run", "cifar10_cpu/mean"])
+    end_wandb()
+    alone = re.findall(r"test/loss +([0-9.]+)", capsys.readouterr().out)
+    assert behind == alone
+    assert len(alone) == 1

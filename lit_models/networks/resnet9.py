@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from lit_models.networks.whitened_cnn import Residual
 from lit_models.networks.whitening import Whitening
 
@@ -34,6 +35,9 @@ class ResNet9(nn.Module):
             do its work, and the biases bear a far larger learning rate.
         whiten: Begin with fixed filters that whiten 3 x 3 patches, and a 1 x 1 convolution of them.
         scale: Factor on the logits.
+
+    Raises:
+        UserError: ``ghost`` is negative.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class ResNet9(nn.Module):
         scale: float = 0.125,
     ) -> None:
         super().__init__()
+        if ghost < 0:
+            raise UserError(f"ghost must not be negative, got {ghost}; 0 is the whole batch.")
 
         def normalize(channels: int) -> nn.Module:
             norm = GhostBatchNorm(channels, ghost) if ghost else nn.BatchNorm2d(channels)
@@ -94,7 +100,7 @@ class ResNet9(nn.Module):
 class GhostBatchNorm(nn.BatchNorm2d):
     """Batch normalisation of ``size`` images at a time, in training.
 
-    The running averages weigh every group alike, and a batch as much as they would otherwise.
+    The running averages weigh all groups nearly alike, and a batch nearly as they would otherwise.
     """
 
     def __init__(self, channels: int, size: int, batch_momentum: float = 0.1) -> None:

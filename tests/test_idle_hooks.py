@@ -1,0 +1,42 @@
+"""What nobody hears is not called, and what somebody hears is."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.profilers import SimpleProfiler
+from test_classification import Points, model, trainer
+
+from callbacks.idle_hooks import OF_A_BATCH, NoProfiler, pass_over_idle_hooks
+
+
+class OneHook(Callback):
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.batches += 1
+
+
+def test_hooks_of_a_class_and_of_an_instance_are_called(tmp_path: Path) -> None:
+    heard: list[int] = []
+    own = OneHook()
+    given = LambdaCallback(on_train_batch_end=lambda *_: heard.append(1))
+    run = trainer(tmp_path, max_epochs=1, callbacks=[own, given])
+    pass_over_idle_hooks(run)
+    assert own.on_train_batch_start is None
+    run.fit(model(), Points())
+    assert own.batches == len(heard) == 10
+
+
+def test_they_are_all_hooks_of_lightning() -> None:
+    assert all(callable(getattr(Callback, name)) for name in OF_A_BATCH)
+
+
+def test_a_profiler_that_was_asked_for_stays(tmp_path: Path) -> None:
+    asked, not_asked = trainer(tmp_path, profiler="simple"), trainer(tmp_path)
+    for run in (asked, not_asked):
+        pass_over_idle_hooks(run)
+    assert isinstance(asked.profiler, SimpleProfiler)  # type: ignore[attr-defined]
+    assert isinstance(not_asked.profiler, NoProfiler)  # type: ignore[attr-defined]
