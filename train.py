@@ -210,7 +210,10 @@ class CLI(LightningCLI):
             # loading a checkpoint, Lightning's averaging brings back the weights of training
             kept = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
             self.trainer.callbacks = kept  # type: ignore[attr-defined]
-            self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+            with warnings.catch_warnings():
+                missing = ".*callbacks used to create the checkpoint need to be provided"
+                warnings.filterwarnings("ignore", missing)
+                self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         if not self.trainer.is_global_zero:
             return
         if self.study:
@@ -251,6 +254,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*could not find the monitored key")
     # `fit --run NAME` is meant to go on in its folder
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    # a test needs none: the weights in a checkpoint are the averaged ones
+    warnings.filterwarnings("ignore", ".*The WeightAveraging state cannot be restored")
     # what is recorded is also written at the end of each epoch
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than")
 

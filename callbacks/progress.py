@@ -22,9 +22,9 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self._next = 0.0
 
-    def _should_update(self, current: int, total: int | float) -> bool:
+    def _should_update(self, current: int, total: int | float | None) -> bool:
         now = time.monotonic()
-        if now < self._next and current < total:
+        if now < self._next and current != total:  # a run resumed within an epoch has no total
             return False
         self._next = now + INTERVAL
         return super()._should_update(current, total)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """What is frozen stays, its gradient is not computed, and a resumed run knows."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_classification import NUM_CLASSES, Points, model, trainer, weights
 from torch import Tensor, nn
 
+import train
 from callbacks import Freeze
 
 
@@ -66,13 +69,18 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(step: int, tmp_path:
 
 
 @pytest.mark.slow
-def test_several_processes_drop_the_gradient_and_agree(tmp_path: Path) -> None:
-    lit = model(network())
-    freeze = Freeze(["network.0"], from_epoch=0)
-    before = weights(lit)[0]
-    settings = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1, "limit_val_batches": 0}
-    trainer(tmp_path, callbacks=[freeze], **settings).fit(lit, Points())
-    assert torch.equal(weights(lit)[0], before)
+def test_several_processes_drop_the_gradient(small: list[str], tmp_path: Path) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter that it knows."""
+    freeze = ["--trainer.callbacks+=Freeze", "--trainer.callbacks.parameters=[network.groups.0]"]
+    options = ["--trainer.callbacks.from_epoch=0", "--trainer.max_epochs=2", "--run=x"]
+    devices = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, train.__file__, "fit", *small, *freeze, *options, *devices]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=180)
+    path = tmp_path / "runs" / "cifar10_cpu" / "x" / "checkpoints" / "last.ckpt"
+    trained = torch.load(path, weights_only=True)["state_dict"]
+    first, second = (trained[f"network.groups.{i}.0.weight"] for i in (0, 1))
+    assert torch.equal(first, nn.init.dirac_(torch.empty_like(first)))  # as it started
+    assert not torch.equal(second, nn.init.dirac_(torch.empty_like(second)))
 
 
 @pytest.mark.parametrize(
