@@ -120,10 +120,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.ndim >= 2]
             hidden = {id(p) for p in matrices[:-1]}
@@ -231,10 +228,7 @@ class MuonSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             gradients = [p.grad for p in params]
@@ -264,6 +258,14 @@ class MuonSGD(Optimizer):
                 foreach=True,
             )
         return loss
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a closure, which computes the gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def by_dimension(params: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
