@@ -155,9 +155,7 @@ class CLI(LightningCLI):
         if not trainer.fast_dev_run:  # in front, so that what it flushes reaches the pictures
             kwargs["callbacks"] = [self.record, *(trainer.callbacks or [])]
         made = super().instantiate_trainer(**kwargs)
-        if not trainer.fast_dev_run:  # now, since Lightning takes it for a ModelCheckpoint
-            made.callbacks.append(Termination())  # type: ignore[attr-defined]
-        pass_over_idle_hooks(made)
+        equip(made, termination=not trainer.fast_dev_run)
         return made
 
     def run_folder(self, config: Namespace) -> Run:
@@ -241,6 +239,13 @@ def show_metrics(metrics: Mapping[str, Tensor]) -> None:
     """Print metrics a line each, those of the training batches left out."""
     for name, value in sorted(metrics.items()):
         print(f"{name:>24}  {value.item():.4f}")
+
+
+def equip(trainer: Trainer, *, termination: bool = True) -> None:
+    """Give a trainer what no configuration names: the answer to SIGTERM, and a quick loop."""
+    if termination:  # now, since Lightning would take it for a ModelCheckpoint
+        trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
+    pass_over_idle_hooks(trainer)
 
 
 def quiet_libraries() -> None:

@@ -33,13 +33,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import GradientSpikeMonitor
-from callbacks.idle_hooks import pass_over_idle_hooks
-from callbacks.termination import Termination
 from datamodules.base import BaseDataModule
 from datamodules.images import ImageDataModule
 from lit_models import LitClassifier
 from lit_models.networks import LeNet5
-from train import DEFAULTS, quiet_libraries
+from train import DEFAULTS, equip, quiet_libraries
 
 aten = torch.ops.aten
 # operators whose result decides a shape or a Python value, so that the host waits for the device
@@ -225,9 +223,7 @@ def steadyfit(
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
     parts.callbacks += more_callbacks()
     trainer = Trainer(**parts)
-    if termination:
-        trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
-    pass_over_idle_hooks(trainer)
+    equip(trainer, termination=termination)
     trainer.fit(model, data)
 
 

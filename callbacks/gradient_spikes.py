@@ -56,8 +56,12 @@ class SortedWindow:
         self.values.append(value)
         insort(self.ordered, value)
 
-    def quantile(self, q: float) -> float:
-        return self.ordered[int(q * (len(self.ordered) - 1) + 0.5)]
+    def quantiles(self, *shares: float) -> list[float]:
+        last = len(self.ordered) - 1
+        return [self.ordered[int(share * last + 0.5)] for share in shares]
+
+    def median(self) -> float:
+        return self.ordered[len(self.ordered) // 2]
 
 
 class SpikeDetector:
@@ -134,7 +138,7 @@ class SpikeDetector:
             return False
 
         log = math.log(value)
-        level = self._levels.quantile(0.5) if self._levels.values else log
+        level = self._levels.median() if self._levels.ordered else log
         height = log - level
         if len(self._heights.values) < WARM_UP:
             self.kind, self.score, self.center = "normal", 0.0, exp(level)
@@ -142,7 +146,7 @@ class SpikeDetector:
             self._heights.push(height)
             return False
 
-        lag, self.scale = self._lag(), self._scale()
+        lag, self.scale = self._lag_and_scale()
         self.score = (height - lag) / self.scale
         self.limit = self.normal_limit * self._tail_factor()
         self.center = exp(level + lag)
@@ -153,7 +157,7 @@ class SpikeDetector:
         if self.kind == "level_shift":
             self._levels = SortedWindow(self.window * 3 // 8, self._run)
             self._run = []
-            level = self._levels.quantile(0.5)  # of the new one, as center and threshold are
+            level = self._levels.median()  # of the new one, as center and threshold are
             self.center, self.threshold = exp(level), exp(level + self.limit * self.scale)
             self._scores.push(self.score)
             return False
@@ -167,26 +171,22 @@ class SpikeDetector:
         """Say that the learning rate has jumped: the scale is doubled for the next ten values."""
         self._rate_steps = RATE_STEPS
 
-    def _lag(self) -> float:
-        return max(0.0, self._heights.quantile(0.5))
-
-    def _scale(self) -> float:
-        quantile = self._heights.quantile
-        median = quantile(0.5)
+    def _lag_and_scale(self) -> tuple[float, float]:
+        low, lower, median, upper, high = self._heights.quantiles(0.1, 0.25, 0.5, 0.75, 0.9)
         scale = max(
-            (quantile(0.9) - median) / NORMAL_Q90,
-            (median - quantile(0.1)) / NORMAL_Q90,
-            (quantile(0.75) - quantile(0.25)) / NORMAL_IQR,
+            (high - median) / NORMAL_Q90,
+            (median - low) / NORMAL_Q90,
+            (upper - lower) / NORMAL_IQR,
             MIN_SCALE,
         )
-        count = len(self._heights.values)
+        count = len(self._heights.ordered)
         if count < PRIOR_UNTIL:
             squares = count * scale**2 + PRIOR_WEIGHT * PRIOR_SCALE**2
             scale = math.sqrt(squares / (count + PRIOR_WEIGHT))
         if self._rate_steps:
             self._rate_steps -= 1
             scale *= RATE_FACTOR
-        return scale
+        return max(0.0, median), scale
 
     def _tail_factor(self) -> float:
         """How much further the scores reach than those of normal noise, at least 1."""
@@ -356,10 +356,12 @@ class StepProbe:
         decoupled = isinstance(self.optimizer, DECOUPLED)
         before = iter(self.before)
         for group, params in zip(self.optimizer.param_groups, self.groups, strict=True):
-            own = zip(params, itertools.islice(before, len(params)), strict=True)
-            decaying = [old for p, old in own if p.grad is not None]  # others do not decay
-            decays = group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")
-            if decaying and decays:
+            own = list(itertools.islice(before, len(params)))
+            if not (group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")):
+                continue
+            pairs = zip(params, own, strict=True)
+            decaying = [old for p, old in pairs if p.grad is not None]  # others do not decay
+            if decaying:
                 torch._foreach_mul_(decaying, 1 - group["lr"] * group["weight_decay"])
 
 
@@ -715,8 +717,8 @@ class ParameterRatios:
     def update(self, gradient: list[float]) -> list[float]:
         """Scores of the parameters (P,) from their norms; zeros until there is a usual ratio."""
         logs = self._log_ratios(gradient)
-        if len(self.usual) != len(logs):  # at the start, or with parameters that were added
-            self.usual = []
+        if self.logs and len(self.logs[-1]) != len(logs):  # parameters were added
+            self.logs, self.usual = [], []
         scores = [(x - m) / s for x, (m, s) in zip(logs, self.usual, strict=bool(self.usual))]
         if max(scores, default=0.0) > self.limit:
             self.raised += 1
@@ -724,8 +726,8 @@ class ParameterRatios:
                 self.logs, self.usual, self.fresh, self.raised = [], [], 0, 0
             return scores
         self.raised = 0
-        self.logs = [row for row in self.logs if len(row) == len(logs)][-self.window + 1 :]
         self.logs.append(logs)
+        del self.logs[: -self.window]
         self.fresh += 1
         if self.fresh >= self.REFRESH:
             self.fresh = 0

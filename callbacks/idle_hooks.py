@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 
 OF_A_BATCH = (
@@ -32,12 +32,19 @@ def pass_over_idle_hooks(trainer: Trainer) -> None:
 
     Lightning calls six hooks of every callback in a step and enters the profiler for each, about
     4 microseconds of Python, though most callbacks act at the end of an epoch. A hook that is None
-    is passed over.
+    is passed over. So is a ModelCheckpoint's look at every step when it saves at epochs alone.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for hook in OF_A_BATCH:
+            idle = {getattr(Callback, hook)}
+            if isinstance(callback, ModelCheckpoint) and saves_at_epochs_alone(callback):
+                idle.add(getattr(ModelCheckpoint, hook))
             own = hook in vars(callback)  # as a LambdaCallback has them
-            if not own and getattr(type(callback), hook) is getattr(Callback, hook):
+            if not own and getattr(type(callback), hook) in idle:
                 setattr(callback, hook, None)
     if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
         trainer.profiler = NoProfiler()  # type: ignore[attr-defined]
+
+
+def saves_at_epochs_alone(checkpoint: ModelCheckpoint) -> bool:
+    return checkpoint._every_n_train_steps < 1 and checkpoint._train_time_interval is None

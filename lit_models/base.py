@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -15,6 +15,8 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from datamodules.base import BaseDataModule
 from errors import UserError
+
+SEEDS = 1024  # steps whose random seeds are drawn together
 
 
 class LitModel(LightningModule):
@@ -65,6 +67,11 @@ class LitModel(LightningModule):
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self._rows: dict[int, dict[str, float]] = {}  # what callbacks add, by optimizer step
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Lightning asks for it in every step, and it takes long to find out
+        cls.training_step.__signature__ = signature(cls.training_step)  # type: ignore[attr-defined]
+
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets this one some forty times a step, and a module looks for what it is first
         if name == "_current_fx_name":
@@ -92,8 +99,8 @@ class LitModel(LightningModule):
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
         # Dropout is keyed by the step: a resumed run draws what an uninterrupted one would.
-        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        block, place = divmod(batch_idx, SEEDS)
+        seed = seeds(self.seed, self.current_epoch, self.global_rank, block)[place]
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
         else:
@@ -240,6 +247,12 @@ class LitModel(LightningModule):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+@lru_cache(maxsize=1)  # those of the steps that are being trained
+def seeds(*key: int) -> list[int]:
+    """Seeds of ``SEEDS`` steps; to make one alone takes as long."""
+    return np.random.SeedSequence(key).generate_state(SEEDS).tolist()
 
 
 def wants_total_steps(lr_scheduler: LRSchedulerCallable) -> bool:

@@ -26,7 +26,7 @@ from callbacks import MetricsCSV, RunRecord
 from datamodules.base import BaseDataModule
 from errors import UserError
 from lit_models import LitClassifier
-from lit_models.base import wants_total_steps
+from lit_models.base import SEEDS, seeds, wants_total_steps
 from lit_models.classification import TTA, mixed, views
 
 NUM_CLASSES = 5
@@ -562,6 +562,17 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path: Path) -> N
     resumed, resumed_log = fit(ckpt_path=tmp_path / "step=15.ckpt")
     assert all(map(torch.equal, whole, resumed))
     assert resumed_log.values("train/loss") == whole_log.values("train/loss")[15:]
+
+
+def test_seeds_of_steps_differ_and_come_back() -> None:
+    own = [seeds(0, epoch, rank, block) for epoch in (0, 1) for rank in (0, 1) for block in (0, 1)]
+    assert len({seed for block in own for seed in block}) >= 8 * SEEDS - 1  # of 2**32
+    assert seeds(0, 0, 0, 0) == own[0]
+    lit, drawn = model(), []
+    for step in (SEEDS - 1, SEEDS, 3, SEEDS):
+        lit.on_train_batch_start([], step)
+        drawn.append(torch.initial_seed())
+    assert drawn == [own[0][-1], own[1][0], own[0][3], own[1][0]]
 
 
 def test_dropout_depends_on_seed_epoch_and_step(tmp_path: Path) -> None:

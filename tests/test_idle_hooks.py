@@ -1,10 +1,11 @@
 """What nobody hears is not called, and what somebody hears is."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.profilers import SimpleProfiler
 from test_classification import Points, model, trainer
 
@@ -28,6 +29,19 @@ def test_hooks_of_a_class_and_of_an_instance_are_called(tmp_path: Path) -> None:
     assert own.on_train_batch_start is None
     run.fit(model(), Points())
     assert own.batches == len(heard) == 10
+
+
+def test_a_checkpoint_looks_at_steps_if_it_saves_by_them(tmp_path: Path) -> None:
+    by_steps = ModelCheckpoint(every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    by_time = ModelCheckpoint(train_time_interval=timedelta(hours=1))
+    by_epochs = ModelCheckpoint(every_n_epochs=1)
+    callbacks = [by_steps, by_time, by_epochs]
+    run = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
+    pass_over_idle_hooks(run)
+    assert by_time.on_train_batch_end is not None
+    assert by_epochs.on_train_batch_end is None
+    run.fit(model(), Points())
+    assert {"step=4.ckpt", "step=8.ckpt"} <= {path.name for path in tmp_path.rglob("*.ckpt")}
 
 
 def test_they_are_all_hooks_of_lightning() -> None:
