@@ -8,72 +8,41 @@ from typing import Any
 
 import pytest
 import torch
+from token_tree import BERKELEY, NETWORK, NEURAL, Prefix, TokenTree
 from torch import Tensor, nn
 
 from errors import UserError
 from lit_models.networks import Transformer, beam_search, keeping_source
 
-NEURAL, NETWORK = 0, 1
-# The tree of Berkeley's question on beam search: log probabilities of `neural` and `network`
-TREE = {
-    (): (-0.65, -0.73),
-    (NEURAL,): (-0.80, -0.60),
-    (NETWORK,): (-0.60, -0.80),
-    (NEURAL, NEURAL): (-0.01, -4.60),
-    (NEURAL, NETWORK): (-0.80, -0.60),
-    (NETWORK, NEURAL): (-0.80, -0.60),
-    (NETWORK, NETWORK): (-4.60, -0.01),
-}
-
-
-def step_in_tree(tokens: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:
-    """The state is the tokens so far, the one that begins included."""
-    prefixes = torch.cat([prefixes, tokens[:, None]], 1)
-    return torch.tensor([TREE[tuple(row[1:])] for row in prefixes.tolist()]), prefixes
-
-
-def search_tree(beam_width: int, max_length: int) -> list[tuple[list[int], float]]:
-    found = beam_search(
-        step_in_tree,
-        torch.zeros(1, 0, dtype=torch.long),
-        torch.zeros(1, dtype=torch.long),
-        end=None,
-        beam_width=beam_width,
-        max_length=max_length,
-        n_best=beam_width,
-    )
-    assert (found.lengths == max_length).all()
-    return list(zip(found.tokens[0].tolist(), found.scores[0].tolist(), strict=True))
-
 
 @pytest.mark.parametrize(
-    ("beam_width", "max_length", "expected"),
+    ("beam_width", "length", "expected"),
     [
-        (2, 1, [([NEURAL], -0.65), ([NETWORK], -0.73)]),  # (a)
-        (2, 2, [([NEURAL, NETWORK], -1.25), ([NETWORK, NEURAL], -1.33)]),  # (b)
-        (2, 3, [([NEURAL, NETWORK, NETWORK], -1.85), ([NETWORK, NEURAL, NETWORK], -1.93)]),  # (c)
-        (1, 3, [([NEURAL, NETWORK, NETWORK], -1.85)]),
+        (2, 1, {(NEURAL,): -0.65, (NETWORK,): -0.73}),  # (a)
+        (2, 2, {(NEURAL, NETWORK): -1.25, (NETWORK, NEURAL): -1.33}),  # (b)
+        (2, 3, {(NEURAL, NETWORK, NETWORK): -1.85, (NETWORK, NEURAL, NETWORK): -1.93}),  # (c)
+        (1, 3, {(NEURAL, NETWORK, NETWORK): -1.85}),
     ],
 )
 def test_answers_to_the_question_of_the_course(
-    beam_width: int, max_length: int, expected: list[tuple[list[int], float]]
+    beam_width: int, length: int, expected: dict[Prefix, float]
 ) -> None:
-    for (tokens, score), (right, its_score) in zip(
-        search_tree(beam_width, max_length), expected, strict=True
-    ):
-        assert tokens == right
-        assert score == pytest.approx(its_score, abs=1e-6)
+    found = TokenTree(BERKELEY).search(beam_width, length)
+    assert [tokens for tokens, _ in found] == [*expected]
+    assert dict(found) == pytest.approx(expected, abs=1e-6)
 
 
 def test_two_hypotheses_miss_the_best_sequence_and_three_find_it() -> None:
     """(d): its first two tokens are third best."""
-    best = ([NEURAL] * 3, pytest.approx(-1.46, abs=1e-6))
-    assert search_tree(3, 3)[0] == best
-    assert best[0] not in [tokens for tokens, _ in search_tree(2, 3)]
-    assert search_tree(3, 2)[2] == ([NEURAL] * 2, pytest.approx(-1.45, abs=1e-6))
-    every = search_tree(8, 3)
-    assert every[:2] == [best, ([NETWORK] * 3, pytest.approx(-1.54, abs=1e-6))]
-    assert len(every) == 8
+    tree = TokenTree(BERKELEY)
+    best = ((NEURAL,) * 3, pytest.approx(-1.46, abs=1e-6))
+    assert tree.best() == best
+    assert tree.search(3)[0] == best
+    assert best[0] not in dict(tree.search(2))
+    assert tree.search(3, 2)[2] == ((NEURAL,) * 2, pytest.approx(-1.45, abs=1e-6))
+    every = tree.search(8)
+    assert every[:2] == [best, ((NETWORK,) * 3, pytest.approx(-1.54, abs=1e-6))]
+    assert len(dict(every)) == 8
 
 
 # Networks. Token 0 begins and token 1 ends a sequence.
