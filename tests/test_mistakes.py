@@ -98,13 +98,13 @@ def test_002_1_1c_iv() -> None:
 
     With the stride left where it is the shape is right, and nothing else.
     """
-    by_output = torch.tensor([[1.0, -2.0, 4.0]])
+    by_output = torch.tensor([[1.0, 2.0, 4.0]])
     right = conv1d_weight_gradient(X, by_output, kernel_size=3, stride=2)
     strided = F.conv1d(X[:, None], by_output[None], stride=2).transpose(0, 1)
     dilated = F.conv1d(X[:, None], by_output[None], dilation=2).transpose(0, 1)
     assert_equal(dilated, right)
     assert strided.shape == right.shape
-    assert (strided - right).abs().max() > 5
+    assert_equal(strided - right, torch.tensor([-10.0, -3.0, 4.0]).expand(1, 5, 3))
 
 
 # 002, the gated network
@@ -151,9 +151,9 @@ def test_002_1_2_1d() -> None:
     layer: Any = core.layers[0]
     layer.weight_x.data[0, 0] = layer.weight_c.data[0, 1] = 1.0  # inputs: candidate, gate
     x = torch.ones(1, 20, 2, dtype=torch.float64)
-    for gate, expected in [(-2.0, 2.96e-18), (0.0, 0.5**19), (5.0, 0.880)]:
+    for gate, expected in [(-2.0, 2.815e-18), (0.0, 1.907e-6), (5.0, 0.8802)]:
         x[..., 1] = gate
-        assert carried(core, x) == pytest.approx(expected, rel=1e-2)
+        assert carried(core, x) == pytest.approx(expected, rel=1e-3, abs=0)
 
     layer.weight_h.data[:] = 4.0
     h = 0.0  # inputs that hold c[t] at 1/2 and W_x x[t] at 2 below h[t-1]: J = 1/2 + 2 * 4 / 4
@@ -185,11 +185,11 @@ def test_002_1_2_2d() -> None:
         given = F.pad(v, (0, missing))
         found.append((given.pow(2).softmax(0) @ given).item())  # q = k = v
     assert states[-1].item() == pytest.approx(found[0])
-    assert found == pytest.approx([0.84464, 0.33076, 0.00540, 0.00005], abs=1e-5)
+    assert found == pytest.approx([0.84464, 0.33076, 5.4018e-3, 5.4362e-5], rel=1e-4, abs=0)
 
 
 def test_002_1_2_2e() -> None:
-    """dh[t]/dh[t-1] of a_i = w_i / (w_0 + w_1 + w_2): that is no softargmax."""
+    """dh[t]/dh[t-1] of a_i = w_i / (w_0 + w_1 + w_2), in shapes that fit: that is no softargmax."""
     states, v = one_unit(past=2)
     w = v**2
     a_1, by_score = w.softmax(0)[1], 2 * v[1]  # dw_1/dh[t-1]
@@ -216,7 +216,7 @@ def test_002_1_2_2f() -> None:
     direct = direct_jacobians(core.layers[0], 2, x[0], states, 0)
     assert_equal(attention_rnn_state_gradient(direct, by_later[:2]), by_first)
     given = attention_rnn_state_gradient(every, by_later)
-    assert given.norm() > 3.6 * by_first.norm()
+    assert given.norm() > 3.5 * by_first.norm()
 
 
 # 002, the spikes
@@ -236,7 +236,7 @@ def rmsprop_steps(gradients: list[float], clip: float = math.inf, eps: float = 1
     return steps
 
 
-PLATEAU = [0.01] * 1000
+PLATEAU = [0.01] * 800
 
 
 def test_002_1_3a() -> None:
@@ -245,7 +245,7 @@ def test_002_1_3a() -> None:
     RMSprop divides it by its running RMS, so that the step is the learning rate if the gradient is
     always 10^4, and 10 times that, 1 / sqrt(1 - alpha), if it rises from 0.01 to 10 or to 10^4.
     """
-    always = rmsprop_steps([1e4] * 1000)[-1]
+    always = rmsprop_steps([1e4] * 800)[-1]
     rising = rmsprop_steps([*PLATEAU, 10.0])[-1]
     exploding = rmsprop_steps([*PLATEAU, 1e4])[-1]
     assert always == pytest.approx(1, rel=1e-3)
@@ -296,7 +296,7 @@ def test_002_1_3c_batch_norm() -> None:
     one, some, others = torch.randn(3, 5, 9, 8)
     first, second = torch.cat([one[:1], some]), torch.cat([one[:1], others])
     assert torch.allclose(network(first)[0], network(second)[0], atol=1e-6)
-    assert (normalised(first)[0] - normalised(second)[0]).abs().max() > 0.5
+    assert (normalised(first)[0] - normalised(second)[0]).abs().max() > 0.4
 
 
 # 004, beam search
@@ -311,7 +311,7 @@ def test_002_1_3c_batch_norm() -> None:
     ids=["2b", "2c"],
 )
 def test_004_2b_2c(length: int, expected: dict[Any, float]) -> None:
-    """Of "log probability -0.6" is one token: a sequence has the sum of its tokens'."""
+    """The "log probability -0.6" is one token's: a sequence has the sum of its tokens'."""
     found = dict(TokenTree(BERKELEY).search(2, length))
     assert found == pytest.approx(expected, abs=1e-6)
     assert max(found.values()) < -0.6 - 0.6
@@ -349,7 +349,7 @@ def test_004_2d_by_more() -> None:
 
 
 def test_004_2e() -> None:
-    """The cost "O(T k^2 log k)" leaves out that k M logits are read at each step.
+    """The cost "O(T k^2 log k)" leaves out that k M logits are read at each step but the first.
 
     With ten times the tokens ten times as many are read, and for k = 1 the formula says none.
     """
