@@ -124,6 +124,23 @@ def test_attention_equals_its_formula(kind: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dim", [64, 1024])
+def test_scale_keeps_attention_from_saturating(dim: int) -> None:
+    """Products of two random vectors have the variance D: without the scale one key takes all."""
+    torch.manual_seed(0)
+    attention = Attention(Block(dim, 1, 0, 0.0, False, False))
+    torch.nn.init.eye_(attention.query.weight)
+    torch.nn.init.eye_(attention.output.weight)
+    x, keys = torch.randn(1, 200, dim), torch.randn(1, 1, 32, dim)
+    shown = KeysValues(keys, torch.eye(32, dim)[None, None])  # what is found are the weights
+    weights = attention(x, shown)[0, :, :32]
+    products = x[0] @ keys[0, 0].T
+    assert products.var().item() == pytest.approx(dim, rel=0.1)
+    torch.testing.assert_close(weights, (products / dim**0.5).softmax(1))
+    assert weights.amax(1).mean() < 0.25
+    assert products.softmax(1).amax(1).mean() > 0.75
+
+
 # What an output depends on
 
 
