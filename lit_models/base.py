@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from datamodules.base import BaseDataModule
 from errors import UserError
+from lit_models.networks.whitening import asking_for_data
 
 SEEDS = 1024  # steps whose random seeds are drawn together
 
@@ -87,13 +88,12 @@ class LitModel(LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
-        layers = (getattr(layer, "init_from_data", None) for layer in self.network.modules())
-        asking = [init_from_data for init_from_data in layers if init_from_data]
+        asking = list(asking_for_data(self.network))
         if stage == "fit" and asking:
             device = self.trainer.strategy.root_device  # where the network is not yet
             inputs = [x.to(device) for x in self.data.training_inputs(5000)]
-            for init_from_data in asking:
-                init_from_data(*inputs)
+            for layer in asking:
+                layer.init_from_data(*inputs)
 
     # Training
 

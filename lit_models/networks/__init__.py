@@ -4,6 +4,7 @@ from lit_models.networks.attention_rnn import AttentionRNN
 from lit_models.networks.beam_search import Hypotheses, beam_search, keeping_source
 from lit_models.networks.conv_stack import ConvStack
 from lit_models.networks.ensemble import Ensemble
+from lit_models.networks.fixed_filters import Filtered, FixedFilters
 from lit_models.networks.lenet import LeNet5
 from lit_models.networks.masked_language import MaskedLanguageModel, unmask
 from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
@@ -22,6 +23,8 @@ __all__ = [
     "BidirectionalLSTM",
     "ConvStack",
     "Ensemble",
+    "Filtered",
+    "FixedFilters",
     "GatedRNN",
     "Hypotheses",
     "LeNet5",
