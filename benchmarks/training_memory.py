@@ -13,31 +13,13 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchmetrics import MetricCollection
 
 from callbacks.training_cost import Cost, measured_peak, training_cost
-from lit_models.base import LitModel
+from lit_models import LitClassifier
 from lit_models.networks import Transformer
 
 VOCAB = 4_000
-
-
-class NextToken(LitModel):
-    """Teacher forcing: which token follows each one of the target."""
-
-    def __init__(self, network: nn.Module) -> None:
-        sgd = partial(torch.optim.SGD, lr=0.1)
-        super().__init__(network, sgd, None, MetricCollection({}))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        source, target_in, target = batch
-        return F.cross_entropy(self(source, target_in).flatten(0, 1), target.flatten())
-
-    def evaluation_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
 
 
 def measure(
@@ -46,7 +28,8 @@ def measure(
     """The cost as estimated, and the measured peak in MiB."""
     torch.manual_seed(0)
     network = Transformer(VOCAB, dropout=dropout, norm="inner", max_length=length)
-    model = NextToken(network).to(device)
+    # which of the tokens follows each one of the target is a classification at every step
+    model = LitClassifier(network, partial(torch.optim.SGD, lr=0.1), VOCAB).to(device)
     optimizer = model.configure_optimizers()
     batch = list(torch.randint(VOCAB, (3, batch_size, length), device=device))
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():

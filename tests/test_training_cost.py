@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import training_memory
 from benchmarks.step_overhead import RandomImages
-from benchmarks.training_memory import VOCAB, NextToken
+from benchmarks.training_memory import VOCAB
 from callbacks.training_cost import TrainingCost, measured_peak, table, training_cost
 from errors import UserError
 from lit_models import LitClassifier
@@ -145,16 +145,9 @@ def test_dropout_of_attention_keeps_a_mask_and_the_dropped_weights() -> None:
     assert less == pytest.approx(7 * one, abs=7 * 10 * output_and_rows)
 
 
-class WithLengths(NextToken):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        source, target_in, lengths, target = batch
-        logits = self(source, target_in, lengths)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
 def test_lengths_can_be_read_though_no_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("callbacks.training_cost.NEEDS_VALUES", ())
-    model = WithLengths(Transformer(50, 16, 2, 1, 1, 16))
+    model = classifier(Transformer(50, 16, 2, 1, 1, 16), num_classes=50)
     source, target_in, target = torch.randint(50, (3, 8, 40))
     batch = [source, target_in, torch.tensor([40, 7, 7, 3, 40, 1, 2, 9]), target]
     steps = model.configure_optimizers()
