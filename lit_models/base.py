@@ -32,7 +32,8 @@ class LitModel(LightningModule):
 
     Args:
         network: What is trained. A layer of it that has a method ``init_from_data(inputs)`` is
-            shown a few thousand training inputs before training.
+            shown a few thousand training inputs before training; it passes on what it makes of
+            them, if there are such layers within it.
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
             an argument ``total_steps`` that is not set is given the length of training.

@@ -89,15 +89,16 @@ def lit(network: nn.Module) -> LitClassifier:
 
 def test_nothing_of_the_filters_is_trained() -> None:
     torch.manual_seed(0)
-    model = lit(Filtered(LeNet5))
+    network = Filtered(LeNet5)
+    model = lit(network)
     trained = [p for group in model.configure_optimizers().param_groups for p in group["params"]]
-    assert len(trained) == len(list(model.network.network.parameters()))
+    assert len(trained) == len(list(network.network.parameters()))
     fit_quietly(model, RandomImages(samples=64, batch_size=16, val_size=16), max_steps=2)
-    filters = model.network.filters
-    assert torch.equal(filters.weight, FixedFilters(("identity", "sobel_x", "sobel_y")).weight)
-    assert not filters.weight.requires_grad
-    assert not list(filters.parameters())
-    assert torch.equal(model.state_dict()["network.filters.weight"], filters.weight)
+    weight = network.filters.weight
+    assert torch.equal(weight, FixedFilters(("identity", "sobel_x", "sobel_y")).weight)
+    assert not weight.requires_grad
+    assert not list(network.filters.parameters())
+    assert torch.equal(model.state_dict()["network.filters.weight"], weight)
 
 
 def test_whitening_behind_the_filters_is_shown_what_comes_out_of_them() -> None:
@@ -110,7 +111,7 @@ def test_whitening_behind_the_filters_is_shown_what_comes_out_of_them() -> None:
             if isinstance(part, Filtered):
                 expected = WhitenedCNN(in_channels=6).whiten
                 expected.init_from_data(part.filters(data.training_inputs(5000)[0]))
-                assert torch.equal(part.network.whiten.weight, expected.weight)
+                assert torch.equal(part.network.get_parameter("whiten.weight"), expected.weight)
 
 
 @pytest.mark.parametrize(
