@@ -19,13 +19,18 @@ def told_in_one_sentence() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not is_mistake(cause):
-            cause = cause.__cause__ or cause.__context__  # jsonargparse wraps what a class raises
-        if cause is None:
+        if (mistake := mistake_behind(error)) is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def mistake_behind(error: BaseException) -> BaseException | None:
+    """The user's mistake among an error and its causes: jsonargparse wraps what a class raises."""
+    cause: BaseException | None = error
+    while cause is not None and not is_mistake(cause):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def is_mistake(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import yaml
 
 from callbacks.training_cost import training_cost, units_of
 from datamodules.base import BaseDataModule
-from errors import UserError, told_in_one_sentence
+from errors import mistake_behind, told_in_one_sentence
 from grid import DEFAULTS
 from lit_models.base import LitModel
 from train import Parser, link_facts
@@ -74,8 +74,10 @@ def main(args: list[str] | None = None) -> None:
             torch.manual_seed(0)
             try:
                 print(row(config, overrides), flush=True)
-            except UserError as error:
-                missing.append(f"\nWithout {config.stem}: {error}")
+            except Exception as error:
+                if (mistake := mistake_behind(error)) is None:
+                    raise
+                missing.append(f"\nWithout {config.stem}: {mistake}")
         print("".join(missing))
 
 

@@ -108,6 +108,40 @@ def test_an_edge_filter_has_no_gradient_inside_an_even_one() -> None:
     assert gradient.abs().sum() > 0
 
 
+def test_a_filter_from_a_signal_and_its_output() -> None:
+    """Each output is an equation in the filter. Berkeley homework 6, question 6b."""
+    signal = torch.tensor([1.0, 4, 0, -2, 3], dtype=torch.float64)
+    output = torch.tensor([-2.0, 2, 11], dtype=torch.float64)
+    kernel = torch.linalg.solve(signal.unfold(0, 3, 1), output)
+    assert_equal(kernel, torch.tensor([2.0, -1, 3], dtype=torch.float64))
+    assert_equal(F.conv1d(signal[None, None], kernel[None, None])[0, 0], output)
+
+
+@given(SIZES, st.integers(0, 9), SEEDS)
+@exact
+def test_any_filter_from_a_signal_and_its_output(k: int, more: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    signal, kernel = randn(2 * k - 1 + more), randn(k)  # at least k outputs
+    output = F.conv1d(signal[None, None], kernel[None, None])[0, 0]
+    found = torch.linalg.lstsq(signal.unfold(0, k, 1), output[:, None]).solution[:, 0]
+    torch.testing.assert_close(found, kernel, rtol=1e-5, atol=1e-5)  # equations may be near alike
+
+
+def test_transpose_convolution() -> None:
+    """Every input times the whole filter, overlaps summed. Berkeley homework 6, question 6c."""
+    image, kernel = torch.tensor([[[-1.0, 2], [3, 1]], [[1.0, -1], [0, 1]]], dtype=torch.float64)
+    output = F.conv_transpose2d(image[None, None], kernel[None, None])[0, 0]
+    assert output.tolist() == [[-1, 3, -2], [3, -3, 1], [0, 3, 1]]
+    assert_equal(conv2d_input_gradient(image, kernel), output)  # a convolution's backward pass
+
+    (a, b, c), (x, y, z) = randn(2, 3)
+    output = F.conv_transpose1d(
+        torch.stack([a, b, c])[None], torch.stack([x, y, z])[None, None], stride=2
+    )
+    expected = [a * x, a * y, a * z + b * x, b * y, b * z + c * x, c * y, c * z]
+    assert_equal(output[0], torch.stack(expected))
+
+
 # Recurrent networks
 
 

@@ -40,3 +40,15 @@ def test_operations_are_those_of_an_example_and_not_of_a_token(
     assert names["network"] == "Recurrent of VanillaRNN"
     steps = 13 * 2 * 128 * (128 + 128 + 3)  # letters of the longest name; states, three languages
     assert float(names["MFLOP"]) == pytest.approx(1e-6 * steps, abs=1e-3)
+
+
+def test_a_config_that_cannot_be_built_without_its_data_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The module of the photos looks for their folder when it is made."""
+    monkeypatch.chdir(tmp_path)
+    main([str(CONFIGS / f"{name}.yaml") for name in ("image_folder", "digits_conv_stack")])
+    printed = capsys.readouterr().out
+    [digits] = rows(printed)
+    assert digits["network"] == "ConvStack"
+    assert "\nWithout image_folder: photos is no folder" in printed
