@@ -120,14 +120,19 @@ def draw_metric(axes: Axes, name: str, metrics: "pd.DataFrame") -> None:
 
 
 def draw_rates(axes: Axes, rates: "pd.DataFrame") -> None:
-    """Draw the learning rate of each parameter group."""
+    """Draw the learning rate of each parameter group; far apart, they need a log scale."""
     styles = ["-", "--", ":", "-."]
     for position, column in enumerate(rates):
         rate = rates[column].dropna()
         style = styles[position % len(styles)]
         label = str(column).removeprefix("lr-")
         axes.plot(rate, style, marker=dots(rate), color=GREY, label=label)
-    axes.set_ylim(bottom=0)
+    highest = rates.max()
+    if highest.min() > 0 and highest.max() > 10 * highest.min():
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=highest.min() / 100)  # the end of a schedule is zero
+    else:
+        axes.set_ylim(bottom=0)
     if len(rates.columns) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
 

@@ -224,7 +224,13 @@ class LitModel(LightningModule):
             return optimizer
         length = {"total_steps": self.total_steps} if wants_total_steps(self.lr_scheduler) else {}
         rates = {group["lr"] for group in optimizer.param_groups}
-        scheduler = self.lr_scheduler(optimizer, **length)
+        try:
+            scheduler = self.lr_scheduler(optimizer, **length)
+        except ZeroDivisionError:  # OneCycleLR, whose way up or down would be of no length
+            raise UserError(
+                f"the learning rate schedule cannot be laid over {self.total_steps} optimizer "
+                "steps; train longer, or set --model.lr_scheduler=null."
+            ) from None
         peaks = {group.get("max_lr") for group in optimizer.param_groups}  # of OneCycleLR
         if len(rates) > 1 and len(peaks) == 1 and peaks != {None}:
             raise UserError(

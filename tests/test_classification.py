@@ -564,6 +564,13 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_bits(tmp_path: Path) -> N
     assert resumed_log.values("train/loss") == whole_log.values("train/loss")[15:]
 
 
+def test_a_schedule_too_long_for_its_training_is_told_in_one_sentence(tmp_path: Path) -> None:
+    """Five steps, of which OneCycleLR would rise for the first: it divides by zero."""
+    lit = model(lr_scheduler=partial(OneCycleLR, max_lr=0.1, pct_start=0.2))
+    with pytest.raises(UserError, match="cannot be laid over 5 optimizer steps; train longer"):
+        trainer(tmp_path, max_steps=5).fit(lit, Points())
+
+
 def test_seeds_of_steps_differ_and_come_back() -> None:
     own = [seeds(0, epoch, rank, block) for epoch in (0, 1) for rank in (0, 1) for block in (0, 1)]
     assert len({seed for block in own for seed in block}) >= 8 * SEEDS - 1  # of 2**32

@@ -261,6 +261,18 @@ def metrics_table(steps: int = 100) -> pd.DataFrame:
     return pd.concat([train, val, rates], ignore_index=True)
 
 
+def test_learning_rates_far_apart_are_all_seen() -> None:
+    """Those of filters, biases and head of MuonSGD are 0.24, 106 and 1.75."""
+    rates = {"lr-MuonSGD/filters": [0.24, 0.0], "lr-MuonSGD/biases": [106.0, 0.0]}
+    metrics = pd.concat([metrics_table(), pd.DataFrame({"step": [0, 99], **rates})])
+    panel = learning_curves(metrics).axes[2]
+    assert panel.get_yscale() == "log"
+    low, high = panel.get_ylim()
+    assert 0 < low < 0.1 < 106 < high
+    near = pd.concat([metrics_table(), pd.DataFrame({"step": [0, 99], "lr-Adam": [0.3, 0.0]})])
+    assert learning_curves(near).axes[2].get_yscale() == "linear"
+
+
 def test_curves_show_the_logged_values() -> None:
     metrics = metrics_table()
     loss, accuracy, rate = learning_curves(metrics).axes
