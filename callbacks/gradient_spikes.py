@@ -718,12 +718,12 @@ class ParameterRatios:
         """Scores of the parameters (P,) from their norms; zeros until there is a usual ratio."""
         logs = self._log_ratios(gradient)
         if self.logs and len(self.logs[-1]) != len(logs):  # parameters were added
-            self.logs, self.usual = [], []
+            self.forget()
         scores = [(x - m) / s for x, (m, s) in zip(logs, self.usual, strict=bool(self.usual))]
         if max(scores, default=0.0) > self.limit:
             self.raised += 1
             if self.raised >= SHIFT_AFTER:  # it is no spike but the new proportion
-                self.logs, self.usual, self.fresh, self.raised = [], [], 0, 0
+                self.forget()
             return scores
         self.raised = 0
         self.logs.append(logs)
@@ -735,6 +735,10 @@ class ParameterRatios:
                 self._median_and_spread(column) for column in zip(*self.logs, strict=True)
             ]
         return scores or [0.0] * len(logs)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.logs, self.usual, self.fresh, self.raised = [], [], 0, 0
 
     def _log_ratios(self, gradient: list[float]) -> list[float]:
         squares = [g * g for g in gradient]

@@ -1145,3 +1145,16 @@ def test_sharded_gradients(name: str, callback: Callable[[], Callback]) -> None:
     trainer: Any = SimpleNamespace(strategy=object.__new__(kind), log_dir=None)
     with pytest.raises(MisconfigurationException, match=f"whole gradients, and {name} shards them"):
         callback().setup(trainer, Plain(), "fit")
+
+
+@pytest.mark.parametrize("steps", [15, 16, 31, 47])
+def test_ratios_of_added_parameters_are_taken_from_as_many_steps_as_others(steps: int) -> None:
+    """After 31 steps the usual ratios were those of the first step with the new parameter."""
+    draw = random.Random(0)
+    spikes = 0
+    for _ in range(10):
+        ratios = gradient_spikes.ParameterRatios(window=64, limit=6)
+        for step in range(steps + 40):
+            gradient = [draw.lognormvariate(0, 0.3) for _ in range(3 if step < steps else 4)]
+            spikes += max(ratios.update(gradient)) > ratios.limit
+    assert spikes <= 1
