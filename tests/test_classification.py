@@ -26,7 +26,7 @@ from callbacks import MetricsCSV, RunRecord
 from datamodules.base import BaseDataModule
 from errors import UserError
 from lit_models import LitClassifier
-from lit_models.base import SEEDS, seeds, wants_total_steps
+from lit_models.base import SEEDS, LitModel, seeds, wants_total_steps
 from lit_models.classification import TTA, mixed, views
 
 NUM_CLASSES = 5
@@ -569,6 +569,18 @@ def test_a_schedule_too_long_for_its_training_is_told_in_one_sentence(tmp_path: 
     lit = model(lr_scheduler=partial(OneCycleLR, max_lr=0.1, pct_start=0.2))
     with pytest.raises(UserError, match="cannot be laid over 5 optimizer steps; train longer"):
         trainer(tmp_path, max_steps=5).fit(lit, Points())
+
+
+def test_signature_of_a_step_is_known_and_lightnings_own_is_left_alone() -> None:
+    class WithoutStep(LitModel):
+        pass
+
+    class WithStep(LitModel):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None: ...
+
+    assert not hasattr(WithoutStep.training_step, "__signature__")
+    told = vars(WithStep.training_step)["__signature__"]
+    assert [*told.parameters] == ["self", "batch", "batch_idx"]
 
 
 def test_seeds_of_steps_differ_and_come_back() -> None:

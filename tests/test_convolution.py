@@ -126,6 +126,53 @@ def test_field_of_the_networks(network: nn.Module, size: int, stride: int) -> No
     assert all(torch.equal(before[name], x) for name, x in network.state_dict().items())
 
 
+class Jump(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, ::2, ::2]
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "size", "stride"),
+    [
+        (nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(400))), (9, 9), 801, 1),
+        (nn.Sequential(nn.Conv1d(1, 1, 3, 2), nn.MaxPool1d(3, 2), nn.AvgPool1d(2)), (40,), 11, 8),
+        (nn.Sequential(nn.ReLU(inplace=True), nn.Conv3d(1, 1, 2)), (4, 4, 4), 2, 1),
+        (nn.Identity(), (4, 4), 1, 1),
+    ],
+    ids=["deep", "one axis", "in place", "nothing"],
+)
+def test_field_of_odd_networks(
+    network: nn.Module, shape: tuple[int, ...], size: int, stride: int
+) -> None:
+    with torch.no_grad():
+        field = receptive_field(network, torch.randn(1, 1, *shape))
+    assert field == ((size,) * len(shape), (stride,) * len(shape))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.ConvTranspose2d(1, 1, 2, 2), "behind ConvolutionBackward0 is not known"),
+        (nn.Upsample(scale_factor=2), "behind UpsampleNearest2DBackward0 is not known"),
+        (nn.AdaptiveAvgPool2d(4), "behind AdaptiveAvgPool2DBackward0 is not known"),
+        (Jump(), "behind SliceBackward0 is not known; give what is before it"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
+)
+def test_field_of_what_resamples_is_refused(layer: nn.Module, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        receptive_field(nn.Sequential(nn.Conv2d(1, 1, 3), layer), torch.randn(1, 1, 9, 9))
+
+
+def test_field_of_what_looks_away_is_refused() -> None:
+    class Constant(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight
+
+    with pytest.raises(UserError, match="does not depend on the images"):
+        receptive_field(Constant(1, 1, 3), torch.randn(1, 1, 9, 9))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -172,3 +172,8 @@ def test_checkpoint_keeps_the_filters(
     assert isinstance(network.network, LeNet5)
     assert network.network.conv1.in_channels == 6
     assert torch.equal(network.network.conv1.weight, saved["network.network.conv1.weight"])
+
+
+def test_images_with_other_channels_are_refused() -> None:
+    with pytest.raises(UserError, match="made for 3 channels, the images have 1; set --model"):
+        FixedFilters()(torch.zeros(2, 1, 8, 8))

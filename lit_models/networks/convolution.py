@@ -6,9 +6,9 @@ Araujo et al., "Computing receptive fields of convolutional neural networks" (Di
 
 import copy
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from errors import UserError
@@ -73,42 +73,64 @@ def receptive_field(network: nn.Module, images: Tensor) -> ReceptiveField:
     an evaluation: it knows their order, and what branches off.
 
     Args:
-        network: Made of ``Conv``, ``MaxPool`` and ``AvgPool`` layers or their functions.
+        network: Made of convolutions and poolings, as layers or as functions.
         images: An example of what it takes, (B, C, ...).
+
+    Raises:
+        UserError: The network enlarges its images, resamples them, or does not look at them.
     """
-    images = images.detach().requires_grad_()
-    output = copy.deepcopy(network).eval()(images)
     axes = images.ndim - 2
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        output = copy.deepcopy(network).eval()(images.clone())  # its first layer may work in place
 
-    @cache
-    def seen_by(node: Any) -> ReceptiveField | None:
-        """By what this node of the graph was the gradient of; None if it saw no image."""
+    fields: dict[Any, ReceptiveField | None] = {}  # by what a node was the gradient of
+    waiting = [output.grad_fn] if output.grad_fn else []
+    while waiting:
+        node = waiting[-1]
+        parents = [parent for parent, _ in node.next_functions if parent]
+        if missing := [parent for parent in parents if parent not in fields]:
+            waiting += missing
+            continue
+        waiting.pop()
+        seen = [field for parent in parents if (field := fields[parent])]
         if getattr(node, "variable", None) is images:
-            return ReceptiveField((1,) * axes, (1,) * axes)
-        before = [seen for parent, _ in node.next_functions if parent and (seen := seen_by(parent))]
-        if not before:
-            return None
-        size, stride = (tuple(map(max, zip(*x, strict=True))) for x in zip(*before, strict=True))
-        kernel, steps, dilation = window(node, axes)
-        reach = (d * (k - 1) * s for d, k, s in zip(dilation, kernel, stride, strict=True))
-        return ReceptiveField(
-            tuple(a + b for a, b in zip(size, reach, strict=True)),
-            tuple(a * b for a, b in zip(stride, steps, strict=True)),
-        )
-
-    field = seen_by(output.grad_fn)
-    assert field is not None
+            fields[node] = ReceptiveField((1,) * axes, (1,) * axes)
+        else:
+            fields[node] = extended(node, seen) if seen else None
+    if not (field := fields.get(output.grad_fn)):
+        raise UserError("the network's output does not depend on the images.")
     return field
+
+
+def extended(node: Any, before: list[ReceptiveField]) -> ReceptiveField:
+    """What is seen behind a node of autograd's graph, of which the branches saw ``before``."""
+    size, stride = (tuple(map(max, zip(*x, strict=True))) for x in zip(*before, strict=True))
+    kernel, steps, dilation = window(node, len(size))
+    reach = (d * (k - 1) * s for d, k, s in zip(dilation, kernel, stride, strict=True))
+    return ReceptiveField(
+        tuple(a + b for a, b in zip(size, reach, strict=True)),
+        tuple(a * b for a, b in zip(stride, steps, strict=True)),
+    )
+
+
+RESAMPLING = ("Upsample", "Adaptive", "FractionalMaxPool", "Im2Col", "Col2Im", "GridSampler")
 
 
 def window(node: Any, axes: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
     """Kernel size, stride and dilation of what a node of autograd's graph came from."""
-    ones = (1,) * axes
-    if node.name().startswith("ConvolutionBackward"):
+    name, ones = node.name(), (1,) * axes
+    enlarges = name.startswith("ConvolutionBackward") and node._saved_transposed
+    jumps = name.startswith("SliceBackward") and node._saved_step > 1
+    if enlarges or jumps or name.startswith(RESAMPLING):
+        raise UserError(f"the receptive field behind {name} is not known; give what is before it.")
+    if name.startswith("ConvolutionBackward"):
         return node._saved_weight.shape[2:], node._saved_stride, node._saved_dilation
-    if node.name().startswith(("MaxPool", "AvgPool")):
+    if name.startswith(("MaxPool", "AvgPool")):
         kernel = node._saved_kernel_size
-        return kernel, node._saved_stride or kernel, getattr(node, "_saved_dilation", ones)
+        each = kernel, node._saved_stride or kernel, getattr(node, "_saved_dilation", ones)
+        kernel, steps, dilation = (x[-axes:] for x in each)  # one axis is pooled as the last of two
+        return kernel, steps, dilation
     return ones, ones, ones
 
 

@@ -57,6 +57,11 @@ class FixedFilters(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C * F, H, W), all answers of one channel side by side."""
+        if images.shape[1] != self.in_channels:
+            raise UserError(
+                f"the filters are made for {self.in_channels} channels, the images have "
+                f"{images.shape[1]}; set --model.network.in_channels={images.shape[1]}."
+            )
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
         return F.conv2d(padded, self.weight, groups=self.in_channels)
 
@@ -65,10 +70,14 @@ class Filtered(nn.Module):
     """An image network behind fixed filters.
 
     Args:
-        network: Makes a network of images with ``in_channels`` channels.
+        network: Makes a network of images. Its own ``in_channels`` is what the filters leave, and
+            its ``num_classes`` that of here, whatever is set for them.
         filters: What it sees; with ``identity`` among them the image as well.
         in_channels: Channels C of the images.
         num_classes: Number of classes K the network is made for.
+
+    Raises:
+        UserError: The images have another number of channels.
     """
 
     def __init__(

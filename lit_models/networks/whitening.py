@@ -54,8 +54,8 @@ class Whitening(nn.Conv2d):
 
 def asking_for_data(network: nn.Module) -> Iterator[Any]:
     """The parts that have a method ``init_from_data``; such a part answers for those within it."""
-    if hasattr(network, "init_from_data"):
-        yield network
-    else:
-        for part in network.children():
-            yield from asking_for_data(part)
+    answered_for: set[nn.Module] = set()
+    for part in network.modules():
+        if hasattr(part, "init_from_data") and part not in answered_for:
+            answered_for.update(part.modules())
+            yield part
