@@ -13,12 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 
 from callbacks.training_cost import training_cost, units_of
 from datamodules.base import BaseDataModule
-from errors import mistake_behind, told_in_one_sentence
-from grid import DEFAULTS
+from errors import UserError, mistake_behind, told_in_one_sentence
+from grid import DEFAULTS, read_yaml
 from lit_models.base import LitModel
 from train import Parser, link_facts
 
@@ -28,7 +27,9 @@ COLUMNS += ["weights", "gradients", "optimizer", "activations", "peak"]
 
 def built(config: Path, overrides: list[str]) -> tuple[LitModel, BaseDataModule]:
     """Model and data of a config, without its schedule, which would ask how long training is."""
-    settings = yaml.safe_load(config.read_text())
+    settings = read_yaml(config)
+    if not settings.keys() >= {"model", "data"}:
+        raise UserError("it is no experiment: it needs a model and data.")
     settings["model"]["init_args"].pop("lr_scheduler", None)
     parser = Parser()
     parser.add_subclass_arguments(LitModel, "model")
@@ -59,7 +60,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.network_costs",
         description="Print what a training step of each config costs. Flags of model and data, "
-        "such as --data.data_dir, are those of train.py.",
+        "such as --data.data_dir=DIR, are those of train.py.",
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="*", type=Path, help="default: all in configs/")

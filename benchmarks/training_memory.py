@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_memory
 
-Berkeley's exam asks for it: 16 sentences of 512 tokens in float32, plain SGD. Each row is a step
-that is really taken, on CUDA if there is one, in up to 4 GiB.
+UCSB's homework 2 asks for it, problem 3.4: 16 sentences of 512 tokens in float32, plain SGD. Each
+row is a step that is really taken, on CUDA if there is one, in up to 4 GiB.
 """
 
 import argparse

@@ -47,8 +47,14 @@ def test_a_config_that_cannot_be_built_without_its_data_stops_no_other(
 ) -> None:
     """The module of the photos looks for their folder when it is made."""
     monkeypatch.chdir(tmp_path)
-    main([str(CONFIGS / f"{name}.yaml") for name in ("image_folder", "digits_conv_stack")])
+    Path("broken.yaml").write_text("model: [")
+    Path("empty.yaml").write_text("trainer: {}")
+    shipped = [str(CONFIGS / f"{name}.yaml") for name in ("image_folder", "digits_conv_stack")]
+    main(["broken.yaml", "empty.yaml", "missing.yaml", *shipped])
     printed = capsys.readouterr().out
     [digits] = rows(printed)
     assert digits["network"] == "ConvStack"
     assert "\nWithout image_folder: photos is no folder" in printed
+    assert "\nWithout broken: broken.yaml is not YAML" in printed
+    assert "\nWithout empty: it is no experiment" in printed
+    assert "\nWithout missing: missing.yaml cannot be read" in printed

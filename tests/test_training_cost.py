@@ -110,7 +110,7 @@ def test_estimate_is_what_a_transformer_takes(dropout: float, plain: bool) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_estimate_at_the_size_of_the_exam(dropout: float, plain: bool) -> None:
+def test_estimate_at_the_size_of_the_homework(dropout: float, plain: bool) -> None:
     cost, peak = measure(16, 512, dropout, plain)
     assert cost.ways[0].peak == pytest.approx(peak, rel=0.15)
     kept = {(False, 0.0): 0.27, (True, 0.0): 1.14}.get((plain, dropout), 2.92)  # GiB

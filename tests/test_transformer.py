@@ -40,7 +40,7 @@ EACH_KIND = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     ("options", "parameters"),
     [
-        ({"norm": "inner"}, 539_456),  # Berkeley's exam: tied embeddings, sinusoidal positions
+        ({"norm": "inner"}, 539_456),  # UCSB, homework 2: tied embeddings, sinusoidal positions
         ({}, 539_712),
         ({"norm": "none", "bias": False}, 534_528),
         ({"norm": "inner", "positions": "learned"}, 572_224),
