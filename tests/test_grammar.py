@@ -400,14 +400,20 @@ def test_tests_on_another_corpus(run: Path, tmp_path: Path) -> None:
     assert row["output"] == row["reference"]
 
 
-def by_processes(count: int, script: str, *args: str) -> None:
-    """Run a script with one thread for each of its processes."""
+def by_processes(count: int, script: Any, *args: str) -> None:
+    """Run a script in one process, which is this one, or in several."""
     devices = ["--accelerator=cpu", f"--devices={count}"]
-    if script == train.__file__:
-        devices = [f"--trainer.{flag[2:]}" for flag in devices] + ["--trainer.strategy=ddp"]
+    if script is train:
+        devices = [f"--trainer.{flag[2:]}" for flag in devices]
+    if count == 1:
+        script.main([*args, *devices])
+        end_wandb()
+        return
+    if script is train:
+        devices.append("--trainer.strategy=ddp")
     # as many threads as in this process, for another number rounds differently
     one_core = partial(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-    command = [sys.executable, script, *args, *devices]
+    command = [sys.executable, script.__file__, *args, *devices]
     subprocess.run(command, check=True, capture_output=True, timeout=300, preexec_fn=one_core)
 
 
@@ -415,14 +421,14 @@ def by_processes(count: int, script: str, *args: str) -> None:
 def test_two_processes_score_and_correct_as_one(run: Path, tmp_path: Path) -> None:
     found = []
     for count in (1, 2):
-        by_processes(count, train.__file__, "test", f"--run={run}", "--data.eval_batch_size=7")
+        by_processes(count, train, "test", f"--run={run}", "--data.eval_batch_size=7")
         last = next(row for row in reversed(table(run / "metrics.csv")) if row["test/f05"])
         scores = {key: float(value) for key, value in last.items() if "test/" in key and value}
         lines = tmp_path / "lines.txt"
         lines.write_text("My sister walked to the the house.\n\nIt is is late. The the end.\n" * 9)
         output = tmp_path / f"{count}.txt"
         flags = [f"--text_file={lines}", f"--output={output}", "--data.eval_batch_size=4"]
-        by_processes(count, predict.__file__, str(run), *flags)
+        by_processes(count, predict, str(run), *flags)
         found.append((scores, output.read_bytes()))
     (one, text), (two, same) = found
     assert two == pytest.approx(one, abs=1e-6)
