@@ -61,6 +61,16 @@ def test_size_is_that_of_the_layers(
             assert output_size(size, kernel, stride, padding, dilation) == expected
 
 
+def test_layer_of_the_question() -> None:
+    """UCSB homework 2, question 2.3: weights, the output of a batch, and that flattened."""
+    conv = nn.Conv2d(3, 2, kernel_size=5, stride=2)
+    assert conv.weight.shape == (2, 3, 5, 5)
+    assert conv.weight.numel() == 150
+    output = conv(torch.zeros(100, 3, 64, 64))
+    assert output.shape == (100, 2, *output_size((64, 64), kernel_size=5, stride=2))
+    assert output.flatten(1).shape == (100, 1800)
+
+
 def pixels(network: nn.Module, images: Tensor, position: tuple[int, int]) -> list[list[int]]:
     """The rows, and the columns, of the images by which an output has a gradient."""
     images = images.clone().requires_grad_()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_models.networks import LeNet5, ResNet, WhitenedCNN
-from lit_models.networks.whitened_cnn import identity_conv
+from lit_models.networks.whitened_cnn import batch_norm, identity_conv
 
 
 def smooth_images(count: int, seed: int = 0) -> Tensor:
@@ -134,3 +134,20 @@ def test_only_the_bias_of_the_whitening_layer_is_trained() -> None:
 def test_an_identity_convolution_hands_its_inputs_through() -> None:
     inputs = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(identity_conv(4, 6)(inputs)[:, :4], inputs)
+
+
+def test_batch_norm_takes_out_the_scale_and_shift_of_what_comes_before() -> None:
+    """In training every channel is standardised; in a test by averages of training."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 8, 8)
+    conv, norm = identity_conv(3, 4), batch_norm(4)
+    before = norm(conv(images))
+    torch.testing.assert_close(before.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    spread = before.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(spread, torch.ones(4), atol=1e-2, rtol=0)
+    conv.weight.data.mul_(100)
+    for _ in range(40):  # until the averages are those of these images
+        after = norm(conv(images) + 7)
+    torch.testing.assert_close(after, before, atol=1e-2, rtol=0)
+    norm.eval()
+    torch.testing.assert_close(norm(conv(images[:1]) + 7), before[:1], atol=2e-2, rtol=0)
