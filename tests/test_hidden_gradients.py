@@ -281,6 +281,7 @@ def test_steps_that_are_not_due_cost_nothing() -> None:
     assert not callback.measured  # and other ranks than the first do nothing at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_every_precision_is_measured(tmp_path: Path, precision: str) -> None:
     core = "--model.network.rnn=lit_models.networks.VanillaRNN"  # oneDNN's LSTM takes no bfloat16

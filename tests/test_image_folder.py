@@ -448,6 +448,7 @@ def test_a_broken_photo_is_left_out_and_told_of_once(photos: Path) -> None:
         data(photos).setup("fit")
 
 
+@pytest.mark.slow
 def test_a_photo_that_would_fill_the_memory_is_left_out(photos: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(photos / "cat" / "0.png")
     with pytest.warns(UserWarning, match=r"cat/0.png: Image size \(400000000 pixels\) exceeds"):

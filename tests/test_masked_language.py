@@ -318,6 +318,7 @@ def test_pretrained_weights_are_taken_over_and_the_rest_is_not_touched(run: Path
     assert any(name.startswith("encoder.0.") for name in shared)
 
 
+@pytest.mark.slow
 def test_a_correction_starts_from_them_and_goes_on_without(run: Path, tmp_path: Path) -> None:
     def fit(pretrained: str, max_steps: int, resume: Path | None = None) -> LitSeq2Seq:
         torch.manual_seed(0)

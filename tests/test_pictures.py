@@ -399,6 +399,7 @@ def test_the_matrix_shows_counts_coloured_by_their_share_of_the_row() -> None:
     assert axes.get_title() == "24 of 30 right"
 
 
+@pytest.mark.slow
 def test_a_hundred_classes_are_drawn_without_numbers() -> None:
     figure = confusion_matrix(np.eye(100, dtype=int), [f"class {k}" for k in range(100)])
     assert not figure.axes[0].texts

@@ -463,6 +463,7 @@ def test_a_batch_that_never_was_is_refused(batch_idx: int) -> None:
         data_module().training_batch(0, batch_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["clean", "notebook"])
 def test_only_the_training_procedure_of_the_steady_config_differs(
     stream: str, monkeypatch: pytest.MonkeyPatch

@@ -330,6 +330,7 @@ def test_an_agents_run_is_sent_to_its_server(
         assert os.environ["WANDB_MODE"] == mode
 
 
+@pytest.mark.slow
 def test_a_test_behind_training_is_that_of_the_averaged_weights(
     small: list[str],
     tmp_path: Path,

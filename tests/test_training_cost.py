@@ -125,6 +125,7 @@ def test_estimate_is_what_other_networks_take(optimizer: Any) -> None:
     assert training_cost(model, steps, batch).ways[0].peak == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_keeps_a_mask_and_the_dropped_weights() -> None:
     """On a CPU fused attention has no dropout: it is the plain one that runs."""
     cost, _ = measure(4, 128, 0.1, False)
@@ -145,6 +146,7 @@ def test_dropout_of_attention_keeps_a_mask_and_the_dropped_weights() -> None:
     assert less == pytest.approx(7 * one, abs=7 * 10 * output_and_rows)
 
 
+@pytest.mark.slow
 def test_lengths_can_be_read_though_no_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("callbacks.training_cost.NEEDS_VALUES", ())
     model = classifier(Transformer(50, 16, 2, 1, 1, 16), num_classes=50)
