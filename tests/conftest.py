@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
     "--model.network.widths=[8,8,8]",
+    "--model.optimizer=torch.optim.SGD",  # Muon's learning rates are those of large batches
+    "--model.optimizer.lr=0.6",
+    "--model.optimizer.momentum=0.9",
+    "--model.optimizer.nesterov=true",
+    "--model.lr_scheduler.peak=0.2",
     "--data.verify=false",
     "--data.val_size=40",
     "--data.batch_size=16",
