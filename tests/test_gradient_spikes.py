@@ -930,7 +930,7 @@ def test_two_processes_decide_as_one(reaction: Any, tmp_path: Path) -> None:
             UpdateClipping(0.5, max_decrease=0.01),
             Witness(folder),
         ]
-        strategy = "ddp_fork" if count > 1 else "auto"
+        strategy = "ddp_spawn" if count > 1 else "auto"
         model = Plain(partial(Adam, lr=0.003))
         fit(folder, model, *callbacks, devices=count, strategy=strategy, max_epochs=10)
         with (folder / "metrics.csv").open(newline="") as file:

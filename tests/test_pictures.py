@@ -199,7 +199,7 @@ def test_a_picture_is_shown_on_the_wandb_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
-    for run, options in (("one", {}), ("two", {"strategy": "ddp_fork", "devices": 2})):
+    for run, options in (("one", {}), ("two", {"strategy": "ddp_spawn", "devices": 2})):
         trainer = make_trainer(tmp_path / run, ConfusionMatrix(), Mistakes(), **options)
         trainer.test(Reader(), PlantedData(), verbose=False)
     for name in ("confusion_matrix_test.csv", "confusion_matrix_test.png", "mistakes.png"):

@@ -25,9 +25,6 @@ pytestmark = [
 ]
 
 
-ON_SHORT_RUN = pytest.mark.xdist_group("short_run")  # in one process, so that it is trained once
-
-
 @pytest.fixture(scope="module")
 def short_run(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of a narrow network, trained and tested."""
@@ -50,7 +47,6 @@ def accuracy_of(csv_file: Path, key: Path) -> tuple[int, float]:
     return len(rows), float(np.mean([rows[i] == label for i, label in truth.items()]))
 
 
-@ON_SHORT_RUN
 def test_real_images_are_learned(short_run: Path) -> None:
     assert recorded_accuracy(short_run) > 0.55
 
@@ -61,7 +57,6 @@ def recorded_accuracy(run: Path) -> float:
     return float(value)
 
 
-@ON_SHORT_RUN
 def test_kaggle_score_is_the_test_accuracy(
     short_run: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +71,6 @@ def test_kaggle_score_is_the_test_accuracy(
     submit.main(["kaggle.csv", "--dry_run"])
 
 
-@ON_SHORT_RUN
 def test_ucsb_score(short_run: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (real_data / "ucsb").is_dir():
         pytest.skip("REAL_DATA has no ucsb")
