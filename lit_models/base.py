@@ -72,9 +72,8 @@ class LitModel(LightningModule):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if step := vars(cls).get("training_step"):
-            step.__signature__ = signature(
-                step
-            )  # Lightning asks for it at every step, which is slow
+            # Lightning asks for it at every step, and finding it out is slow
+            step.__signature__ = signature(step)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets this one some forty times a step, and a module looks for what it is first
