@@ -25,7 +25,7 @@ from files import atomic_write, sha256
 from lit_models.base import LitModel
 from lit_models.classification import TTA
 from runs import Run, load_checkpoint, provenance
-from train import Parser, link_facts, quiet_libraries
+from train import Parser, keep_freed_memory, link_facts, quiet_libraries
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
@@ -280,6 +280,7 @@ def main(args: list[str] | None = None) -> None:
     with told_in_one_sentence():
         options, overrides = parse(sys.argv[1:] if args is None else args)
         quiet_libraries()
+        keep_freed_memory()
         fix_threads()
         inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
         if options.json:
