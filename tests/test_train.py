@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -217,6 +219,17 @@ def test_precision_fits_the_processor(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     assert train.fastest_precision(accelerator) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_freed_memory_is_not_asked_of_the_kernel_again() -> None:
+    train.keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(2**24)  # 64 MiB, twice as large as what glibc keeps by itself
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    # the first few find their place, between what others have put there
+    assert faults < 10 * 2**26 / resource.getpagesize()
 
 
 def test_schedule_of_a_finished_run_cannot_be_stretched(
