@@ -25,7 +25,7 @@ from files import atomic_write, sha256
 from lit_models.base import LitModel
 from lit_models.classification import TTA
 from runs import Run, load_checkpoint, provenance
-from train import Parser, keep_freed_memory, link_facts, quiet_libraries
+from train import Parser, link_facts, quiet_libraries
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
@@ -280,7 +280,6 @@ def main(args: list[str] | None = None) -> None:
     with told_in_one_sentence():
         options, overrides = parse(sys.argv[1:] if args is None else args)
         quiet_libraries()
-        keep_freed_memory()
         fix_threads()
         inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
         if options.json:
@@ -293,6 +292,10 @@ def main(args: list[str] | None = None) -> None:
         if len(classes := {member.data.class_names for member in members}) > 1:
             named = " and ".join(", ".join(names) for names in sorted(classes))
             raise UserError(f"runs with different classes have no average: {named}.")
+        precisions = {str(member.config["trainer"]["precision"]) for member in members}
+        if len(precisions) > 1 and options.precision is None:
+            named = " and ".join(sorted(precisions))
+            raise UserError(f"these runs were trained in {named}; choose one with --precision.")
         told = not options.json  # standard output is for the objects alone
         bar = told and not options.text
         trainer = Trainer(
@@ -319,7 +322,7 @@ def main(args: list[str] | None = None) -> None:
                     count = members[0].data.submission().count(ids)
                     print(f"{count:,} predictions in {output}")
                 if submission.sendable:
-                    target = members[0].source if options.output is None else output
+                    target = single if single.is_dir() and options.output is None else output
                     print(f"Next: python submit.py {target} --dry_run")
         finally:
             if trainer.is_global_zero:
@@ -330,7 +333,7 @@ def fix_threads() -> None:
     """Use the same number of threads in every process, however many there are.
 
     A convolution on the CPU rounds differently with another number of threads, and Lightning would
-    divide the cores among the processes.
+    divide the cores among the processes, as torchrun does by OMP_NUM_THREADS.
     """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -34,8 +34,8 @@ class Run:
         for folder in (Path(name), root / name):
             if (folder / "config.yaml").is_file():
                 return cls(folder)
-        known = sorted(p.parent.relative_to(root) for p in root.glob("*/*/config.yaml"))
-        listed = ", ".join(map(str, known[-5:])) or "none yet"
+        known = sorted(root.glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        listed = ", ".join(str(path.parent.relative_to(root)) for path in known[-5:]) or "none yet"
         raise UserError(f"{name} is not a run folder; the newest in {root}/ are: {listed}.")
 
     @classmethod

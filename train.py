@@ -17,6 +17,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
@@ -142,6 +143,8 @@ class CLI(LightningCLI):
             if "merges" in learned:  # subwords need no books again; classes are read and compared
                 config.data.init_args["merges"] = learned["merges"]
         trainer.default_root_dir = str(run.folder)
+        if isinstance(trainer.logger, Namespace):
+            trainer.logger = [trainer.logger]
         for logger in trainer.logger if isinstance(trainer.logger, list) else []:
             settings = logger.init_args
             settings.save_dir = str(run.folder)
@@ -157,6 +160,12 @@ class CLI(LightningCLI):
         if not trainer.fast_dev_run:  # in front, so that what it flushes reaches the pictures
             kwargs["callbacks"] = [self.record, *(trainer.callbacks or [])]
         made = super().instantiate_trainer(**kwargs)
+        folder, written = made.default_root_dir, made.log_dir or made.default_root_dir
+        if not trainer.fast_dev_run and os.path.normpath(written) != os.path.normpath(folder):
+            raise UserError(
+                f"the first logger would have the run in {written}; put one in front that writes "
+                "into the run's folder, as callbacks.MetricsCSV does."
+            )
         equip(made, termination=not trainer.fast_dev_run)
         return made
 
@@ -245,6 +254,8 @@ def show_metrics(metrics: Mapping[str, Tensor]) -> None:
 
 def equip(trainer: Trainer, *, termination: bool = True) -> None:
     """Give a trainer what no configuration names: the answer to SIGTERM, and a quick loop."""
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        keep_freed_memory()
     if termination:  # now, since Lightning would take it for a ModelCheckpoint
         trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
     pass_over_idle_hooks(trainer)
@@ -271,8 +282,8 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc keep what tensors free, instead of handing it back to the kernel.
 
     As it comes, it maps each block of more than 32 MiB anew, and the kernel has to zero every page
-    of it: a fifth to a third of a training step on a CPU (docs/speed.md). See mallopt(3); other C
-    libraries are left as they are.
+    of it: up to a third of a training step (docs/speed.md). See mallopt(3); other C libraries are
+    left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -323,7 +334,8 @@ def arrange(args: list[str]) -> list[str]:
     if known.run and not known.config:
         run = Run.find(known.run)
         known.config = [str(run.config)]
-        rest = [f"--trainer.default_root_dir={run.folder.parents[1]}", *rest]
+        root = os.path.relpath(run.folder.absolute().parents[1])
+        rest = [f"--trainer.default_root_dir={root}", *rest]
     configs = [f"--config={path}" for path in known.config]
     named = [f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key]]
     return [args[0], *configs, *named, *rest]
@@ -334,7 +346,6 @@ def main(args: list[str] | None = None) -> None:
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
         os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()
-        keep_freed_memory()
         options = {"default_config_files": [str(DEFAULTS)]}
         CLI(
             sys.argv[1:] if args is None else args,

@@ -16,10 +16,12 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +29,7 @@ from rich.table import Table
 from lit_models.networks import WhitenedCNN
 from train import fastest_precision, keep_freed_memory
 
-NETWORKS = {"cifar10_cpu": ([32, 128, 128], 1000), "cifar10_speedrun": ([64, 256, 256], 2000)}
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class Cost(NamedTuple):
@@ -78,8 +80,10 @@ def main(args: list[str] | None = None) -> None:
     print(f"{torch.get_num_threads()} threads, torch {version('torch')}, {libc}; ", end="")
     print(f"{fastest_precision('cpu')}, medians of {rounds} rounds of {steps} steps")
     table = Table("network", "batch", "freed memory", "ms", "ratio", "page faults", "peak, MB")
-    for name, (widths, batch) in NETWORKS.items():
-        size = batch // divisor
+    for name in ("cifar10_cpu", "cifar10_speedrun"):
+        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        widths = config["model"]["init_args"]["network"]["init_args"]["widths"]
+        size = config["data"]["init_args"]["batch_size"] // divisor
         costs: dict[bool, list[Cost]] = {False: [], True: []}
         for _ in track(range(rounds), name, transient=True):
             for keep, measured in costs.items():

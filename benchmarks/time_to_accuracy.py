@@ -5,9 +5,10 @@
     python -m benchmarks.time_to_accuracy --quick    # a tenth of the network, one epoch, one seed
 
 The hot time is what airbench counts: whitening, training, and the evaluation with test-time
-augmentation; not reading the data, not an evaluation in between, and not the first run, which warms
-up. All that an ordinary run does besides is in it: loggers, checkpoints, progress bar. The cold
-time (``--cold``) is that of the whole command, from the start of the process to its end.
+augmentation; not reading the data, and on a GPU not the first run, which warms up. All that an
+ordinary run does besides is in it: loggers, checkpoints, progress bar, and the validation of a
+config that has one. The cold time (``--cold``) is that of the whole command, from the start of the
+process to its end.
 
 ``--peer`` is a checkout of KellerJordan/cifar10-airbench. On a GPU its ``airbench94_muon.py`` runs
 in turns with ours, compiled as its author runs it; on any machine one training step of its network
@@ -33,6 +34,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+import wandb
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -99,6 +101,7 @@ def hot(options: argparse.Namespace, seed: int) -> tuple[float, float]:
     watch = "--trainer.callbacks+=benchmarks.time_to_accuracy.Stopwatch"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         train.main([*command(options, seed, folder), watch])
+        wandb.finish()  # or the next seed would go on with this run
     return sum(Stopwatch.seconds), accuracy(printed.getvalue())
 
 

@@ -50,6 +50,21 @@ class BestCheckpoint(ModelCheckpoint):
             self.monitor = pl_module.monitor
         super().setup(trainer, pl_module, stage)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning forgets what was best when the run's folder has moved or goes by another path
+        folder = Path(self.dirpath or ".")
+        best = folder / Path(state_dict["best_model_path"]).name
+        if best.is_file():
+            paths = {"best_model_path": str(best), "kth_best_model_path": str(best)}
+            scores = {str(best): state_dict["best_model_score"]}
+            state_dict = {
+                **state_dict,
+                **paths,
+                "best_k_models": scores,
+                "dirpath": self.dirpath,
+            }
+        super().load_state_dict(state_dict)
+
 
 class MetricsCSV(Logger):
     """All metrics in ``metrics.csv``: one row per optimizer step, one column per metric.

@@ -134,6 +134,8 @@ class LitClassifier(LitModel):
         """Logits (B, K) in float32, averaged over the views of test-time augmentation."""
         if self.tta == "none" or self.trainer.state.fn == "fit":
             return self(*inputs).float()
+        if len(inputs) != 1 or inputs[0].ndim != 4:
+            raise UserError("test-time augmentation needs images; set tta to none for others.")
         (images,) = inputs
         weighted = [weight * self(view).float() for weight, view in views(images, self.tta)]
         return torch.stack(weighted).sum(0)

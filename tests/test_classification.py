@@ -391,6 +391,11 @@ def test_tta_averages_logits_except_inside_fit(tta: TTA, tmp_path: Path) -> None
     torch.testing.assert_close(probabilities, averaged.softmax(1))
 
 
+def test_views_of_what_is_no_image_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="augmentation needs images"):
+        trainer(tmp_path).validate(model(tta="mirror"), Points(), verbose=False)
+
+
 def test_an_unknown_tta_is_refused() -> None:
     known = "none, mirror, translate, mirror_translate"
     with pytest.raises(UserError, match=f"tta must be one of {known}, got 'x'"):

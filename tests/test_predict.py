@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,27 @@ def test_ensemble_is_the_mean_of_the_probabilities(run: Path) -> None:
     both = np.load("both.npz")["probabilities"]
     np.testing.assert_allclose(both, np.mean(single, axis=0), rtol=1e-6)
     assert len(json.loads(Path("both.json").read_text())["runs"]) == 2
+
+
+def test_members_of_an_ensemble_share_a_precision(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path("runs/cifar10_cpu/other")
+    shutil.copytree(run, other)
+    path = other / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"] = checkpoint["config"].replace("precision: 32-true", "precision: 64-true")
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit):
+        predict.main([str(run), str(other), "--output", "both.csv"])
+    said = capsys.readouterr().err
+    assert "were trained in 32-true and 64-true; choose one with --precision." in said
+
+
+def test_next_of_a_checkpoint_is_its_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predict.main([str(run / "checkpoints" / "best.ckpt"), "--tta=none"])
+    (said,) = re.findall(r"Next: python submit.py (\S+) --dry_run", capsys.readouterr().out)
+    assert Path(said).samefile(run / "checkpoints" / "submission.csv")
 
 
 def beside(run: Path, **data: object) -> Path:

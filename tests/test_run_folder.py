@@ -1,12 +1,15 @@
 """Run folders, their records, and the files in them."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import full_disk
+from test_classification import Points, model, trainer
 
-from callbacks import AtomicCheckpointIO, MetricsCSV
+from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV
 from callbacks.wandb_logger import held_metrics, leveldb_records
 from errors import UserError, told_in_one_sentence
 from files import atomic_write, sha256
@@ -197,3 +200,34 @@ def test_only_user_errors_are_told_in_a_sentence(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit), told_in_one_sentence():
         raise wrapped
     assert capsys.readouterr().err == "error: inner.\n"
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_best_epoch_is_remembered_when_the_run_has_moved(tmp_path: Path) -> None:
+    def train(home: Path, epochs: int, resume: Path | None = None) -> None:
+        callbacks = [BestCheckpoint()]
+        run = trainer(home, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
+        run.fit(model(), Points(), ckpt_path=resume)
+        run.save_checkpoint(home / "last.ckpt")
+
+    home, moved = tmp_path / "here", tmp_path / "there"
+    train(home, epochs=1)
+    checkpoint = torch.load(home / "last.ckpt", weights_only=True)
+    (state,) = [s for key, s in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint")]
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(2.0))
+    state["best_model_score"] = torch.tensor(2.0)  # as no epoch can be
+    torch.save(checkpoint, home / "last.ckpt")
+    shutil.move(home, moved)
+    best = (moved / "checkpoints" / "best.ckpt").read_bytes()
+    train(moved, epochs=3, resume=moved / "last.ckpt")
+    assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+def test_runs_that_are_listed_are_the_newest(tmp_path: Path) -> None:
+    for age, name in enumerate(["a/new", "b/1", "b/2", "b/3", "b/4", "b/5"]):
+        config = tmp_path / name / "config.yaml"
+        config.parent.mkdir(parents=True)
+        config.touch()
+        os.utime(config, (1000 - age, 1000 - age))
+    with pytest.raises(UserError, match=r"are: b/4, b/3, b/2, b/1, a/new\."):
+        Run.find("nothing", tmp_path)

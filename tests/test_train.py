@@ -249,6 +249,24 @@ def test_schedule_of_a_finished_run_cannot_be_stretched(
     assert last.read_bytes() == (trained / "checkpoints" / "last.ckpt").read_bytes()
 
 
+def test_one_logger_writes_into_the_run_folder(
+    small: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*small, "--run=x", "--trainer.max_epochs=1"]
+    train.main(["fit", *flags, "--trainer.logger=callbacks.MetricsCSV"])
+    folder = Path("runs/cifar10_cpu/x")
+    assert (folder / "metrics.csv").is_file()
+    assert Run(folder).last_checkpoint.is_file()
+    other = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=x"]
+    said = sentence(["fit", *flags, *other], capsys)
+    assert "put one in front that writes into the run's folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was moved
 def test_run_goes_on_without_its_config(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
