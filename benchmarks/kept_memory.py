@@ -66,9 +66,9 @@ def measure(widths: list[int], batch: int, steps: int, keep: bool) -> Cost:
     return Cost(statistics.median(times[2:]), faults, usage.ru_maxrss / 1024)
 
 
-def in_own_process(*arguments: object) -> Cost:
+def in_own_process(widths: list[int], batch: int, steps: int, keep: bool) -> Cost:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+        return pool.submit(measure, widths, batch, steps, keep).result()
 
 
 def main(args: list[str] | None = None) -> None:
