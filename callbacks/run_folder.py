@@ -55,13 +55,11 @@ class BestCheckpoint(ModelCheckpoint):
         folder = Path(self.dirpath or ".")
         best = folder / Path(state_dict["best_model_path"]).name
         if best.is_file():
-            paths = {"best_model_path": str(best), "kth_best_model_path": str(best)}
-            scores = {str(best): state_dict["best_model_score"]}
-            state_dict = {
-                **state_dict,
-                **paths,
-                "best_k_models": scores,
+            state_dict = state_dict | {
                 "dirpath": self.dirpath,
+                "best_model_path": str(best),
+                "kth_best_model_path": str(best),
+                "best_k_models": {str(best): state_dict["best_model_score"]},
             }
         super().load_state_dict(state_dict)
 
