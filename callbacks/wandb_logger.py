@@ -2,11 +2,16 @@
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+if TYPE_CHECKING:
+    from wandb import Run
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 STEP = "trainer/global_step"
 
@@ -35,6 +40,41 @@ class ResumableWandbLogger(WandbLogger):
         missing = {k: v for k, v in metrics.items() if (step, k) not in self._held}
         if missing.keys() - {"epoch"}:
             super().log_metrics(missing, step)
+
+    @rank_zero_only
+    def log_rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Log the metrics of several optimizer steps, and wait once until W&B has them."""
+        with sent_together(self.experiment):
+            for step, metrics in sorted(rows.items()):
+                self.log_metrics(metrics, step)
+
+
+@contextmanager
+def sent_together(run: "Run") -> Iterator[None]:
+    """Send at the end what the run publishes in here.
+
+    W&B 0.31 sends from a thread of its own and waits for it in every call, which takes two to three
+    times as long as the rest of the call.
+    """
+    interface: Any = run._interface
+    if interface is None:  # WANDB_MODE=disabled
+        yield
+        return
+    records: list[Record] = []
+
+    async def send() -> None:
+        from wandb.proto.wandb_server_pb2 import ServerRequest  # type: ignore[attr-defined]
+
+        for record in records:
+            interface._assign(record)
+            await interface._client.publish(ServerRequest(record_publish=record))
+
+    interface._publish = lambda record, nowait=False: records.append(record)
+    try:
+        yield
+    finally:
+        del interface._publish  # so that it is that of the class again
+        interface._asyncer.run(send)
 
 
 def held_metrics(folder: Path) -> Iterator[tuple[int, str]]:
