@@ -38,6 +38,12 @@ from runs import ROOT, Run, load_checkpoint, provenance
 
 SUBCOMMANDS = ("fit", "validate", "test")
 SEE_HELP = "; see --help for what is known."
+# what the Trainer refuses to have among its callbacks when it is told to do without
+NEEDS = {
+    "logger": "LearningRateMonitor",
+    "enable_progress_bar": "ProgressBar",
+    "enable_checkpointing": "Checkpoint",
+}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -122,10 +128,15 @@ class CLI(LightningCLI):
         trainer = config.trainer
         if trainer.precision is None:
             trainer.precision = fastest_precision(trainer.accelerator)
-        if trainer.logger is False:  # the monitor refuses to run without a logger
-            monitor = "LearningRateMonitor"
-            kept = [c for c in trainer.callbacks or [] if not c.class_path.endswith(monitor)]
+        idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
+        if idle and trainer.callbacks:
+            kept = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
             trainer.callbacks = kept
+        if self.subcommand == "fit" and config.test and trainer.enable_checkpointing is False:
+            raise UserError(
+                "--test=true tests the best checkpoint, and there will be none; leave "
+                "--trainer.enable_checkpointing=false out."
+            )
         self.record = RunRecord(self.describe(config))
         self.study = Study.load(config.study) if config.study else None
         # once, so that a file that is edited meanwhile changes nothing
@@ -228,14 +239,21 @@ class CLI(LightningCLI):
         if self.study:
             PointRecord(folder).write(self.point, finished=True)
         show_metrics(self.trainer.callback_metrics)
-        print(f"The run is in {folder}: metrics.csv, pictures (*.png), checkpoints/")
+        kinds = {
+            "metrics.csv": "metrics.csv",
+            "*.png": "pictures (*.png)",
+            "*/*.ckpt": "checkpoints/",
+        }
+        found = [name for pattern, name in kinds.items() if any(folder.glob(pattern))]
+        print(f"The run is in {folder}{': ' if found else ''}{', '.join(found)}")
         for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbLogger) and not logger.experiment.disabled:
                 offline = logger.experiment.offline
                 place = logger.experiment.dir if offline else logger.experiment.url
                 print(f"W&B run: {Path(place).parent if offline else place}")
         after = "predict.py" if self.config.fit.test else "train.py test --run"
-        print(f"Next: python {after} {folder}")
+        if kinds["*/*.ckpt"] in found:
+            print(f"Next: python {after} {folder}")
 
     def after_validate(self) -> None:
         self.after_test()

@@ -149,6 +149,25 @@ def test_run_without_validation_says_so_and_uses_the_last_checkpoint(
     assert load_checkpoint(run.last_checkpoint)["metrics"] == {}
 
 
+def test_run_without_bar_checkpoints_and_logger(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lightning refuses the callbacks of the defaults when it is told to do without them."""
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--trainer.enable_{part}=false" for part in ("progress_bar", "checkpointing")]
+    flags += ["--trainer.logger=false", "--trainer.max_epochs=1", "--run=bare"]
+    train.main(["fit", *small, *flags])
+    said = capsys.readouterr()
+    assert "Epoch" not in said.out + said.err
+    assert said.out.endswith("The run is in runs/cifar10_cpu/bare: pictures (*.png)\n")
+    assert not (tmp_path / "runs" / "cifar10_cpu" / "bare" / "checkpoints").exists()
+    asked = sentence(["fit", *small, *flags, "--test=true", "--run=b"], capsys)
+    assert "tests the best checkpoint, and there will be none" in asked
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
