@@ -329,8 +329,9 @@ def fastest_precision(accelerator: str) -> str:
 def arrange(args: list[str]) -> list[str]:
     """Put the configuration files in front, so that every typed flag wins over every file.
 
-    ``--run RUN`` brings the configuration of a run that exists, unless another one is given. With
-    ``--study FILE`` the run is named by its point, and groups become the flags they stand for.
+    ``--run RUN`` brings the configuration of a run that exists, unless another one is given; the
+    run is looked for where ``--trainer.default_root_dir`` says. With ``--study FILE`` the run is
+    named by its point, and groups become the flags they stand for.
     """
     if not args or args[0] not in SUBCOMMANDS:
         return args
@@ -338,6 +339,7 @@ def arrange(args: list[str]) -> list[str]:
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--run")
     parser.add_argument("--study")
+    parser.add_argument("--trainer.default_root_dir", dest="root")
     known, rest = parser.parse_known_args(args[1:])
     if known.study:
         study = Study.load(known.study)
@@ -350,10 +352,11 @@ def arrange(args: list[str]) -> list[str]:
     if known.run is None and args[0] != "fit" and not asks_for_help:
         raise UserError(f"{args[0]} needs a trained run: add --run RUN.")
     if known.run and not known.config:
-        run = Run.find(known.run)
+        run = Run.find(known.run, Path(known.root or ROOT))
         known.config = [str(run.config)]
-        root = os.path.relpath(run.folder.absolute().parents[1])
-        rest = [f"--trainer.default_root_dir={root}", *rest]
+        known.root = known.root or os.path.relpath(run.folder.absolute().parents[1])
+    if known.root:
+        rest = [f"--trainer.default_root_dir={known.root}", *rest]
     configs = [f"--config={path}" for path in known.config]
     named = [f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key]]
     return [args[0], *configs, *named, *rest]

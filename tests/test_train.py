@@ -302,6 +302,29 @@ def test_run_goes_on_without_its_config(
     assert settings[0]["data"] == settings[1]["data"]
 
 
+@pytest.mark.parametrize(
+    ("place", "args", "root"),
+    [
+        ("elsewhere", ["--run=a/first", "--trainer.default_root_dir", "."], "."),
+        (".", ["--trainer.default_root_dir=elsewhere", "--run", "a/first"], "elsewhere"),
+        (".", ["--run=elsewhere/a/first"], "elsewhere"),
+        ("elsewhere/a", ["--run=first"], ".."),
+    ],
+)
+def test_a_run_is_found_where_its_root_is(
+    place: str, args: list[str], root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "elsewhere" / "a" / "first" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.touch()
+    monkeypatch.chdir(tmp_path / place)
+    arranged = train.arrange(["test", *args])
+    flags = dict(flag.split("=") for flag in arranged[1:])
+    assert Path(flags["--config"]).samefile(config)
+    assert flags["--trainer.default_root_dir"] == root
+    assert flags["--run"] in args or f"--run={flags['--run']}" in args
+
+
 @pytest.mark.slow
 def test_a_run_can_test_itself_when_it_is_trained(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
