@@ -197,6 +197,28 @@ def test_attention_to_all_states_is_its_equations(d: int, h: int, t: int, seed: 
         assert_equal(ours, torch.stack(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "core",
+    [
+        VanillaRNN(2, 3),
+        VanillaLSTM(2, 3),
+        GatedRNN(2, 3, num_layers=2),
+        AttentionRNN(2, 3),
+        AttentionRNN(2, 3, past="inf", num_layers=2),
+    ],
+    ids=["rnn", "lstm", "gated", "attention", "attention to all"],
+)
+def test_mixed_precision_changes_little(core: nn.Module, dtype: torch.dtype) -> None:
+    """GatedRNN and the attention to all states refused it: lerp takes one precision alone."""
+    x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0))
+    exact = core(x)
+    with torch.autocast("cpu", dtype):
+        mixed = core(x)
+    mixed.sum().backward()
+    torch.testing.assert_close(mixed.float(), exact, rtol=0, atol=0.02)
+
+
 def test_large_scores_do_not_overflow() -> None:
     torch.manual_seed(0)
     core = AttentionRNN(3, 3, past="inf")

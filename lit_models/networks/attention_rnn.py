@@ -104,9 +104,10 @@ class WholePastLayer(AttentionLayer):
         log_total, mean = x.new_full((len(x), 1), -torch.inf), self.start(x)
         states = []
         for score, value in zip(*self.of_inputs(x), strict=True):
-            h = self.state(torch.lerp(mean, value, torch.sigmoid(score - log_total)))
+            # the sums keep the precision of x where autocast lowers that of the products
+            h = self.state(torch.lerp(mean, value.to(mean), torch.sigmoid(score - log_total)))
             states.append(h)
             (score_h,), (value_h,) = self.of_state(h)
-            mean = torch.lerp(mean, value_h, torch.sigmoid(score_h - log_total))
+            mean = torch.lerp(mean, value_h.to(mean), torch.sigmoid(score_h - log_total))
             log_total = torch.logaddexp(log_total, score_h)
         return torch.stack(states, 1)

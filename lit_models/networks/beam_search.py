@@ -79,7 +79,7 @@ def beam_search(
         k, vocab_size = log_probabilities.shape[1:]
         if end is not None:  # behind its end a hypothesis has one continuation, which is certain
             stay = torch.full_like(log_probabilities[0, 0], -torch.inf)
-            stay[end] = 0.0
+            stay[end].zero_()  # to assign 0.0 would copy it from the host
             log_probabilities = torch.where(ended[:, :, None], stay, log_probabilities)
         all_sums = sums[:, :, None] + log_probabilities
         lengths = lengths + ~ended

@@ -221,7 +221,7 @@ class GatedLayer(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_inputs, candidates = (x @ self.weight_c.T).unbind(1), (x @ self.weight_x.T).unbind(1)
-        h, states = self.start(x), []
+        h, states = self.start(candidates[0]), []  # of their precision, as lerp asks for
         for z, candidate in zip(gate_inputs, candidates, strict=True):
             c = torch.sigmoid(torch.addmm(z, h, self.weight_h.T))
             h = self.state(torch.lerp(candidate, h, c))
