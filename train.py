@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -126,12 +127,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config.trainer
-        if trainer.precision is None:
-            trainer.precision = fastest_precision(trainer.accelerator)
-        idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
-        if idle and trainer.callbacks:
-            kept = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
-            trainer.callbacks = kept
+        settle(trainer)
         if self.subcommand == "fit" and config.test and trainer.enable_checkpointing is False:
             raise UserError(
                 "--test=true tests the best checkpoint, and there will be none; leave "
@@ -154,8 +150,6 @@ class CLI(LightningCLI):
             if "merges" in learned:  # subwords need no books again; classes are read and compared
                 config.data.init_args["merges"] = learned["merges"]
         trainer.default_root_dir = str(run.folder)
-        if isinstance(trainer.logger, Namespace):
-            trainer.logger = [trainer.logger]
         for logger in trainer.logger if isinstance(trainer.logger, list) else []:
             settings = logger.init_args
             settings.save_dir = str(run.folder)
@@ -262,6 +256,23 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             show_metrics(self.trainer.callback_metrics)
             print(f"Next: python predict.py {self.trainer.default_root_dir}")
+
+
+def settle(trainer: Namespace) -> None:
+    """Fill in what depends on the machine, and leave out what a Trainer would refuse."""
+    if trainer.precision is None:
+        trainer.precision = fastest_precision(trainer.accelerator)
+    if isinstance(trainer.logger, Namespace):
+        trainer.logger = [trainer.logger]
+    if isinstance(trainer.logger, list) and find_spec("wandb") is None:
+        kept = [x for x in trainer.logger if not x.class_path.endswith("WandbLogger")]
+        if len(kept) < len(trainer.logger):
+            rank_zero_only(print)("wandb is not installed, so there will be no W&B run.")
+        trainer.logger = kept or False
+    idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
+    if idle and trainer.callbacks:
+        kept = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
+        trainer.callbacks = kept
 
 
 def show_metrics(metrics: Mapping[str, Tensor]) -> None:

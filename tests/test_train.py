@@ -149,7 +149,7 @@ def test_run_without_validation_says_so_and_uses_the_last_checkpoint(
     assert load_checkpoint(run.last_checkpoint)["metrics"] == {}
 
 
-def test_run_without_bar_checkpoints_and_logger(
+def test_run_without_bar_checkpoints_and_wandb(
     small: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -157,13 +157,17 @@ def test_run_without_bar_checkpoints_and_logger(
 ) -> None:
     """Lightning refuses the callbacks of the defaults when it is told to do without them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
     flags = [f"--trainer.enable_{part}=false" for part in ("progress_bar", "checkpointing")]
-    flags += ["--trainer.logger=false", "--trainer.max_epochs=1", "--run=bare"]
+    flags += ["--trainer.max_epochs=1", "--run=bare"]
     train.main(["fit", *small, *flags])
     said = capsys.readouterr()
     assert "Epoch" not in said.out + said.err
-    assert said.out.endswith("The run is in runs/cifar10_cpu/bare: pictures (*.png)\n")
-    assert not (tmp_path / "runs" / "cifar10_cpu" / "bare" / "checkpoints").exists()
+    assert said.out.startswith("wandb is not installed")
+    assert said.out.endswith("The run is in runs/cifar10_cpu/bare: metrics.csv, pictures (*.png)\n")
+    folder = tmp_path / "runs" / "cifar10_cpu" / "bare"
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "wandb").exists()
     asked = sentence(["fit", *small, *flags, "--test=true", "--run=b"], capsys)
     assert "tests the best checkpoint, and there will be none" in asked
 
