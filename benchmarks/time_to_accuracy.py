@@ -11,7 +11,8 @@ config that has one. The cold time (``--cold``) is that of the whole command, fr
 process to its end.
 
 ``--peer`` is a checkout of KellerJordan/cifar10-airbench. On a GPU its ``airbench94_muon.py`` runs
-in turns with ours, compiled as its author runs it; on any machine one training step of its network
+in turns with ours on the same data, compiled as its author runs it (which takes a C compiler);
+on any machine one training step of its network
 and one of ours run in turns in a bare loop, in channels_last, and on a CPU in its fastest
 precision. Nothing of it is part of this project.
 """
@@ -34,7 +35,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-import wandb
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -42,6 +42,7 @@ from rich.table import Table
 from torch import nn
 
 import train
+from datamodules import CIFAR10DataModule
 from lit_models.networks import WhitenedCNN
 
 HERE = Path(__file__).parent.parent
@@ -101,7 +102,8 @@ def hot(options: argparse.Namespace, seed: int) -> tuple[float, float]:
     watch = "--trainer.callbacks+=benchmarks.time_to_accuracy.Stopwatch"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         train.main([*command(options, seed, folder), watch])
-        wandb.finish()  # or the next seed would go on with this run
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()  # or the next seed would go on with this run
     return sum(Stopwatch.seconds), accuracy(printed.getvalue())
 
 
@@ -146,10 +148,21 @@ def load_peer(checkout: Path, on_gpu: bool) -> tuple[types.ModuleType, nn.Module
         return module, network.cuda()
 
 
-def peer_run(module: types.ModuleType, network: nn.Module, run: str) -> tuple[float, float]:
+def save_for_peer(data_dir: str, folder: Path) -> None:
+    """Put CIFAR-10 where the peer, run in this folder, finds it instead of downloading it."""
+    data = CIFAR10DataModule(data_dir=data_dir)
+    (folder / "cifar10").mkdir()
+    for name, (images, labels) in (("train", data.read_train()), ("test", data.read_test())):
+        content = {"images": images, "labels": labels, "classes": list(data.class_names)}
+        torch.save(content, folder / "cifar10" / f"{name}.pt")
+
+
+def peer_run(
+    module: types.ModuleType, network: nn.Module, folder: Path, run: str
+) -> tuple[float, float]:
     """Seconds that it counts and accuracy in percent, from the last row that it prints."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), contextlib.chdir(folder):
         module.main(run, network)
     rows = [line for line in printed.getvalue().splitlines() if "eval" in line]
     *_, tta, seconds = re.findall(r"\d+\.\d+", rows[-1])
@@ -185,9 +198,10 @@ def step_of(network: nn.Module, device: torch.device, batch: int) -> Callable[[]
 def compare_steps(peer: nn.Module, device: torch.device, batch: int, rounds: int) -> Table:
     ours: nn.Module = WhitenedCNN(widths=[64, 256, 256])
     if device.type == "cuda":  # as the peer's: half precision but for the normalisation
+        ours.half()
         for layer in ours.modules():
-            if not isinstance(layer, nn.BatchNorm2d):
-                layer.half()
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.float()
     steps = {"steadyfit": step_of(ours, device, batch), "airbench94": step_of(peer, device, batch)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for measured in [False, *[True] * rounds]:  # the first round warms up
@@ -205,6 +219,11 @@ def compare_steps(peer: nn.Module, device: torch.device, batch: int, rounds: int
 
 
 def main(args: list[str] | None = None) -> None:
+    with contextlib.ExitStack() as held:
+        compare(args, held)
+
+
+def compare(args: list[str] | None, held: contextlib.ExitStack) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/cifar10_speedrun.yaml")
     parser.add_argument("--data_dir", default="data", help="root folder of the data sets")
@@ -233,8 +252,10 @@ def main(args: list[str] | None = None) -> None:
     if peer and device.type == "cuda":
         module, network = load_peer(options.peer, True)
         network.compile(mode="max-autotune")
-        peer_run(module, network, "warmup")
-        ways["airbench94_muon"] = lambda seed: peer_run(module, network, str(seed))
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        save_for_peer(options.data_dir, folder)
+        peer_run(module, network, folder, "warmup")
+        ways["airbench94_muon"] = lambda seed: peer_run(module, network, folder, str(seed))
     if device.type == "cuda":
         hot(options, 0)  # warms up
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}

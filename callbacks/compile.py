@@ -24,7 +24,9 @@ class Compile(Callback):
             ``max-autotune`` tries more kernels, for minutes.
 
     Raises:
-        MisconfigurationException: Training is on a CPU, and there is no C++ compiler.
+        MisconfigurationException: Training is on a CPU, and there is no C++ compiler; or CUDA
+            graphs are to accumulate gradients, which they would overwrite
+            (pytorch/pytorch#96693).
     """
 
     def __init__(
@@ -42,6 +44,12 @@ class Compile(Callback):
         if on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
             raise MisconfigurationException(
                 "Compile needs a C++ compiler to train on a CPU; install g++ or leave Compile out."
+            )
+        graphs = not on_cpu and self.mode in ("reduce-overhead", "max-autotune")
+        if graphs and trainer.accumulate_grad_batches > 1:
+            raise MisconfigurationException(
+                f"Compile with mode={self.mode} overwrites the gradients that "
+                "accumulate_grad_batches keeps; use mode=max-autotune-no-cudagraphs or default."
             )
         # torch's own place is the temporary folder, which does not last
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

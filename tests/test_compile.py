@@ -3,6 +3,8 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,13 @@ def test_the_weights_are_those_of_an_ordinary_run(
     cache = tmp_path / "cache" / "steadyfit" / "inductor"
     assert any(path.is_file() for path in cache.rglob("*"))
     assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(cache)
+
+
+def test_cuda_graphs_do_not_accumulate_gradients() -> None:
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=2)
+    with pytest.raises(MisconfigurationException, match="overwrites the gradients"):
+        Compile("reduce-overhead").setup(trainer, model(), "fit")
 
 
 def test_without_a_compiler_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
