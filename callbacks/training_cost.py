@@ -443,7 +443,9 @@ def risen_on_cuda(step: Callable[[], None]) -> int:
 
 def risen_on_cpu(step: Callable[[], None]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains where there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:  # torch 2.11 warns without the last
         step()
     result = profiler.profiler.kineto_results
     events = sorted((e.start_ns(), e.nbytes()) for e in result.events() if e.name() == "[memory]")

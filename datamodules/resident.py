@@ -191,7 +191,8 @@ class ResidentLoader:
 
     def gather(self, index: Any) -> list[Tensor]:
         """Hook: what a batch is made of, cut from what is kept; a thread may do it."""
-        numbers = self.sample(index).to(self.tensors[-1].device)
+        # a blocking copy would wait until the device has done all that it was given
+        numbers = self.sample(index).to(self.tensors[-1].device, non_blocking=True)
         return [self.take(tensor, numbers) for tensor in self.tensors]
 
     def transform(self, index: Any, rows: list[Tensor]) -> list[Tensor]:

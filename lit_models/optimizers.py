@@ -321,10 +321,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
     """Set the singular values of matrices (N, R, C) to about one, by a quintic Newton-Schulz.
 
     For X = U S V' an iteration gives U p(S) V' with p(s) = a s + b s^3 + c s^5: multiplications
-    alone, in bfloat16 on a GPU and in float32 elsewhere.
+    alone, in bfloat16 on a GPU that multiplies it natively and in float32 elsewhere.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    native = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.to(torch.bfloat16 if native else torch.float32)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT  # the smaller Gram matrix
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values of one at most
