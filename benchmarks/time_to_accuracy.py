@@ -11,10 +11,9 @@ config that has one. The cold time (``--cold``) is that of the whole command, fr
 process to its end.
 
 ``--peer`` is a checkout of KellerJordan/cifar10-airbench. On a GPU its ``airbench94_muon.py`` runs
-in turns with ours on the same data, compiled as its author runs it (which takes a C compiler);
-on any machine one training step of its network
-and one of ours run in turns in a bare loop, in channels_last, and on a CPU in its fastest
-precision. Nothing of it is part of this project.
+in turns with ours on the same data, compiled as its author runs it (which takes a C compiler); on
+any machine one training step of its network and one of ours run in turns in a bare loop, in
+channels_last, and on a CPU in its fastest precision. Nothing of it is part of this project.
 """
 
 import argparse

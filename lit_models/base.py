@@ -152,8 +152,8 @@ class LitModel(LightningModule):
                     name: sum(c) / len(c) for name, c in zip(names, columns, strict=True)
                 }
                 rows[step] = {**self.latest, **rows.get(step, {}), "epoch": self.current_epoch}
-        for logger in self.trainer.loggers:
-            if log_rows := getattr(logger, "log_rows", None):  # quicker, and not Lightning's
+        for logger in self.trainer.loggers if rows else []:
+            if log_rows := getattr(logger, "log_rows", None):  # ours to W&B takes all at once
                 log_rows(rows)
                 continue
             for step, values in sorted(rows.items()):
