@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 
-from metrics.edits import Edit, apply_edits, extract_edits
+from metrics.edits import Edit, EditScore, add_best, apply_edits, extract_edits
 from metrics.gleu import corpus_gleu
 from metrics.m2 import M2Sentence
-from metrics.maxmatch import m2_score
+from metrics.maxmatch import m2_scores
 
 
 def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) -> dict[str, float]:
@@ -29,7 +30,8 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
     """
     if not gold:
         return {}
-    total = m2_score(corrections, gold)
+    edit_scores = m2_scores(corrections, gold)
+    total = reduce(add_best, edit_scores, EditScore())
     sources = [sentence.source for sentence in gold]
     ways = [
         [apply_edits(sentence.source, edits) for edits in sentence.edits.values()]
@@ -44,14 +46,14 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
         "gleu": corpus_gleu(sources, corrections, references),
         "gleu_of_source": corpus_gleu(sources, sources, references),
     }
-    parts = list(zip(gold, corrections, ways, strict=True))
+    parts = list(zip(gold, corrections, ways, edit_scores, strict=True))
     wrong = [part for part in parts if any(part[0].edits.values())]
     clean = [part for part in parts if not any(part[0].edits.values())]
     if wrong:
-        scores["f05_of_wrong"] = m2_score([c for _, c, _ in wrong], [s for s, _, _ in wrong]).f()
-        scores["corrected"] = share([c in those for _, c, those in wrong])
+        scores["f05_of_wrong"] = reduce(add_best, [part[3] for part in wrong], EditScore()).f()
+        scores["corrected"] = share([c in those for _, c, those, _ in wrong])
     if clean:
-        scores["left_alone"] = share([c == s.source for s, c, _ in clean])
+        scores["left_alone"] = share([c == s.source for s, c, _, _ in clean])
     return scores | recall_by_kind(gold, corrections)
 
 

@@ -8,7 +8,8 @@ for its borders.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import reduce
+from operator import itemgetter
 
 from errors import UserError
 from metrics.edits import CHANGE, Edit, EditScore, add_best, compare, costs_to_end
@@ -16,34 +17,18 @@ from metrics.m2 import M2Sentence
 
 MAX_UNCHANGED = 2  # words that an edit may leave as they are, the default of the authors' program
 
+# What a way to the end is worth: first its gold edits, then few steps and few edits beside them.
+# One number tells it all, for it is compared at every node; there is room for 100,000 steps.
+UNCHANGED = -1  # a token inside an edit: of equal ways the one with the tightest edits
+EDIT = 10**5 * UNCHANGED
+STEP = 10**5 * EDIT
+MATCH = -(10**5) * STEP
+
 Node = tuple[int, int]  # source tokens and tokens of the correction that lie behind
 Lattice = dict[Node, list[tuple[Node, bool]]]  # where to go from there, and if it changes anything
 Spans = tuple[Node, Node, "Spans"] | None  # begin and end of an edit, and the edits after it
-
-
-class Worth(NamedTuple):
-    """What is better is larger: more gold edits, then fewer steps and edits beside them."""
-
-    matches: int
-    steps: int  # negative, as the following
-    edits: int
-    unchanged: int  # tokens inside edits: of equal ways the one with the tightest edits
-
-    def plus(self, matches: int = 0, steps: int = 0, edits: int = 0, unchanged: int = 0) -> "Worth":
-        return Worth(
-            self.matches + matches,
-            self.steps + steps,
-            self.edits + edits,
-            self.unchanged + unchanged,
-        )
-
-
-class Rest(NamedTuple):
-    """The best way from a node to the end."""
-
-    worth: Worth
-    end: Node  # where the edit ends that is under way
-    spans: Spans  # the edits after that
+Rest = tuple[int, Node, Spans]  # best way to the end: worth, end of the edit under way, edits after
+by_worth = itemgetter(0)
 
 
 def m2_score(corrections: Sequence[str], gold: Sequence[M2Sentence]) -> EditScore:
@@ -57,19 +42,27 @@ def m2_score(corrections: Sequence[str], gold: Sequence[M2Sentence]) -> EditScor
     Raises:
         UserError: There is not one correction for each sentence.
     """
+    return reduce(add_best, m2_scores(corrections, gold), EditScore())
+
+
+def m2_scores(corrections: Sequence[str], gold: Sequence[M2Sentence]) -> list[list[EditScore]]:
+    """For each sentence its score with each annotator; ``add_best`` sums them to ``m2_score``.
+
+    Raises:
+        UserError: There is not one correction for each sentence.
+    """
     if len(corrections) != len(gold):
         raise UserError(
             f"There are {len(corrections)} corrections for the {len(gold)} sentences of the gold "
             "edits; line i must be the correction of sentence i."
         )
-    total = EditScore()
+    scores = []
     for correction, sentence in zip(corrections, gold, strict=True):
         old, new = sentence.source.split(), correction.split()
         lattice = shortest_ways(old, new)
         people = sentence.edits.values()
-        scores = [compare(best_edits(old, new, lattice, edits), edits) for edits in people]
-        total = add_best(total, scores)
-    return total
+        scores.append([compare(best_edits(old, new, lattice, edits), edits) for edits in people])
+    return scores
 
 
 def agreeing_edits(source: str, correction: str, gold: Sequence[Edit]) -> list[Edit]:
@@ -121,30 +114,30 @@ def best_edits(
     for node in sorted(lattice, reverse=True):
         targets = list(gold_targets(node, new, lattice, gold))
         for used in range(inserted[node[0]] + 1):
-            ways = [Rest(Worth(0, 0, 0, 0), node, None)] if node == end else []
-            for onward, changed in lattice[node]:
-                behind = used if onward[0] == node[0] else 0
-                if not changed:
-                    rest = outside[onward, behind]
-                    ways.append(Rest(rest.worth.plus(steps=-1), node, rest.spans))
-                rest = inside[onward, behind, MAX_UNCHANGED - (not changed)]
-                worth = rest.worth.plus(steps=-1, edits=-1, unchanged=-(not changed))
-                ways.append(Rest(worth, node, (node, rest.end, rest.spans)))
+            ways: list[Rest] = [(0, node, None)] if node == end else []
+            onwards = [
+                (onward, used if onward[0] == node[0] else 0, not changed)
+                for onward, changed in lattice[node]
+            ]
+            for onward, behind, same in onwards:
+                if same:
+                    worth, _, spans = outside[onward, behind]
+                    ways.append((worth + STEP, node, spans))
+                worth, stop, spans = inside[onward, behind, MAX_UNCHANGED - same]
+                ways.append((worth + STEP + EDIT + UNCHANGED * same, node, (node, stop, spans)))
             for target, place in targets:
                 if place is None or place >= used:
-                    rest = outside[target, 0 if place is None else place + 1]
-                    ways.append(Rest(rest.worth.plus(matches=1), node, (node, target, rest.spans)))
-            outside[node, used] = closed = max(ways, key=lambda rest: rest.worth)
+                    worth, _, spans = outside[target, 0 if place is None else place + 1]
+                    ways.append((worth + MATCH, node, (node, target, spans)))
+            outside[node, used] = closed = max(ways, key=by_worth)
             for left in range(MAX_UNCHANGED + 1):
-                ways = [closed._replace(end=node)]
-                for onward, changed in lattice[node]:
-                    after = left - (not changed)
-                    if after >= 0:
-                        rest = inside[onward, used if onward[0] == node[0] else 0, after]
-                        worth = rest.worth.plus(steps=-1, unchanged=-(not changed))
-                        ways.append(rest._replace(worth=worth))
-                inside[node, used, left] = max(ways, key=lambda rest: rest.worth)
-    return list(told(new, outside[(0, 0), 0].spans))
+                ways = [closed]
+                for onward, behind, same in onwards:
+                    if left >= same:
+                        worth, stop, spans = inside[onward, behind, left - same]
+                        ways.append((worth + STEP + UNCHANGED * same, stop, spans))
+                inside[node, used, left] = max(ways, key=by_worth)
+    return list(told(new, outside[(0, 0), 0][2]))
 
 
 def told(new: list[str], spans: Spans) -> Iterator[Edit]:
