@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import reduce
 
-from metrics.edits import Edit, EditScore, add_best, apply_edits, extract_edits
+from metrics.edits import Edit, apply_edits, best_sum, extract_edits
 from metrics.gleu import corpus_gleu
 from metrics.m2 import M2Sentence
 from metrics.maxmatch import m2_scores
@@ -31,7 +30,7 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
     if not gold:
         return {}
     edit_scores = m2_scores(corrections, gold)
-    total = reduce(add_best, edit_scores, EditScore())
+    total = best_sum(edit_scores)
     sources = [sentence.source for sentence in gold]
     ways = [
         [apply_edits(sentence.source, edits) for edits in sentence.edits.values()]
@@ -50,7 +49,7 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
     wrong = [part for part in parts if any(part[0].edits.values())]
     clean = [part for part in parts if not any(part[0].edits.values())]
     if wrong:
-        scores["f05_of_wrong"] = reduce(add_best, [part[3] for part in wrong], EditScore()).f()
+        scores["f05_of_wrong"] = best_sum(part[3] for part in wrong).f()
         scores["corrected"] = share([c in those for _, c, those, _ in wrong])
     if clean:
         scores["left_alone"] = share([c == s.source for s, c, _, _ in clean])

@@ -4,7 +4,7 @@ Dimensions: N source tokens, M tokens of the correction.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from errors import UserError
@@ -150,21 +150,24 @@ def score_edits(
             f"There are proposed edits for {len(proposed)} sentences and gold edits for "
             f"{len(gold)}; both must have the same sentences in the same order."
         )
-    total = EditScore()
+    scores = []
     for number, (edits, annotators) in enumerate(zip(proposed, gold, strict=True), start=1):
         if not annotators:
             raise UserError(
                 f"Sentence {number} has no annotator; one who changes nothing is an empty list."
             )
-        total = add_best(total, [compare(edits, those) for those in annotators])
+        scores.append([compare(edits, those) for those in annotators])
+    return best_sum(scores)
+
+
+def best_sum(scores: Iterable[Sequence[EditScore]]) -> EditScore:
+    """Sum over sentences, of each the score with the annotator with whom F0.5 so far is best."""
+    total = EditScore()
+    for annotators in scores:
+        sums = [total + score for score in annotators]
+        # before the first right edit all F0.5 are 0: then the fewest wrong and missed edits
+        total = max(sums, key=lambda s: (s.f(), s.correct, -s.proposed - s.gold / 4))
     return total
-
-
-def add_best(total: EditScore, scores: Sequence[EditScore]) -> EditScore:
-    """Add the score of the annotator with whom F0.5 is best."""
-    sums = [total + score for score in scores]
-    # before the first right edit all F0.5 are 0: then the fewest wrong and missed edits
-    return max(sums, key=lambda s: (s.f(), s.correct, -s.proposed - s.gold / 4))
 
 
 def compare(edits: Sequence[Edit], gold: Sequence[Edit]) -> EditScore:

@@ -8,11 +8,10 @@ for its borders.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from operator import itemgetter
 
 from errors import UserError
-from metrics.edits import CHANGE, Edit, EditScore, add_best, compare, costs_to_end
+from metrics.edits import CHANGE, Edit, EditScore, best_sum, compare, costs_to_end
 from metrics.m2 import M2Sentence
 
 MAX_UNCHANGED = 2  # words that an edit may leave as they are, the default of the authors' program
@@ -42,11 +41,11 @@ def m2_score(corrections: Sequence[str], gold: Sequence[M2Sentence]) -> EditScor
     Raises:
         UserError: There is not one correction for each sentence.
     """
-    return reduce(add_best, m2_scores(corrections, gold), EditScore())
+    return best_sum(m2_scores(corrections, gold))
 
 
 def m2_scores(corrections: Sequence[str], gold: Sequence[M2Sentence]) -> list[list[EditScore]]:
-    """For each sentence its score with each annotator; ``add_best`` sums them to ``m2_score``.
+    """For each sentence its score with each annotator; ``best_sum`` of them is ``m2_score``.
 
     Raises:
         UserError: There is not one correction for each sentence.
