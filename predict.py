@@ -25,7 +25,7 @@ from files import atomic_write, sha256
 from lit_models.base import LitModel
 from lit_models.classification import TTA
 from runs import Run, load_checkpoint, provenance
-from train import Parser, link_facts, quiet_libraries
+from train import Parser, equip, link_facts, quiet_libraries
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
@@ -309,6 +309,7 @@ def main(args: list[str] | None = None) -> None:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
+        equip(trainer, termination=False)
         single = members[0].source
         submission = members[0].data.submission()
         folder = single.parent if single.is_file() else single
