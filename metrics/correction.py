@@ -49,7 +49,7 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
     wrong = [part for part in parts if any(part[0].edits.values())]
     clean = [part for part in parts if not any(part[0].edits.values())]
     if wrong:
-        scores["f05_of_wrong"] = best_sum(part[3] for part in wrong).f()
+        scores["f05_of_wrong"] = best_sum(people for *_, people in wrong).f()
         scores["corrected"] = share([c in those for _, c, those, _ in wrong])
     if clean:
         scores["left_alone"] = share([c == s.source for s, c, _, _ in clean])

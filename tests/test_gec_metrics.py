@@ -325,6 +325,24 @@ def test_an_edit_with_three_unchanged_words_is_not_found() -> None:
     assert agreeing_edits("a b c d e", "x b c d y", gold) == same((0, 1, "x"), (4, 5, "y"))
 
 
+@pytest.mark.parametrize(
+    ("source", "correction", "gold", "found"),
+    [
+        ("c", "x a", [(1, 1, "x")], [(0, 1, ""), (1, 1, "x"), (1, 1, "a")]),  # most gold edits
+        ("c c b", "a x a", [(1, 1, "a")], [(0, 1, ""), (1, 1, "a"), (1, 3, "x a")]),  # fewest steps
+        ("c", "x b", [], [(0, 1, "x b")]),  # fewest edits
+        ("c b b", "b", [], [(0, 2, "")]),  # fewest unchanged words inside
+    ],
+)
+def test_which_of_the_ways_to_tell_an_edit_counts(
+    source: str,
+    correction: str,
+    gold: list[tuple[int, int, str]],
+    found: list[tuple[int, int, str]],
+) -> None:
+    assert agreeing_edits(source, correction, same(*gold)) == same(*found)
+
+
 def test_a_gold_edit_is_right_once() -> None:
     sentence = M2Sentence("a b", {0: same((1, 1, "x"))})
     assert m2_score(["a x x b"], [sentence]) == EditScore(correct=1, proposed=2, gold=1)

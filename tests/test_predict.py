@@ -288,16 +288,11 @@ def predict_csv_by_two(*args: str | Path) -> bytes:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_freed_memory_is_not_asked_of_the_kernel_again(run: Path) -> None:
     """Every page of every batch was zeroed anew, a third of the time of a prediction."""
-    script = f"""
-import resource, torch, predict
-predict.main([{str(run)!r}])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(40):
-    torch.ones(2**24)  # 64 MiB, twice as large as what glibc keeps by itself
-print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(predict.__file__).parent)}
-    command = [sys.executable, "-c", script]
+    script = "import sys, conftest, predict; predict.main(sys.argv[1:])"
+    script += "; print('faults', conftest.faults_of_large_tensors())"
+    folders = [Path(predict.__file__).parent, Path(__file__).parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    command = [sys.executable, "-c", script, str(run)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     faults = int(result.stdout.split("faults")[1])
     assert faults < 10 * 2**26 / resource.getpagesize()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, end_wandb
+from conftest import CONFIGS, end_wandb, faults_of_large_tensors
 
 import train
 from runs import Run, load_checkpoint
@@ -247,12 +247,8 @@ def test_precision_fits_the_processor(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_freed_memory_is_not_asked_of_the_kernel_again() -> None:
     train.keep_freed_memory()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(40):
-        torch.ones(2**24)  # 64 MiB, twice as large as what glibc keeps by itself
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     # the first few find their place, between what others have put there
-    assert faults < 10 * 2**26 / resource.getpagesize()
+    assert faults_of_large_tensors() < 10 * 2**26 / resource.getpagesize()
 
 
 def test_schedule_of_a_finished_run_cannot_be_stretched(
