@@ -30,7 +30,16 @@ class Submission:
     sample: Path | None = None
 
     def write_predictions(self, path: Path, ids: np.ndarray, probabilities: np.ndarray) -> None:
-        """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all."""
+        """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all.
+
+        Raises:
+            UserError: What was predicted are no probabilities of these K labels.
+        """
+        if probabilities.shape[1:] != (len(self.labels),):
+            raise UserError(
+                f"predictions of shape {probabilities.shape} are no probabilities of "
+                f"{len(self.labels)} classes; only runs that classify whole samples make this file."
+            )
         self.write(path, ids, probabilities.argmax(1))
 
     def count(self, ids: np.ndarray) -> int:
