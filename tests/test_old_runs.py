@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import end_wandb
 
 import predict
 import train
-from conftest import end_wandb
 from runs import load_checkpoint
 
 OLD_RUNS = Path(__file__).parent / "old_runs"
