@@ -6,98 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-import yaml
-from lightning import seed_everything
 
-from callbacks.gradient_through_time import (
-    THAT_STEP,
-    ThroughTime,
-    WorstStep,
-    is_sequence,
-    through_time,
-)
-from callbacks.spike_measures import SpikeMeasures
-from callbacks.spike_pictures import SpikeRun, seeds_picture, spike_pictures
-from errors import UserError, told_in_one_sentence
-from files import atomic_write
-from predict import Member
-from runs import Run, load_checkpoint
-from train import quiet_libraries
+from core.errors import UserError, told_in_one_sentence
+from core.files import atomic_write
+from core.runs import Run
+from pipeline.comparison import group, read, replay, sentence, table
+from pipeline.trainer import quiet_libraries
+from steadyfit.measures import SpikeMeasures
+from steadyfit.pictures import seeds_picture, spike_pictures
 
 COLUMNS = 4  # runs side by side; with more of them nothing could be read
-
-# One entry of the comparison: the label it goes by, and its runs by seed.
-Groups = dict[str, dict[int, Run]]
-
-
-def group(runs: list[Run], labels: list[str] | None) -> Groups:
-    """Put the runs that differ in nothing but the seed under one label.
-
-    Without labels it is those of one config, unless two of them have the same seed.
-
-    Raises:
-        UserError: There is not one label for each run, or two runs of a label have the same seed.
-    """
-    if labels is None:
-        configs = [run.folder.resolve().parent.name for run in runs]
-        seeds = [(config, seed_of(run)) for config, run in zip(configs, runs, strict=True)]
-        repeated = {config for config, seed in seeds if seeds.count((config, seed)) > 1}
-        if len(set(configs)) == 1:  # there is nothing but the seeds to be compared
-            repeated = set(configs)
-        pairs = zip(configs, runs, strict=True)
-        labels = [name_of(run) if config in repeated else config for config, run in pairs]
-    elif len(labels) != len(runs):
-        raise UserError(
-            f"--labels needs one label for each of the {len(runs)} runs, got {len(labels)}."
-        )
-    groups: Groups = {}
-    for label, run in zip(labels, runs, strict=True):
-        own = groups.setdefault(label, {})
-        if seed_of(run) in own:
-            raise UserError(
-                f"{run.folder} and {own[seed_of(run)].folder} are both labelled {label} and have "
-                "the same seed; give them different labels with --labels."
-            )
-        own[seed_of(run)] = run
-    return groups
-
-
-def name_of(run: Run) -> str:
-    return "/".join(run.folder.resolve().parts[-2:])
-
-
-def seed_of(run: Run) -> int:
-    seed = yaml.safe_load(run.config.read_text()).get("seed_everything")
-    return seed if isinstance(seed, int) else 0
-
-
-def read(run: Run, label: str, target: float) -> SpikeRun:
-    """What a run has left.
-
-    Raises:
-        UserError: The run has no metrics.
-    """
-    path = run.folder / "metrics.csv"
-    try:
-        found = SpikeRun.read(run.folder, label, target)
-        _ = found.curves
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; train the run with callbacks.MetricsCSV among its loggers."
-        ) from None
-    except (UserError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path} cannot be compared: {error}") from error
-    return found
-
-
-def table(groups: dict[str, dict[int, SpikeMeasures]], runs: Groups) -> pd.DataFrame:
-    """A row for each run: what it is judged by, and first of all whether it learned."""
-    rows = [
-        {"label": label, "seed": seed, "run": str(runs[label][seed].folder), **asdict(measures)}
-        for label, own in groups.items()
-        for seed, measures in own.items()
-    ]
-    return pd.DataFrame(rows)
 
 
 def show(groups: dict[str, dict[int, SpikeMeasures]], target: float) -> None:
@@ -125,58 +43,6 @@ def show(groups: dict[str, dict[int, SpikeMeasures]], target: float) -> None:
         print(sentence(first, label, means, groups[label], target))
 
 
-def sentence(
-    first: str,
-    label: str,
-    means: dict[str, pd.Series],
-    own: dict[int, SpikeMeasures],
-    target: float,
-) -> str:
-    """What became of the excess, and never without what became of the accuracy."""
-    was, now = means[first], means[label]
-    failed = [seed for seed, found in own.items() if not found.learned]
-    text = (
-        f"{label} against {first}: excess loss {was['excess']:.2f} -> {now['excess']:.2f}, "
-        f"final accuracy {was['final_accuracy']:.1%} -> {now['final_accuracy']:.1%}"
-    )
-    if failed:
-        return (
-            f"{text}; NOT FIXED: {len(failed)} of {len(own)} end below {target:.0%} accuracy, "
-            "and a calm curve that has not learned is no fix."
-        )
-    kinks = now["kinks_last"] + now["kinks_val"]
-    return f"{text}; " + ("no kinks." if kinks == 0 else f"kinks left: {kinks:g} a run.")
-
-
-def replay(run: Run) -> ThroughTime:
-    """The gradient through time at the largest gradient of a run.
-
-    With the weights of that very step if ``SpikePictures`` has kept them, else with those of the
-    nearest checkpoint before it, else with the last ones.
-
-    Raises:
-        UserError: The run recorded no such step, or does not read sequences of floats.
-    """
-    worst = WorstStep.read(run.folder)
-    if worst is None:
-        raise UserError("it has neither worst_spike.pt nor a gradient spike in spikes.jsonl")
-    paths = {load_checkpoint(p)["global_step"]: p for p in run.folder.glob("checkpoints/*.ckpt")}
-    at = max((step for step in paths if step <= worst.step), default=None)
-    path = run.checkpoint("last") if at is None else paths[at]
-    seed_everything(seed_of(run), verbose=False)  # it decides which batches are made
-    member = Member.load(str(path), "last", [])
-    apart = member.checkpoint["global_step"] - worst.step
-    origin = f"{abs(apart)} steps {'later' if apart > 0 else 'before'}"
-    if apart == 0 or worst.weights:
-        origin = THAT_STEP
-    member.data.prepare_data()
-    member.data.setup("fit")
-    batches = worst.remake(member.data)
-    if not is_sequence(batches[0]):
-        raise UserError("its inputs are no sequences (B, T, D) of floats")
-    return through_time(member.model, batches, worst, origin)
-
-
 def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="spikes.py",
@@ -198,6 +64,7 @@ def parse(args: list[str]) -> argparse.Namespace:
         metavar="ACCURACY",
         help="validation accuracy from which on the task counts as learned (default: 0.95)",
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_args(args)
     if not 0 < options.target <= 1:
         raise UserError(f"--target must be in (0, 1], got {options.target}.")
@@ -205,8 +72,9 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 
 def main(args: list[str] | None = None) -> None:
-    with told_in_one_sentence():
-        options = parse(sys.argv[1:] if args is None else args)
+    args = sys.argv[1:] if args is None else args
+    with told_in_one_sentence(debug="--debug" in args):
+        options = parse(args)
         quiet_libraries()
         runs = [Run.find(name) for name in options.runs]
         if len({run.folder.resolve() for run in runs}) < 2:
@@ -226,7 +94,7 @@ def main(args: list[str] | None = None) -> None:
             shown.append(found[label][seed])
             try:
                 shown[-1].through_time = replay(run)
-            except UserError as error:
+            except ValueError as error:
                 reason = str(error).rstrip(".")
                 print(f"No gradient through time of {label}: {reason}.")
         if len(groups) > COLUMNS:

@@ -20,8 +20,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from core.runs import ROOT
 from datamodules import CIFAR10DataModule
-from runs import ROOT
 
 CONFIG = "image_folder"
 CLASSES = {"cats": 3, "dogs": 5}  # CIFAR-10's numbers

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from core.errors import UserError, told_in_one_sentence
 from datamodules import GrammarDataModule
-from errors import UserError, told_in_one_sentence
 from lit_models import LitSeq2Seq
-from predict import Member
+from pipeline.loading import Member
 
 PENALTIES = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0)
 WIDTHS = (1, 2, 4, 8)

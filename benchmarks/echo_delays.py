@@ -9,10 +9,10 @@ import argparse
 
 import torch
 
+from core.errors import UserError, told_in_one_sentence
 from datamodules import EchoDataModule
 from datamodules.base import IGNORED
-from errors import UserError, told_in_one_sentence
-from predict import Member
+from pipeline.loading import Member
 
 
 @torch.inference_mode()

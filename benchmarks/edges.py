@@ -12,10 +12,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from callbacks.sample_sheet import from_each_class, mosaic
+from callbacks.pictures.sample_sheet import from_each_class, mosaic
+from core.errors import told_in_one_sentence
+from core.files import atomic_write
 from datamodules import CIFAR10DataModule, DemoDataModule
-from errors import told_in_one_sentence
-from files import atomic_write
 from lit_models.networks import FixedFilters
 
 

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from callbacks.hidden_gradients import Trace, trace
-from callbacks.learning_curves import LINES
-from callbacks.spike_pictures import heading, legend
-from datamodules.running_mean import running_mean
-from errors import UserError, told_in_one_sentence
-from files import atomic_write
+from callbacks.pictures.hidden_gradients import Trace, trace
+from core.errors import UserError, told_in_one_sentence
+from core.files import atomic_write
+from datamodules.sequences.running_mean import running_mean
 from lit_models.networks import Recurrent, VanillaRNN
 from lit_models.networks.unrolled import ACTIVATIONS
+from steadyfit.panels import LINES, heading, legend
 
 
 def untrained(

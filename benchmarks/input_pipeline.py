@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from datamodules.augment import Effects
-from datamodules.cifar10 import CIFAR10DataModule
-from datamodules.images import ImageDataModule
-from datamodules.png_folder import png_ids, read_images
+from datamodules.image_files.png_folder import png_ids, read_images
+from datamodules.images.augment import Effects
+from datamodules.images.base import ImageDataModule
+from datamodules.images.cifar10 import CIFAR10DataModule
 
 BATCH = 512
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.corpora import read_corpus, token_lines
-from errors import UserError, told_in_one_sentence
+from core.errors import UserError, told_in_one_sentence
+from datamodules.text.corpora import read_corpus, token_lines
 from metrics.edits import apply_edits
 from metrics.gleu import corpus_gleu
 from metrics.m2 import M2Sentence

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lit_models.networks import WhitenedCNN
-from train import fastest_precision, keep_freed_memory
+from pipeline.trainer import fastest_precision, keep_freed_memory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from callbacks.training_cost import training_cost, units_of
+from callbacks.training.training_cost import training_cost, units_of
+from core.errors import Telling, UserError, told_in_one_sentence
 from datamodules.base import BaseDataModule
-from errors import UserError, mistake_behind, told_in_one_sentence
-from grid import DEFAULTS, read_yaml
 from lit_models.base import LitModel
-from train import Parser, link_facts
+from pipeline.parser import Parser, link_facts
+from pipeline.studies.grid import DEFAULTS, read_yaml
 
 COLUMNS = ["config", "network", "parameters", "batch", "MFLOP"]
 COLUMNS += ["weights", "gradients", "optimizer", "activations", "peak"]
@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
             try:
                 print(row(config, overrides), flush=True)
             except Exception as error:
-                if (mistake := mistake_behind(error)) is None:
+                if (mistake := Telling(values=True).mistake_behind(error)) is None:
                     raise
                 missing.append(f"\nWithout {config.stem}: {mistake}")
         print("".join(missing))

@@ -15,11 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from callbacks.learning_curves import BLUE, VERMILION
-from callbacks.spike_pictures import heading
-from errors import UserError, told_in_one_sentence
-from files import atomic_write
+from core.errors import UserError, told_in_one_sentence
+from core.files import atomic_write
 from lit_models.networks.transformer import Attention, Block, sinusoidal_positions
+from steadyfit.panels import BLUE, VERMILION, heading
 
 LAGS = (0, 1, 2, 5, 10, 50, 100, 500)
 START = 7  # any: the product of positions START and START + lag is the same

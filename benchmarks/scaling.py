@@ -41,7 +41,7 @@ from benchmarks.step_overhead import (
     steadyfit,
     usual_lightning,
 )
-from train import quiet_libraries
+from pipeline.trainer import quiet_libraries
 
 WAYS: dict[str, Callable[..., None]] = {
     "steadyfit": steadyfit,

@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from files import atomic_write
-from runs import ROOT
+from core.files import atomic_write
+from core.runs import ROOT
 
 RESULTS = ROOT / "schedules.csv"
 CONFIG = "cifar10_cpu"

@@ -25,7 +25,7 @@ from callbacks.clipping import UpdateClipping
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from datamodules import TemporalOrderDataModule
 from lit_models.networks import LSTM, Recurrent, WhitenedCNN
-from train import quiet_libraries
+from pipeline.trainer import quiet_libraries
 
 
 def sequences(samples: int, **options: Any) -> TemporalOrderDataModule:

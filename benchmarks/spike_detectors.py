@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from callbacks.gradient_spikes import SpikeDetector
+from steadyfit.detector import SpikeDetector
 
 STEPS = 2000
 WARM = 150  # steps before the first spike, where spikes do not come early

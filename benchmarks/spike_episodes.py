@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from callbacks.gradient_spikes import BEFORE, CONFIRM, read_records
-from callbacks.spike_measures import excursions, stretches
+from steadyfit.measures import excursions, stretches
+from steadyfit.monitor import CONFIRM
+from steadyfit.records import read_records
+from steadyfit.watch import BEFORE
 
 GAP = 10  # optimizer steps
 

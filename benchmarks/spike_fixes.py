@@ -19,9 +19,9 @@ from statistics import mean, median, stdev
 
 import pandas as pd
 
-from callbacks.spike_measures import SpikeMeasures, measure
-from errors import UserError
-from runs import ROOT
+from core.errors import UserError
+from core.runs import ROOT
+from steadyfit.measures import SpikeMeasures, measure
 
 TARGET = 0.95  # accuracy at which the task counts as solved
 NEVER = 101  # epochs, of a run that does not get there in 100

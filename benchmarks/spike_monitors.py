@@ -50,9 +50,9 @@ from torch.optim import Optimizer
 
 from benchmarks.step_overhead import Mark, Meter
 from callbacks.gradient_spikes import GradientSpikeMonitor
-from datamodules.temporal_order import Level, TemporalOrderDataModule
+from datamodules.sequences.temporal_order import Level, TemporalOrderDataModule
 from lit_models.networks import LSTM, Recurrent
-from train import quiet_libraries
+from pipeline.trainer import quiet_libraries
 
 PLANTED = "network.3.weight"  # the parameter whose gradient is multiplied
 SPIKE = 137  # neither a log step nor next to one: epoch 2, batch 17

@@ -33,11 +33,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import GradientSpikeMonitor
+from core.errors import Telling
 from datamodules.base import BaseDataModule
-from datamodules.images import ImageDataModule
+from datamodules.images.base import ImageDataModule
 from lit_models import LitClassifier
 from lit_models.networks import LeNet5
-from train import DEFAULTS, equip, quiet_libraries
+from pipeline.studies.grid import DEFAULTS
+from pipeline.trainer import equip, quiet_libraries
 
 aten = torch.ops.aten
 # operators whose result decides a shape or a Python value, so that the host waits for the device
@@ -223,7 +225,7 @@ def steadyfit(
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
     parts.callbacks += more_callbacks()
     trainer = Trainer(**parts)
-    equip(trainer, termination=termination)
+    equip(trainer, Telling(), termination=termination)
     trainer.fit(model, data)
 
 

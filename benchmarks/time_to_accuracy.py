@@ -40,9 +40,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import train
 from datamodules import CIFAR10DataModule
 from lit_models.networks import WhitenedCNN
+from pipeline import cli
+from pipeline.trainer import fastest_precision
 
 HERE = Path(__file__).parent.parent
 QUICK = [
@@ -100,7 +101,7 @@ def hot(options: argparse.Namespace, seed: int) -> tuple[float, float]:
     printed = io.StringIO()
     watch = "--trainer.callbacks+=benchmarks.time_to_accuracy.Stopwatch"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
-        train.main([*command(options, seed, folder), watch])
+        cli.run([*command(options, seed, folder), watch])
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()  # or the next seed would go on with this run
     return sum(Stopwatch.seconds), accuracy(printed.getvalue())
@@ -178,7 +179,7 @@ def step_of(network: nn.Module, device: torch.device, batch: int) -> Callable[[]
     images = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
     images = images.to(memory_format=torch.channels_last)
     target = torch.arange(batch, device=device) % 10
-    fast = train.fastest_precision("auto") == "bf16-mixed" and dtype == torch.float32
+    fast = fastest_precision("auto") == "bf16-mixed" and dtype == torch.float32
 
     def step() -> float:
         wait_for(device)

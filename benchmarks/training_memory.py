@@ -15,7 +15,7 @@ from importlib.metadata import version
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from callbacks.training_cost import Cost, measured_peak, training_cost
+from callbacks.training.training_cost import Cost, measured_peak, training_cost
 from lit_models import LitClassifier
 from lit_models.networks import Transformer
 

@@ -10,11 +10,11 @@ import argparse
 
 import torch
 
-from datamodules.masked_books import MaskedBooksDataModule
-from datamodules.text import BEGIN, END, MASK, SPECIAL, Subwords, words
-from errors import UserError, told_in_one_sentence
+from core.errors import UserError, told_in_one_sentence
+from datamodules.text.masked_books import MaskedBooksDataModule
+from datamodules.text.subwords import BEGIN, END, MASK, SPECIAL, Subwords, words
 from lit_models.networks import unmask
-from predict import Member
+from pipeline.loading import Member
 
 LENGTH = 12  # subwords written from nothing
 STEPS = (1, 4, 12)

@@ -5,24 +5,24 @@ from callbacks.clipping import (
     GradientNormClipping,
     UpdateClipping,
 )
-from callbacks.compile import Compile
-from callbacks.confusion_matrix import ConfusionMatrix
-from callbacks.correction_table import CorrectionTable
-from callbacks.freeze import Freeze
 from callbacks.gradient_spikes import GradientSpikeMonitor
-from callbacks.hidden_gradients import HiddenGradients
-from callbacks.learning_curves import LearningCurves
-from callbacks.lookahead import Lookahead
-from callbacks.masked_accuracy import MaskedAccuracy
-from callbacks.mistakes import Mistakes
-from callbacks.progress import ProgressBar
-from callbacks.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord
-from callbacks.sample_sheet import SampleSheet
-from callbacks.spike_pictures import SpikePictures
-from callbacks.submission_log import SubmissionLog
-from callbacks.termination import Termination
-from callbacks.training_cost import TrainingCost
-from callbacks.wandb_logger import ResumableWandbLogger
+from callbacks.pictures.confusion_matrix import ConfusionMatrix
+from callbacks.pictures.hidden_gradients import HiddenGradients
+from callbacks.pictures.learning_curves import LearningCurves
+from callbacks.pictures.mistakes import Mistakes
+from callbacks.pictures.sample_sheet import SampleSheet
+from callbacks.pictures.spike_pictures import SpikePictures
+from callbacks.run.correction_table import CorrectionTable
+from callbacks.run.masked_accuracy import MaskedAccuracy
+from callbacks.run.progress import ProgressBar
+from callbacks.run.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord
+from callbacks.run.submission_log import SubmissionLog
+from callbacks.run.termination import Termination
+from callbacks.run.wandb_logger import ResumableWandbLogger
+from callbacks.training.compile import Compile
+from callbacks.training.freeze import Freeze
+from callbacks.training.lookahead import Lookahead
+from callbacks.training.training_cost import TrainingCost
 
 __all__ = [
     "AdaptiveGradientClipping",

@@ -8,9 +8,9 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.resident import ResidentLoader, Stage
-from errors import UserError
-from submission import Submission
+from core.errors import UserError
+from core.submission import Submission
+from datamodules.loaders.resident import ResidentLoader, Stage
 
 IGNORED = -100  # target of a step that counts for nothing, such as padding; a loss leaves it out
 

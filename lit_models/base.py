@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
+from core.errors import UserError, constructing
 from datamodules.base import BaseDataModule
-from errors import UserError
-from lit_models.networks.whitening import asking_for_data
+from lit_models.networks.data_dependent import asking_for_data
 
 SEEDS = 128  # steps whose random seeds are drawn together
 
@@ -83,7 +83,10 @@ class LitModel(LightningModule):
             super().__setattr__(name, value)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.network(*inputs)
+        try:
+            return self.network(*inputs)
+        except ValueError as error:  # the network knows no error of this project
+            raise UserError(str(error)) from error
 
     @property
     def data(self) -> BaseDataModule:
@@ -223,13 +226,15 @@ class LitModel(LightningModule):
     # Optimizer
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        with constructing("the optimizer"):
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
         length = {"total_steps": self.total_steps} if wants_total_steps(self.lr_scheduler) else {}
         rates = {group["lr"] for group in optimizer.param_groups}
         try:
-            scheduler = self.lr_scheduler(optimizer, **length)
+            with constructing("the learning rate schedule"):
+                scheduler = self.lr_scheduler(optimizer, **length)
         except ZeroDivisionError:  # OneCycleLR, whose way up or down would be of no length
             raise UserError(
                 f"the learning rate schedule cannot be laid over {self.total_steps} optimizer "

@@ -16,8 +16,8 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from core.errors import UserError
 from datamodules.base import IGNORED
-from errors import UserError
 from lit_models.base import LitModel
 
 TTA = Literal["none", "mirror", "translate", "mirror_translate"]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from errors import UserError
+from core.errors import UserError
+from datamodules.images.base import ImageDataModule
+from datamodules.loaders.semi_supervised import SemiSupervisedLoader
 from lit_models.classification import LitClassifier
 
 
@@ -53,6 +55,11 @@ class LitFixMatch(LitClassifier):
             raise UserError("LitFixMatch has no cutmix; leave it out or train a LitClassifier.")
         self.threshold = threshold
         self.unlabelled_weight = unlabelled_weight
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and isinstance(self.data, ImageDataModule):
+            self.data.unlabelled_loader = SemiSupervisedLoader
+        super().setup(stage)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if len(batch) != 4:

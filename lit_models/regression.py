@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
 
-from errors import UserError
+from core.errors import UserError
 from lit_models.base import LitModel
 
 

@@ -3,8 +3,6 @@
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from errors import UserError
-
 
 class InverseSquareRoot(LambdaLR):
     """The schedule of the first Transformer (arXiv:1706.03762, equation 3), for any peak.
@@ -17,12 +15,12 @@ class InverseSquareRoot(LambdaLR):
         warmup_steps: Optimizer steps up to the peak.
 
     Raises:
-        UserError: ``warmup_steps`` is less than 1.
+        ValueError: ``warmup_steps`` is less than 1.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 400) -> None:
         if warmup_steps < 1:
-            raise UserError(f"warmup_steps must be at least 1, got {warmup_steps}.")
+            raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps}.")
         self.warmup_steps = warmup_steps
         super().__init__(optimizer, self.share)
 
@@ -46,7 +44,7 @@ class Triangle(LambdaLR):
         end: Learning rate after the last step, likewise.
 
     Raises:
-        UserError: A share is out of range.
+        ValueError: A share is out of range.
     """
 
     def __init__(
@@ -58,10 +56,10 @@ class Triangle(LambdaLR):
         end: float = 0.0,
     ) -> None:
         if not total_steps or total_steps < 1:
-            raise UserError(f"total_steps must be at least 1, got {total_steps}.")
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
         for name, value in (("peak", peak), ("start", start), ("end", end)):
             if not 0 <= value <= 1:
-                raise UserError(f"{name} must be in [0, 1], got {value}.")
+                raise ValueError(f"{name} must be in [0, 1], got {value}.")
         self.total_steps = total_steps
         self.peak, self.start, self.end = peak, start, end
         super().__init__(optimizer, self.share)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from core.errors import UserError
+from core.runs import Run, load_checkpoint
 from datamodules.base import IGNORED
-from datamodules.text import BEGIN, END
-from errors import UserError
+from datamodules.text.subwords import BEGIN, END
 from lit_models.base import LitModel
 from lit_models.networks import Hypotheses, beam_search, keeping_source
-from runs import Run, load_checkpoint
 
 
 class LitSeq2Seq(LitModel):
@@ -70,6 +70,11 @@ class LitSeq2Seq(LitModel):
             raise UserError(f"change_weight must be positive, got {change_weight}.")
         if change_penalty < 0:
             raise UserError(f"change_penalty must not be negative, got {change_penalty}.")
+        for name, value in (("beam_width", beam_width), ("n_best", n_best)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        if length_penalty < 0:
+            raise UserError(f"length_penalty must not be negative, got {length_penalty}.")
         self.label_smoothing = label_smoothing
         self.change_weight = change_weight
         self.beam_width = beam_width
@@ -168,7 +173,7 @@ def take_over(network: nn.Module, source: str, merges: str | None) -> int:
     Args:
         network: What gets them.
         source: Run folder or checkpoint.
-        merges: The subwords the network will read, see :class:`~datamodules.text.Subwords`.
+        merges: The subwords the network will read, as ``datamodules.text.subwords`` makes them.
 
     Returns:
         How many they are.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from errors import UserError
+from core.errors import UserError
 
 CHANGE = 10_000  # cost of an inserted, deleted or replaced token; room for ties below it
 REPLACEMENT = CHANGE + 1  # of two shortest alignments the one that keeps more tokens

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from errors import UserError
+from core.errors import UserError
 
 ORDER = 4  # n-grams of one to four tokens
 ITERATIONS = 500

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError
-from files import atomic_write
+from core.errors import UserError
+from core.files import atomic_write
 from metrics.edits import Edit
 
 NOTHING = "-NONE-"

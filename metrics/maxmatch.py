@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 
-from errors import UserError
+from core.errors import UserError
 from metrics.edits import CHANGE, Edit, EditScore, best_sum, compare, costs_to_end
 from metrics.m2 import M2Sentence
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from core.errors import UserError
 from datamodules import DigitsDataModule, MNISTDataModule
-from datamodules.augment import (
+from datamodules.images.augment import (
     POINTS,
     Effects,
     adjust_brightness,
@@ -23,8 +24,8 @@ from datamodules.augment import (
     distort,
     gaussian_blur,
 )
-from datamodules.images import ImageDataModule, ImageLoader
-from errors import UserError
+from datamodules.images.base import ImageDataModule
+from datamodules.loaders.images import ImageLoader
 
 ALL: dict[str, Any] = {
     "rotate": 20,

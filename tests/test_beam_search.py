@@ -11,7 +11,6 @@ import torch
 from token_tree import BERKELEY, NETWORK, NEURAL, Prefix, TokenTree
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks import Transformer, beam_search, keeping_source
 
 
@@ -314,11 +313,11 @@ def test_keeps_no_graph() -> None:
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=said):
         search(RNN(), torch.zeros(2, 4, dtype=torch.long), **options)
 
 
 def test_begin_is_one_token_for_each_sentence() -> None:
     begin = torch.zeros(2, 1, dtype=torch.long)
-    with pytest.raises(UserError, match=r"begin must be one token .* got the shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"begin must be one token .* got the shape \(2, 1\)"):
         beam_search(RNN().step, RNN().start(begin), begin, END, beam_width=1, max_length=2)

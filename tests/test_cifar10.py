@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from datamodules import CIFAR10DataModule, cifar10
+from core.errors import UserError
+from datamodules import CIFAR10DataModule
 from datamodules.base import BaseDataModule
-from datamodules.safe_pickle import load_arrays
-from errors import UserError
+from datamodules.image_files.safe_pickle import load_arrays
+from datamodules.images import cifar10
 
 
 @pytest.fixture

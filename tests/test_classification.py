@@ -23,8 +23,8 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from callbacks import MetricsCSV, RunRecord
+from core.errors import UserError
 from datamodules.base import BaseDataModule
-from errors import UserError
 from lit_models import LitClassifier
 from lit_models.base import SEEDS, LitModel, seeds, wants_total_steps
 from lit_models.classification import TTA, mixed, views

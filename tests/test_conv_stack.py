@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from callbacks.hidden_gradients import trace
-from errors import UserError
+from callbacks.pictures.hidden_gradients import trace
 from lit_models.networks import ConvStack
 
 
@@ -50,5 +49,5 @@ def test_a_layer_is_its_equation(residual: bool) -> None:
 
 
 def test_a_stack_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="depth must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         ConvStack(0)

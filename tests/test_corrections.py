@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callbacks.correction_table import corrections
-from datamodules.corrections import CorrectedText, Line, Piece, as_object, edits_of, marked
-from datamodules.text import MIN_VOCAB_SIZE, Subwords, padded
+from callbacks.run.correction_table import corrections
+from datamodules.text.corrections import CorrectedText, Line, Piece, as_object, edits_of, marked
+from datamodules.text.subwords import MIN_VOCAB_SIZE, Subwords, padded
 from metrics.correction import score_corrections
 from metrics.edits import Edit, apply_edits, extract_edits
 from metrics.m2 import M2Sentence

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.demo import (
+from core.errors import UserError
+from core.submission import read_table
+from datamodules.images.demo import (
     COPIES,
     HELD_OUT,
     DemoDataModule,
@@ -16,8 +18,6 @@ from datamodules.demo import (
     linear_baseline,
     tents,
 )
-from errors import UserError
-from submission import read_table
 
 GOLDEN = [  # SHA-256 of training images and targets, test images and targets
     "c73a8adec3c48c90a36c7435b9f93478f40fdf28c1e38406a5786e018e3ed155",
@@ -65,7 +65,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
         calls.append(originals)
         return np.zeros((len(originals), 32, 32, 3), np.uint8)
 
-    monkeypatch.setattr("datamodules.demo.draw", spy)
+    monkeypatch.setattr("datamodules.images.demo.draw", spy)
     return calls
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from benchmarks import echo_delays
 from datamodules import EchoDataModule
-from datamodules.echo import echo
+from datamodules.sequences.echo import echo
 from lit_models import LitClassifier
-from predict import Member
+from pipeline.loading import Member
 
 
 class Perfect(nn.Module):

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import predict
 import train
-from errors import UserError
+from datamodules.base import BaseDataModule
+from lit_models.base import LitModel
 from lit_models.networks import Ensemble, LeNet5, WhitenedCNN
+from pipeline.parser import Parser, link_facts
 
 
 def ensemble(members: int = 3) -> Ensemble:
@@ -109,7 +111,7 @@ def test_members_that_ask_for_training_inputs_are_given_them(tmp_path: Path) -> 
 
 
 def test_an_ensemble_of_nobody_is_refused() -> None:
-    with pytest.raises(UserError, match=r"members must be at least 1, got 0\."):
+    with pytest.raises(ValueError, match=r"members must be at least 1, got 0\."):
         Ensemble(LeNet5, members=0)
 
 
@@ -155,10 +157,10 @@ def test_from_yaml_to_a_prediction_and_back(flags: list[str], tmp_path: Path) ->
 
 
 def test_the_data_tells_each_member_the_number_of_classes(flags: list[str]) -> None:
-    parser = train.Parser()
-    parser.add_subclass_arguments(train.LitModel, "model")
-    parser.add_subclass_arguments(train.BaseDataModule, "data")
-    train.link_facts(parser)
+    parser = Parser()
+    parser.add_subclass_arguments(LitModel, "model")
+    parser.add_subclass_arguments(BaseDataModule, "data")
+    link_facts(parser)
     config = yaml.safe_load(Path(flags[0].removeprefix("--config=")).read_text())
     data = {"class_path": "TemporalOrderDataModule"}
     settings = parser.parse_object({"model": config["model"], "data": data})

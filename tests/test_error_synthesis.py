@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.error_synthesis import KINDS, RULES, ErrorSynthesis
-from errors import UserError
+from core.errors import UserError
+from datamodules.text.error_synthesis import KINDS, RULES, ErrorSynthesis
 from metrics.edits import Edit, apply_edits
 
 TEXT = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import train
 from benchmarks.step_overhead import Meter
-from datamodules.resident import ResidentLoader, Stage
-from errors import UserError
+from core.errors import UserError
+from datamodules.loaders.resident import ResidentLoader, Stage
 from lit_models import LitFixMatch
 from lit_models.networks import Ensemble
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from test_resident import Recorder
 from torch import Tensor
 
+from core.errors import UserError
 from datamodules import DemoDataModule, MNISTDataModule
-from datamodules.images import ImageDataModule, ImageLoader, SemiSupervisedLoader, balanced_order
-from datamodules.resident import ResidentLoader
-from errors import UserError
+from datamodules.images.base import ImageDataModule, balanced_order
+from datamodules.loaders.images import ImageLoader
+from datamodules.loaders.resident import ResidentLoader
+from datamodules.loaders.semi_supervised import SemiSupervisedLoader
 
 
 class Numbered(ImageDataModule):
@@ -35,6 +37,7 @@ class Numbered(ImageDataModule):
 
 def data(**options: Any) -> Numbered:
     datamodule = Numbered(**{"batch_size": 8, **options})
+    datamodule.unlabelled_loader = SemiSupervisedLoader  # as LitFixMatch does
     datamodule.setup("fit")
     return datamodule
 
@@ -287,7 +290,9 @@ def fit(max_steps: int, save: Path | None = None, resume: Path | None = None) ->
     options: dict[str, Any] = {"train_fraction": 0.2, "unlabelled": 2, "epoch_size": 48}
     model = ImageRecorder(save)
     options |= {"batch_size": 8, "val_size": 20, "crop": 2, "flip": "alternating"}
-    fit_quietly(model, Numbered(**options), max_steps, resume)
+    datamodule = Numbered(**options)
+    datamodule.unlabelled_loader = SemiSupervisedLoader
+    fit_quietly(model, datamodule, max_steps, resume)
     return model.sums
 
 

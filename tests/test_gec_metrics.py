@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
+from core.errors import UserError
 from metrics.edits import Edit, EditScore, apply_edits, extract_edits, score_edits
 from metrics.gleu import ITERATIONS, corpus_gleu
 from metrics.m2 import M2Sentence, read_m2, write_m2

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import predict
 import train
+from core.errors import UserError
 from datamodules import GrammarDataModule
 from datamodules.base import IGNORED
-from datamodules.error_synthesis import ErrorSynthesis
-from datamodules.text import BEGIN, END, PAD
-from errors import UserError
+from datamodules.text.error_synthesis import ErrorSynthesis
+from datamodules.text.subwords import BEGIN, END, PAD
 from lit_models import LitSeq2Seq
 from lit_models.networks import Transformer
 from lit_models.seq2seq import changed
@@ -385,7 +385,7 @@ def test_mistakes_of_the_user(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("--text_file=empty.txt",): "nothing to correct: empty.txt is empty.",
         ("--text_file=none.txt",): "none.txt cannot be read: No such file or directory.",
         (): "nothing to correct: give --text LINE or --text_file FILE.",
-        ("--text=a", "--n_best=0"): "n_best must be from 1 to beam_width",
+        ("--text=a", "--n_best=0"): "n_best must be at least 1, got 0",
     }.items():
         with pytest.raises(SystemExit):
             predict.main([str(run), *arguments, "--accelerator=cpu"])

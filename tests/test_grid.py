@@ -12,8 +12,8 @@ import yaml
 from conftest import CONFIGS
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from errors import UserError
-from grid import PointRecord, Study
+from core.errors import UserError
+from pipeline.studies.grid import PointRecord, Study
 
 STUDIES = sorted(p for p in (CONFIGS / "studies").glob("*.yaml") if "_groups" not in p.stem)
 ROOT = CONFIGS.parent

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import train
 from benchmarks.step_overhead import Meter
-from callbacks.hidden_gradients import (
+from callbacks.pictures.hidden_gradients import (
     HiddenGradients,
     Trace,
     heat_maps,
     scalars,
     trace,
 )
-from errors import UserError
+from core.errors import UserError
 from lit_models.networks import (
     GRU,
     LSTM,

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoin
 from lightning.pytorch.profilers import SimpleProfiler
 from test_classification import Points, model, trainer
 
-from callbacks.idle_hooks import OF_A_BATCH, NoProfiler, pass_over_idle_hooks
+from callbacks.training.idle_hooks import OF_A_BATCH, NoProfiler, pass_over_idle_hooks
 
 
 class OneHook(Callback):

@@ -25,11 +25,12 @@ from torch.utils.data import random_split
 import predict
 import submit
 import train
-from datamodules import ImageFolderDataModule, image_cache, photo_folder
-from datamodules.decode_images import decode_photo
-from datamodules.image_cache import Decoded
-from datamodules.photo_folder import halves, image_files, split_off
-from errors import UserError
+from core.errors import UserError
+from datamodules import ImageFolderDataModule
+from datamodules.image_files import image_cache, photo_folder
+from datamodules.image_files.decode_images import decode_photo
+from datamodules.image_files.image_cache import Decoded
+from datamodules.image_files.photo_folder import halves, image_files, split_off
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

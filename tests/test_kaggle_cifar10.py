@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import kaggle_client
-from datamodules import KaggleCIFAR10DataModule, decode_images, png_folder
-from datamodules.decode_images import decode
-from datamodules.image_cache import Decoded
-from datamodules.png_folder import png_ids, read_images
-from errors import UserError
+from core import kaggle_client
+from core.errors import UserError
+from datamodules import KaggleCIFAR10DataModule
+from datamodules.image_files import decode_images, png_folder
+from datamodules.image_files.decode_images import decode
+from datamodules.image_files.image_cache import Decoded
+from datamodules.image_files.png_folder import png_ids, read_images
 
 
 @pytest.fixture

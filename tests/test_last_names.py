@@ -19,9 +19,9 @@ from torch import Tensor
 
 import predict
 import train
+from core.errors import UserError
 from datamodules import LastNamesDataModule
-from datamodules.last_names import PAD, SYMBOLS, NameLoader, encode, normalize
-from errors import UserError
+from datamodules.sequences.last_names import PAD, SYMBOLS, NameLoader, encode, normalize
 
 COURSE = CONFIGS / "last_names_course.yaml"
 

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 import train
 from benchmarks import unmasking
+from core.runs import load_checkpoint
 from datamodules import GrammarDataModule, MaskedBooksDataModule
 from datamodules.base import IGNORED
-from datamodules.masked_books import choose
-from datamodules.text import BEGIN, END, IS_NEXT, MASK, NOT_NEXT, PAD, SPECIAL
-from errors import UserError
+from datamodules.text.masked_books import choose
+from datamodules.text.subwords import BEGIN, END, IS_NEXT, MASK, NOT_NEXT, PAD, SPECIAL
 from lit_models import LitSeq2Seq
 from lit_models.networks import MaskedLanguageModel, Transformer, unmask
 from lit_models.seq2seq import take_over
-from runs import load_checkpoint
 
 VOCAB = 400
 
@@ -377,47 +376,47 @@ def test_writes_from_masks_alone(run: Path, capsys: pytest.CaptureFixture[str]) 
     ],
 )
 def test_data_out_of_range(root: Path, options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         data(root, **options)
 
 
 def test_nothing_to_predict(root: Path) -> None:
-    with pytest.raises(UserError, match=r"no predictions .* python -m benchmarks.unmasking RUN"):
+    with pytest.raises(ValueError, match=r"no predictions .* python -m benchmarks.unmasking RUN"):
         data(root).setup("predict")
 
 
 def test_a_single_sentence_has_no_next(tmp_path: Path) -> None:
     (tmp_path / "gutenberg").mkdir()
     (tmp_path / "gutenberg" / "a.txt").write_text("The old man walked home.")
-    with pytest.raises(UserError, match="next_sentence needs books with at least two sentences"):
+    with pytest.raises(ValueError, match="next_sentence needs books with at least two sentences"):
         data(tmp_path, books=["a"], next_sentence=True).draw("train", 0)
 
 
 def test_network_out_of_range() -> None:
-    with pytest.raises(UserError, match="num_layers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         small(num_layers=0)
-    with pytest.raises(UserError, match="embedding_dim must be even and a multiple of num_heads"):
+    with pytest.raises(ValueError, match="embedding_dim must be even and a multiple of num_heads"):
         small(num_heads=3)
     tokens = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(UserError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         unmask(small(), tokens, 0, MASK)
-    with pytest.raises(UserError, match=r"temperature must not be negative, got -1; 0 takes"):
+    with pytest.raises(ValueError, match=r"temperature must not be negative, got -1; 0 takes"):
         unmask(small(), tokens, 1, MASK, temperature=-1)
 
 
 def test_a_run_that_does_not_fit_is_refused(run: Path) -> None:
     merges = data(Path("data")).subwords.merges
-    with pytest.raises(UserError, match=r"none.ckpt does not exist"):
+    with pytest.raises(ValueError, match=r"none.ckpt does not exist"):
         take_over(Transformer(VOCAB, 32, 4), "none.ckpt", merges)
-    with pytest.raises(UserError, match="none is not a run folder"):
+    with pytest.raises(ValueError, match="none is not a run folder"):
         take_over(Transformer(VOCAB, 32, 4), "none", merges)
-    with pytest.raises(UserError, match=r"best.ckpt reads other subwords .* same vocab_size"):
+    with pytest.raises(ValueError, match=r"best.ckpt reads other subwords .* same vocab_size"):
         take_over(Transformer(VOCAB, 32, 4), str(run), merges[:-1])
-    with pytest.raises(UserError, match=r"nothing in .*best.ckpt has the name and the shape"):
+    with pytest.raises(ValueError, match=r"nothing in .*best.ckpt has the name and the shape"):
         take_over(Transformer(VOCAB, 16, 4, hidden_size=32), str(run), merges)
 
 
 def test_only_masked_language_models_fill_gaps() -> None:
     other: Any = SimpleNamespace(data=None, source="runs/x/y")
-    with pytest.raises(UserError, match="runs/x/y was not trained on masked books"):
+    with pytest.raises(ValueError, match="runs/x/y was not trained on masked books"):
         unmasking.Writer(other, seed=0)

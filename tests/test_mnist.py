@@ -16,8 +16,9 @@ import torchvision
 from fake_data import draw_grey, idx, labels_of, write_mnist
 from torch.utils.data import TensorDataset, random_split
 
-from datamodules import DigitsDataModule, MNISTDataModule, mnist
-from errors import UserError
+from core.errors import UserError
+from datamodules import DigitsDataModule, MNISTDataModule
+from datamodules.images import mnist
 
 GOLDEN = [  # SHA-256 of the digits' training images and targets, test images and targets
     "4dbbf385ae96625d3b65c1fcd644294db2f5426d376f2d16906af22f15ae4240",

@@ -9,7 +9,7 @@ from conftest import end_wandb
 
 import predict
 import train
-from runs import load_checkpoint
+from core.runs import load_checkpoint
 
 OLD_RUNS = Path(__file__).parent / "old_runs"
 pytestmark = pytest.mark.slow

@@ -20,13 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from callbacks import ConfusionMatrix, LearningCurves, Mistakes, SampleSheet
-from callbacks.confusion_matrix import ConfusionCounts, confusion_matrix
-from callbacks.learning_curves import learning_curves
-from callbacks.mistakes import MostConfident, mistakes_sheet
-from callbacks.pictures import PictureCallback
-from callbacks.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
-from datamodules.images import ImageDataModule
-from errors import UserError
+from callbacks.pictures.base import PictureCallback
+from callbacks.pictures.confusion_matrix import ConfusionCounts, confusion_matrix
+from callbacks.pictures.learning_curves import learning_curves
+from callbacks.pictures.mistakes import MostConfident, mistakes_sheet
+from callbacks.pictures.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
+from core.errors import UserError
+from datamodules.images.base import ImageDataModule
 
 NAMES = ("ant", "bee", "cow")
 TEST_SIZE = 23  # three batches of ten, or two processes with unequal shares

@@ -20,9 +20,9 @@ from conftest import full_disk
 from fake_data import draw, labels_of, write_batch
 
 import predict
+from core.files import sha256
 from datamodules import CIFAR10DataModule
-from datamodules.images import ImageDataModule
-from files import sha256
+from datamodules.images.base import ImageDataModule
 
 KAGGLE = "KaggleCIFAR10DataModule"
 

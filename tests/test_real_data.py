@@ -12,8 +12,8 @@ import benchmarks.jfleg as jfleg_table
 import predict
 import submit
 import train
+from core.errors import UserError
 from datamodules import GrammarDataModule, LastNamesDataModule, MNISTDataModule
-from errors import UserError
 from metrics.edits import apply_edits, extract_edits, score_edits
 from metrics.gleu import corpus_gleu
 from metrics.m2 import M2Sentence, read_m2, write_m2

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks import (
     GRU,
     LSTM,
@@ -94,12 +93,14 @@ def test_overfits_one_batch(make_core: Callable[..., Any]) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=0.007)
     for _ in range(150):
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(x), target)
+        logits = network(x)
+        loss = F.cross_entropy(logits, target)
+        if loss < 0.05 and torch.equal(logits.argmax(1), target):  # the next step may leap away
+            return
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-    assert loss.item() < 0.1
-    assert torch.equal(network(x).argmax(1), target)
+    pytest.fail(f"the batch is not fitted, its loss is {loss.item():.3f}")
 
 
 # What lies behind the end of a sequence
@@ -195,7 +196,7 @@ def test_both_directions_are_those_of_torch() -> None:
     ],
 )
 def test_arguments_out_of_range_are_refused(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=said):
         make()
 
 
@@ -208,5 +209,5 @@ def test_arguments_out_of_range_are_refused(make: Callable[[], Any], said: str) 
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(lengths: list[int], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=said):
         Recurrent(RNN(3, 4), 2)(torch.zeros(2, 5, 3), torch.tensor(lengths))

@@ -10,11 +10,11 @@ from conftest import CONFIGS, end_wandb
 from torch import Tensor, nn
 
 import train
+from core.errors import UserError
+from core.runs import load_checkpoint
 from datamodules.base import IGNORED
-from errors import UserError
 from lit_models import LitClassifier, LitRegressor
 from lit_models.networks import RNN, Recurrent
-from runs import load_checkpoint
 
 READS = pytest.mark.parametrize("read", ["every", "last"])
 

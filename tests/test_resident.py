@@ -19,18 +19,15 @@ from hypothesis import strategies as st
 from lightning import LightningModule
 from torch import Tensor
 
-from datamodules import EchoDataModule, LastNamesDataModule, TemporalOrderDataModule, resident
-from datamodules.augment import Effects
+from core.errors import UserError
+from datamodules import EchoDataModule, LastNamesDataModule, TemporalOrderDataModule
 from datamodules.base import BaseDataModule
-from datamodules.images import (
-    ImageDataModule,
-    ImageLoader,
-    SemiSupervisedLoader,
-    cutout,
-    reflect_pad,
-)
-from datamodules.resident import AHEAD, ResidentLoader, Stage
-from errors import UserError
+from datamodules.images.augment import Effects
+from datamodules.images.base import ImageDataModule
+from datamodules.loaders import resident
+from datamodules.loaders.images import ImageLoader, cutout, reflect_pad
+from datamodules.loaders.resident import AHEAD, ResidentLoader, Stage
+from datamodules.loaders.semi_supervised import SemiSupervisedLoader
 
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
 

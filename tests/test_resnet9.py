@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from test_networks import smooth_images
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks import ResNet9
 from lit_models.networks.resnet9 import GhostBatchNorm
 from lit_models.networks.whitening import Whitening
@@ -114,5 +113,5 @@ def test_running_averages_weigh_all_groups_alike() -> None:
 
 
 def test_a_group_of_negative_size() -> None:
-    with pytest.raises(UserError, match="ghost must not be negative, got -1; 0 is the whole batch"):
+    with pytest.raises(ValueError, match="ghost must not be negative, got -1"):
         ResNet9(ghost=-1)

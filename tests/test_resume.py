@@ -14,7 +14,7 @@ from conftest import CONFIGS, SMALL
 
 import predict
 import train
-from callbacks.wandb_logger import held_metrics
+from callbacks.run.wandb_logger import held_metrics
 
 pytestmark = pytest.mark.slow
 

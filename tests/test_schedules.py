@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from errors import UserError
 from lit_models.schedules import InverseSquareRoot, Triangle
 
 
@@ -39,7 +38,7 @@ def test_goes_on_where_it_was() -> None:
 
 def test_warmup_of_no_step() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    with pytest.raises(UserError, match="warmup_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="warmup_steps must be at least 1, got 0"):
         InverseSquareRoot(optimizer, warmup_steps=0)
 
 
@@ -95,5 +94,5 @@ def test_the_end_of_training_is_planned_and_kept() -> None:
 )
 def test_a_triangle_that_cannot_be(options: dict[str, Any], message: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         Triangle(optimizer, **options)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import spike_detectors as bench
-from callbacks.gradient_spikes import EVIDENCE, SpikeDetector
+from steadyfit.detector import EVIDENCE, SpikeDetector
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 anything = st.one_of(st.floats(), st.floats(0.5, 2), st.sampled_from([0.0, -1.0, 1.0, 1e300]))

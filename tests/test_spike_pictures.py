@@ -17,8 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 import train
-from callbacks.gradient_through_time import ThroughTime, WorstStep, is_sequence, through_time
-from callbacks.spike_measures import (
+from callbacks.pictures.spike_pictures import SpikePictures
+from core.errors import UserError
+from datamodules import TemporalOrderDataModule
+from lit_models.classification import LitClassifier
+from lit_models.networks import LSTM, Recurrent
+from steadyfit.measures import (
     Curves,
     excess_loss,
     excursions,
@@ -26,22 +30,22 @@ from callbacks.spike_measures import (
     measure,
     rolling_median,
 )
-from callbacks.spike_pictures import (
-    SpikePictures,
+from steadyfit.panels import decimate, short
+from steadyfit.pictures import (
     SpikeRun,
     curves_picture,
-    decimate,
     layers_picture,
     norms_picture,
     seeds_picture,
-    short,
     spike_pictures,
     through_time_picture,
 )
-from datamodules import TemporalOrderDataModule
-from errors import UserError
-from lit_models.classification import LitClassifier
-from lit_models.networks import LSTM, Recurrent
+from steadyfit.through_time import (
+    ThroughTime,
+    WorstStep,
+    is_sequence,
+    through_time,
+)
 
 CONFIG = Path(__file__).parent.parent / "configs" / "temporal_order_lstm.yaml"
 
@@ -165,7 +169,7 @@ def test_a_loss_that_is_not_a_number_is_infinitely_bad() -> None:
 
 
 def test_metrics_without_epochs_are_refused() -> None:
-    with pytest.raises(UserError, match="no column epoch"):
+    with pytest.raises(ValueError, match="no column epoch"):
         Curves.of(pd.DataFrame({"step": [0], "train/loss": [1.0]}))
 
 
@@ -447,7 +451,7 @@ def test_a_run_that_breaks_off_leaves_its_pictures_too(
 def test_the_worst_step_survives_a_resume(
     trained_lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("callbacks.spike_pictures.spike_pictures", lambda runs: {})
+    monkeypatch.setattr("callbacks.pictures.spike_pictures.spike_pictures", lambda runs: {})
     args = [*FIT, f"--trainer.default_root_dir={tmp_path}", "--run=halves"]
     train.main([*args, "--trainer.max_epochs=2"])
     train.main(args)

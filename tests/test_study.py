@@ -16,7 +16,8 @@ import yaml
 from conftest import CONFIGS
 
 import study
-from grid import PointRecord, Study
+from pipeline.studies import runner
+from pipeline.studies.grid import PointRecord, Study
 
 ROOT = CONFIGS.parent
 
@@ -24,7 +25,7 @@ ROOT = CONFIGS.parent
 STAND_IN = """
 import fcntl, os, sys, time
 from pathlib import Path
-from grid import PointRecord, Study
+from pipeline.studies.grid import PointRecord, Study
 args = sys.argv[2:]
 study = Study.load("small.yaml")
 made = study.record(args)
@@ -169,10 +170,10 @@ def test_an_edited_config_fails_no_run_that_is_under_way(
     path = Path("small.yaml")
     path.write_text(path.read_text().replace(f"{CONFIGS}/mnist_lenet.yaml", str(config)))
     study.main(["run", "small.yaml", "--where", "lr=0.1", "seed_everything=0"])
-    made: list[study.Job] = []
-    conclude = study.conclude
+    made: list[runner.Job] = []
+    conclude = runner.conclude
 
-    def edit_first(loaded: Study, job: study.Job, *others: Any) -> None:
+    def edit_first(loaded: Study, job: runner.Job, *others: Any) -> None:
         if not made:
             config.write_text(config.read_text().replace("max_epochs: 10", "max_epochs: 9"))
         made.append(job)
@@ -197,8 +198,8 @@ def test_a_run_that_another_program_has_taken_is_waited_for(
     while not starts():
         time.sleep(0.05)
     looks = iter([False])  # the first look is too early
-    is_busy = study.Job.is_busy
-    monkeypatch.setattr(study.Job, "is_busy", lambda job: next(looks, is_busy(job)))
+    is_busy = runner.Job.is_busy
+    monkeypatch.setattr(runner.Job, "is_busy", lambda job: next(looks, is_busy(job)))
     study.main(["run", "small.yaml"])
     other.wait()
     assert sum(starts().values()) == 1

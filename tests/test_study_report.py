@@ -13,10 +13,11 @@ import yaml
 from matplotlib.figure import Figure
 
 import study
-import study_report
-from errors import UserError
-from grid import Study
-from study_report import curves_picture, learning_curves_of, steps_until, summary
+from core.errors import UserError
+from pipeline.studies import report as study_report
+from pipeline.studies.grid import Study
+from pipeline.studies.metrics import steps_until, summary
+from pipeline.studies.report import curves_picture, learning_curves_of
 
 RATES, VARIANTS, SEEDS = [0.1, 0.2], ["plain", "steep"], [0, 1, 2]
 

@@ -22,11 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kaggle_server import KEY, USERNAME, KaggleServer
 
-import kaggle_client
-import submit
-from errors import UserError
-from submission import Submission, check_submission
-from submit import main, wilson_interval
+from core import kaggle_client
+from core.errors import UserError
+from core.submission import Submission
+from pipeline.kaggle import sending
+from pipeline.kaggle.checks import check_submission
+from pipeline.kaggle.prediction_file import wilson_interval
+from submit import main
 
 RUN = "runs/digits/first"
 SAMPLE = "id,label\n1,cat\n2,cat\n3,cat\n4,cat\n"
@@ -52,7 +54,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("COLUMNS", "200")  # tables are not folded
-    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sending, "POLL_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     Path("sample.csv").write_text(SAMPLE)
     return tmp_path
@@ -232,7 +234,7 @@ def test_interrupted_waiting_goes_on(
 
     make_run()
     with monkeypatch.context() as patch:
-        patch.setattr(submit.time, "sleep", interrupt)
+        patch.setattr(sending.time, "sleep", interrupt)
         with pytest.raises(SystemExit) as end:
             main([RUN, "--wait"])
     assert end.value.code == 130

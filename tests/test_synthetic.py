@@ -9,12 +9,12 @@ import torch
 from lightning import seed_everything
 from torch import Tensor
 
+from core.errors import UserError
 from datamodules import EchoDataModule, RunningMeanDataModule
 from datamodules.base import IGNORED
-from datamodules.echo import LETTERS, echo
-from datamodules.running_mean import running_mean
-from datamodules.synthetic import SyntheticDataModule
-from errors import UserError
+from datamodules.sequences.echo import LETTERS, echo
+from datamodules.sequences.running_mean import running_mean
+from datamodules.sequences.synthetic import SyntheticDataModule
 
 SIZES: dict[str, Any] = {"epoch_size": 40, "batch_size": 8, "val_size": 30}
 EACH = pytest.mark.parametrize(

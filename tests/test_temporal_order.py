@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from core.errors import UserError
 from datamodules.base import BaseDataModule
-from datamodules.images import ImageDataModule
-from datamodules.temporal_order import (
+from datamodules.images.base import ImageDataModule
+from datamodules.sequences.temporal_order import (
     LEVELS,
     Level,
     Stream,
     TemporalOrderDataModule,
     clean_sequences,
 )
-from errors import UserError
 from lit_models import LitClassifier
 from train import main
 

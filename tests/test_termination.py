@@ -26,7 +26,7 @@ from torch.optim import Adam
 import train
 from benchmarks.step_overhead import RandomNumbers
 from callbacks import Termination
-from callbacks.termination import FEWEST, MOST
+from callbacks.run.termination import FEWEST, MOST
 from lit_models import LitClassifier
 
 SCRIPT = Path(train.__file__)

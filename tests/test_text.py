@@ -7,8 +7,9 @@ from fake_data import write_books
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.corpora import read_books, read_corpus, read_lines
-from datamodules.text import (
+from core.errors import UserError
+from datamodules.text.corpora import read_books, read_corpus, read_lines
+from datamodules.text.subwords import (
     BEGIN,
     END,
     MASK,
@@ -19,7 +20,6 @@ from datamodules.text import (
     sentences,
     words,
 )
-from errors import UserError
 from metrics.edits import apply_edits
 
 LINES = ["the cat sat on the mat .", "the dog sat on the cat .", "He didn't see the cats ."]

@@ -17,7 +17,9 @@ import yaml
 from conftest import CONFIGS, end_wandb, faults_of_large_tensors
 
 import train
-from runs import Run, load_checkpoint
+from core.runs import Run, load_checkpoint
+from pipeline.cli import arrange
+from pipeline.trainer import fastest_precision, keep_freed_memory
 
 
 def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -157,7 +159,7 @@ def test_run_without_bar_checkpoints_and_wandb(
 ) -> None:
     """Lightning refuses the callbacks of the defaults when it is told to do without them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.trainer.find_spec", lambda name: None)
     flags = [f"--trainer.enable_{part}=false" for part in ("progress_bar", "checkpointing")]
     flags += ["--trainer.max_epochs=1", "--run=bare"]
     train.main(["fit", *small, *flags])
@@ -241,12 +243,12 @@ def test_precision_fits_the_processor(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    assert train.fastest_precision(accelerator) == expected
+    assert fastest_precision(accelerator) == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_freed_memory_is_not_asked_of_the_kernel_again() -> None:
-    train.keep_freed_memory()
+    keep_freed_memory()
     # the first few find their place, between what others have put there
     assert faults_of_large_tensors() < 10 * 2**26 / resource.getpagesize()
 
@@ -318,7 +320,7 @@ def test_a_run_is_found_where_its_root_is(
     config.parent.mkdir(parents=True)
     config.touch()
     monkeypatch.chdir(tmp_path / place)
-    arranged = train.arrange(["test", *args])
+    arranged = arrange(["test", *args])
     flags = dict(flag.split("=") for flag in arranged[1:])
     assert Path(flags["--config"]).samefile(config)
     assert flags["--trainer.default_root_dir"] == root

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks import training_memory
 from benchmarks.step_overhead import RandomImages
 from benchmarks.training_memory import VOCAB
-from callbacks.training_cost import TrainingCost, measured_peak, table, training_cost
-from errors import UserError
+from callbacks.training.training_cost import TrainingCost, measured_peak, table, training_cost
+from core.errors import UserError
 from lit_models import LitClassifier
 from lit_models.networks import LSTM, LeNet5, Recurrent, Transformer
 
@@ -148,7 +148,7 @@ def test_dropout_of_attention_keeps_a_mask_and_the_dropped_weights() -> None:
 
 @pytest.mark.slow
 def test_lengths_can_be_read_though_no_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("callbacks.training_cost.NEEDS_VALUES", ())
+    monkeypatch.setattr("callbacks.training.training_cost.NEEDS_VALUES", ())
     model = classifier(Transformer(50, 16, 2, 1, 1, 16), num_classes=50)
     source, target_in, target = torch.randint(50, (3, 8, 40))
     batch = [source, target_in, torch.tensor([40, 7, 7, 3, 40, 1, 2, 9]), target]

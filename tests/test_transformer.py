@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
 from lit_models.networks import Transformer
 from lit_models.networks.transformer import Attention, Block, KeysValues, sinusoidal_positions
 
@@ -342,15 +341,15 @@ def test_overfits_one_batch() -> None:
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(ValueError, match=said):
         small(**options)
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
     network = small()
-    with pytest.raises(UserError, match="needs as many lengths"):
+    with pytest.raises(ValueError, match="needs as many lengths"):
         network(sentences(2, 5), sentences(2, 5), torch.tensor([5]))
-    with pytest.raises(UserError, match="lengths must be from 1 to 5"):
+    with pytest.raises(ValueError, match="lengths must be from 1 to 5"):
         network(sentences(2, 5), sentences(2, 5), torch.tensor([5, 6]))
-    with pytest.raises(UserError, match="a sequence of 21 tokens is longer than max_length, 20"):
+    with pytest.raises(ValueError, match="a sequence of 21 tokens is longer than max_length, 20"):
         network(sentences(2, 21), sentences(2, 5))

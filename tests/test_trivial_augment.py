@@ -9,9 +9,9 @@ from test_networks import smooth_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from datamodules.images import ImageDataModule
-from datamodules.trivial_augment import KINDS, TrivialAugment
-from errors import UserError
+from core.errors import UserError
+from datamodules.images.base import ImageDataModule
+from datamodules.images.trivial_augment import KINDS, TrivialAugment
 
 change = TrivialAugment()
 

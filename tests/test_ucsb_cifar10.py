@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fake_data import draw, labels_of, write_cifar10, write_csv, write_ucsb
 
+from core.errors import UserError
 from datamodules import UCSBCIFAR10DataModule
-from errors import UserError
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import end_wandb
 
-from callbacks.wandb_logger import ResumableWandbLogger, held_metrics, sent_together
+from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics, sent_together
 
 ROWS = {step: {"train/loss": 1 / (step + 1), "grad_norm/total": 2.0} for step in range(50)}
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from errors import UserError
 from lit_models.networks import WideResNet
 
 
@@ -31,5 +30,5 @@ def test_the_image_is_halved_twice() -> None:
 
 @pytest.mark.parametrize("depth", [4, 9, 27])
 def test_a_depth_that_no_stage_can_have(depth: int) -> None:
-    with pytest.raises(UserError, match=f"depth must be 10, 16, 22, 28, ..., got {depth}"):
+    with pytest.raises(ValueError, match=f"depth must be 10, 16, 22, 28, ..., got {depth}"):
         WideResNet(depth=depth)

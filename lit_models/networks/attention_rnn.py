@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from errors import UserError
 from lit_models.networks.unrolled import Layer, Stack
 
 
@@ -46,7 +45,7 @@ class AttentionRNN(Stack):
         dropout: float = 0.0,
     ) -> None:
         if past != "inf" and (isinstance(past, str) or past < 1):
-            raise UserError(f"past must be at least 1, or inf for all past states, got {past!r}.")
+            raise ValueError(f"past must be at least 1, or inf for all past states, got {past!r}.")
 
         def make_layer(size: int) -> AttentionLayer:
             if past == "inf":

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from errors import UserError
-
 State = TypeVar("State")
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
@@ -63,7 +61,7 @@ def beam_search(
         n_best: How many hypotheses are returned.
 
     Raises:
-        UserError: If an argument is out of range.
+        ValueError: If an argument is out of range.
     """
     check_arguments(begin, beam_width, max_length, length_penalty, n_best)
     sentences = torch.arange(len(begin), device=begin.device)[:, None]  # (B, 1)
@@ -143,16 +141,16 @@ def check_arguments(
     begin: Tensor, beam_width: int, max_length: int, length_penalty: float, n_best: int
 ) -> None:
     if begin.dim() != 1:
-        raise UserError(
+        raise ValueError(
             f"begin must be one token for each sentence, (B,), got the shape {tuple(begin.shape)}."
         )
     if beam_width < 1:
-        raise UserError(
+        raise ValueError(
             f"beam_width must be at least 1, got {beam_width}; use 1 for greedy decoding."
         )
     if max_length < 1:
-        raise UserError(f"max_length must be at least 1, got {max_length}.")
+        raise ValueError(f"max_length must be at least 1, got {max_length}.")
     if length_penalty < 0:
-        raise UserError(f"length_penalty must be at least 0, got {length_penalty}.")
+        raise ValueError(f"length_penalty must be at least 0, got {length_penalty}.")
     if not 1 <= n_best <= beam_width:
-        raise UserError(f"n_best must be from 1 to beam_width, {beam_width}, got {n_best}.")
+        raise ValueError(f"n_best must be from 1 to beam_width, {beam_width}, got {n_best}.")

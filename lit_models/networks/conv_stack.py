@@ -4,7 +4,6 @@ import math
 
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks.unrolled import State
 
 
@@ -35,7 +34,7 @@ class ConvStack(nn.Module):
         in_channels: int = 1,
     ) -> None:
         if depth < 1:
-            raise UserError(f"depth must be at least 1, got {depth}.")
+            raise ValueError(f"depth must be at least 1, got {depth}.")
         super().__init__()
         self.residual = residual
         self.patches = nn.Conv2d(in_channels, width, 4, stride=4)

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-
 
 class Ensemble(nn.Module):
     """Members that start differently, see the same batches and vote.
@@ -25,7 +23,7 @@ class Ensemble(nn.Module):
         num_classes: Number of classes K that each member is made for; None leaves it to ``member``.
 
     Raises:
-        UserError: If there is no member.
+        ValueError: If there is no member.
     """
 
     def __init__(
@@ -33,7 +31,7 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         if members < 1:
-            raise UserError(f"members must be at least 1, got {members}.")
+            raise ValueError(f"members must be at least 1, got {members}.")
         facts: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         self.members = nn.ModuleList(member(**facts) for _ in range(members))
 

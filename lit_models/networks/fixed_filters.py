@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
-from lit_models.networks.whitening import asking_for_data
+from lit_models.networks.data_dependent import asking_for_data
 
 Filter = Literal["identity", "sobel_x", "sobel_y", "laplacian", "sharpen"]
 
@@ -35,7 +34,7 @@ class FixedFilters(nn.Module):
         in_channels: Channels C of the images.
 
     Raises:
-        UserError: There is no filter, or it is not known.
+        ValueError: There is no filter, or it is not known.
     """
 
     weight: Tensor  # (C * F, 1, 3, 3)
@@ -46,10 +45,10 @@ class FixedFilters(nn.Module):
         super().__init__()
         known = ", ".join(get_args(Filter))
         if not filters:
-            raise UserError(f"filters must name at least one of {known}.")
+            raise ValueError(f"filters must name at least one of {known}.")
         for name in filters:
             if name not in FILTERS:
-                raise UserError(f"filters must be among {known}, got {name!r}.")
+                raise ValueError(f"filters must be among {known}, got {name!r}.")
         kernels = torch.tensor([FILTERS[name] for name in filters], dtype=torch.float)
         self.in_channels = in_channels
         self.out_channels = in_channels * len(filters)
@@ -58,7 +57,7 @@ class FixedFilters(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C * F, H, W), all answers of one channel side by side."""
         if images.shape[1] != self.in_channels:
-            raise UserError(
+            raise ValueError(
                 f"the filters are made for {self.in_channels} channels, the images have "
                 f"{images.shape[1]}; set --model.network.in_channels={images.shape[1]}."
             )
@@ -77,7 +76,7 @@ class Filtered(nn.Module):
         num_classes: Number of classes K the network is made for.
 
     Raises:
-        UserError: The images have another number of channels.
+        ValueError: The images have another number of channels.
     """
 
     def __init__(

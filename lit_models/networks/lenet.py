@@ -5,8 +5,6 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
-
 Pooling = Literal["max", "average", "none"]
 Init = Literal["torch", "kaiming"]
 
@@ -36,7 +34,7 @@ class LeNet5(nn.Module):
             arXiv:1502.01852), the last layer's from N(0, 1 / fan_in); biases start at zero.
 
     Raises:
-        UserError: If an argument is out of range, no pixel is left for the linear layers, or an
+        ValueError: If an argument is out of range, no pixel is left for the linear layers, or an
             image has another size.
     """
 
@@ -57,20 +55,20 @@ class LeNet5(nn.Module):
         super().__init__()
         for name, value in (("kernel_size", kernel_size), ("stride", stride)):
             if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 <= dropout < 1:
-            raise UserError(f"dropout must be in [0, 1), got {dropout}.")
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         for name, choice, known in (("pooling", pooling, Pooling), ("init", init, Init)):
             if choice not in get_args(known):
                 allowed = ", ".join(get_args(known))
-                raise UserError(f"{name} must be one of {allowed}, got {choice!r}.")
+                raise ValueError(f"{name} must be one of {allowed}, got {choice!r}.")
         self.size = padded_size - 2 * padding  # of the images
         size = padded_size
         for _ in channels:
             size = (size - kernel_size) // stride + 1
             size = size if pooling == "none" else size // 2
         if size < 1:
-            raise UserError(
+            raise ValueError(
                 f"no pixel of {padded_size} x {padded_size} is left behind the convolutions with "
                 f"kernel_size {kernel_size}, stride {stride} and pooling {pooling}; lower "
                 "kernel_size or stride, or raise padding and padded_size."
@@ -116,7 +114,7 @@ class LeNet5(nn.Module):
     def check(self, images: Tensor) -> None:
         height, width = images.shape[2:]
         if (height, width) != (self.size, self.size):
-            raise UserError(
+            raise ValueError(
                 f"this LeNet5 takes images of {self.size} x {self.size} pixels, got {height} x "
                 f"{width}; padded_size has to be their side with its padding on both sides."
             )

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks.recurrent import checked_dropout
 from lit_models.networks.transformer import (
     Block,
@@ -37,7 +36,7 @@ class MaskedLanguageModel(Encoder):
         max_length: The most tokens of a text.
 
     Raises:
-        UserError: If an argument is out of range, or a batch does not fit.
+        ValueError: If an argument is out of range, or a batch does not fit.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class MaskedLanguageModel(Encoder):
         super().__init__()
         check_heads(num_heads, embedding_dim)
         if num_layers < 1:
-            raise UserError(f"num_layers must be at least 1, got {num_layers}.")
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         block = Block(embedding_dim, num_heads, hidden_size, dropout, bias=True, norm=True)
         self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
         nn.init.normal_(self.source_embedding.weight, std=embedding_dim**-0.5)
@@ -111,12 +110,12 @@ def unmask(
         Tokens (B, T) without a gap.
 
     Raises:
-        UserError: If an argument is out of range.
+        ValueError: If an argument is out of range.
     """
     if steps < 1:
-        raise UserError(f"steps must be at least 1, got {steps}.")
+        raise ValueError(f"steps must be at least 1, got {steps}.")
     if not temperature >= 0:
-        raise UserError(
+        raise ValueError(
             f"temperature must not be negative, got {temperature}; 0 takes the most probable token."
         )
     for left in range(steps, 0, -1):

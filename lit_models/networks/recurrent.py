@@ -10,8 +10,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-
 Read = Literal["last", "every", "max"]
 
 
@@ -27,7 +25,7 @@ class Recurrent(nn.Module):
         dropout: Share of the state that is set to zero before the linear layer, in training.
 
     Raises:
-        UserError: If an argument is out of range, or the lengths do not fit the batch.
+        ValueError: If an argument is out of range, or the lengths do not fit the batch.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class Recurrent(nn.Module):
     ) -> None:
         super().__init__()
         if read not in get_args(Read):
-            raise UserError(f"read must be one of {', '.join(get_args(Read))}, got {read!r}.")
+            raise ValueError(f"read must be one of {', '.join(get_args(Read))}, got {read!r}.")
         self.embedding = embedding or nn.Identity()
         self.rnn = rnn
         self.dropout = checked_dropout(dropout)
@@ -75,12 +73,12 @@ class Recurrent(nn.Module):
 def check_lengths(lengths: Tensor, x: Tensor) -> None:
     rows, steps = x.shape[:2]
     if lengths.shape != (rows,):
-        raise UserError(
+        raise ValueError(
             f"a batch of {rows} sequences needs as many lengths, got {tuple(lengths.shape)}."
         )
     # on another device the loop would have to wait for an answer
     if lengths.device.type == "cpu" and not 1 <= lengths.min() <= lengths.max() <= steps:
-        raise UserError(
+        raise ValueError(
             f"lengths must be from 1 to {steps}, the padded length, got {int(lengths.min())} to "
             f"{int(lengths.max())}."
         )
@@ -88,7 +86,7 @@ def check_lengths(lengths: Tensor, x: Tensor) -> None:
 
 def checked_dropout(dropout: float) -> nn.Dropout:
     if not 0 <= dropout < 1:
-        raise UserError(f"dropout must be in [0, 1), got {dropout}.")
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
     return nn.Dropout(dropout)
 
 

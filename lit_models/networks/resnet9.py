@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks.whitened_cnn import Residual
 from lit_models.networks.whitening import Whitening
 
@@ -37,7 +36,7 @@ class ResNet9(nn.Module):
         scale: Factor on the logits.
 
     Raises:
-        UserError: ``ghost`` is negative.
+        ValueError: ``ghost`` is negative.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class ResNet9(nn.Module):
     ) -> None:
         super().__init__()
         if ghost < 0:
-            raise UserError(f"ghost must not be negative, got {ghost}; 0 is the whole batch.")
+            raise ValueError(f"ghost must not be negative, got {ghost}; 0 is the whole batch.")
 
         def normalize(channels: int) -> nn.Module:
             norm = GhostBatchNorm(channels, ghost) if ghost else nn.BatchNorm2d(channels)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks.recurrent import check_lengths, checked_dropout
 
 Positions = Literal["sinusoidal", "learned"]
@@ -111,7 +110,7 @@ class Encoder(nn.Module):
     def embed(self, tokens: Tensor, embedding: nn.Embedding, begin: int = 0) -> Tensor:
         end = begin + tokens.shape[1]
         if end > self.max_length:
-            raise UserError(
+            raise ValueError(
                 f"a sequence of {end} tokens is longer than max_length, {self.max_length}; "
                 "shorten it or raise max_length."
             )
@@ -149,7 +148,7 @@ class Transformer(Encoder):
             arXiv:1704.04368; for correction Zhao et al., arXiv:1903.00138). Logits are log p then.
 
     Raises:
-        UserError: If an argument is out of range, or a batch does not fit.
+        ValueError: If an argument is out of range, or a batch does not fit.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ class Transformer(Encoder):
         check_choice("embeddings", embeddings, get_args(Embeddings))
         check_choice("norm", norm, get_args(Norm))
         if min(num_encoder_layers, num_decoder_layers) < 1:
-            raise UserError(
+            raise ValueError(
                 "num_encoder_layers and num_decoder_layers must be at least 1, got "
                 f"{num_encoder_layers} and {num_decoder_layers}."
             )
@@ -284,7 +283,7 @@ def of_one_source(x: Tensor, source: Tensor) -> Tensor:
 
 def check_heads(num_heads: int, embedding_dim: int) -> None:
     if num_heads < 1 or embedding_dim % num_heads or embedding_dim % 2:
-        raise UserError(
+        raise ValueError(
             "embedding_dim must be even and a multiple of num_heads, got "
             f"{embedding_dim} and {num_heads}."
         )
@@ -292,7 +291,7 @@ def check_heads(num_heads: int, embedding_dim: int) -> None:
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def padding_mask(lengths: Tensor, size: int) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from lit_models.networks.recurrent import checked_dropout
 
 Nonlinearity = Literal["identity", "relu", "tanh"]
@@ -72,7 +71,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         if num_layers < 1:
-            raise UserError(f"num_layers must be at least 1, got {num_layers}.")
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         sizes = [input_size, *[hidden_size] * (num_layers - 1)]
         self.layers = nn.ModuleList(make_layer(size) for size in sizes)
         self.dropout = checked_dropout(dropout)
@@ -111,7 +110,7 @@ class VanillaRNN(Stack):
     ) -> None:
         if nonlinearity not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
-            raise UserError(f"nonlinearity must be one of {allowed}, got {nonlinearity!r}.")
+            raise ValueError(f"nonlinearity must be one of {allowed}, got {nonlinearity!r}.")
         super().__init__(
             lambda size: VanillaLayer(size, hidden_size, nonlinearity, bias, weight_scale),
             input_size,

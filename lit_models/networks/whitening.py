@@ -3,9 +3,6 @@
 Dimensions: B batch, C channels, H height, W width, P patches, K kernel size.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -50,12 +47,3 @@ class Whitening(nn.Conv2d):
         filters *= filters.gather(1, filters.abs().argmax(1, keepdim=True)).sign()
         filters = filters.reshape(-1, *self.weight.shape[1:])
         self.weight.copy_(torch.cat([filters, -filters]) if self.mirrored else filters)
-
-
-def asking_for_data(network: nn.Module) -> Iterator[Any]:
-    """The parts that have a method ``init_from_data``; such a part answers for those within it."""
-    answered_for: set[nn.Module] = set()
-    for part in network.modules():
-        if hasattr(part, "init_from_data") and part not in answered_for:
-            answered_for.update(part.modules())
-            yield part

@@ -4,8 +4,6 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from errors import UserError
-
 
 class WideResNet(nn.Module):
     """A wide residual network, WRN-``depth``-``widen`` (Zagoruyko, Komodakis, arXiv:1605.07146).
@@ -21,7 +19,7 @@ class WideResNet(nn.Module):
         in_channels: Channels C of the images.
 
     Raises:
-        UserError: ``depth`` is not 6 n + 4.
+        ValueError: ``depth`` is not 6 n + 4.
     """
 
     def __init__(
@@ -29,7 +27,7 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
-            raise UserError(f"depth must be 10, 16, 22, 28, ..., got {depth}.")
+            raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {depth}.")
         blocks = (depth - 4) // 6
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.stem = conv(in_channels, widths[0])

@@ -1,0 +1,36 @@
+"""Where the pictures of a run go."""
+
+from pathlib import Path
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+
+from core.files import atomic_write
+
+
+class PictureCallback(Callback):
+    """A callback that leaves pictures in the run folder and, if there is one, on the W&B run."""
+
+    folder: Path | None = None  # none under fast_dev_run, which leaves nothing behind
+    data: LightningDataModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning broadcasts the answer, so all ranks have to ask, and a rank that fails later,
+        # in on_exception, could not ask any more.
+        folder = trainer.log_dir
+        self.folder = None if folder is None else Path(folder)
+        self.data = getattr(trainer, "datamodule", None)  # an attribute Lightning does not declare
+
+    def save(self, trainer: Trainer, name: str, figure: Figure) -> None:
+        """Write ``<name>.png`` and show it as ``pictures/<name>``; for rank 0 alone to call."""
+        if self.folder is None:
+            return
+        path = self.folder / f"{name}.png"
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                # without a step, W&B puts it at the last optimizer step it was told
+                logger.log_image(f"pictures/{name}", [str(path)])

@@ -1,0 +1,194 @@
+"""What keeps a run folder whole: configuration, metrics, and checkpoints safe from a crash."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.run.wandb_logger import ResumableWandbLogger
+from core.files import atomic_write
+from lit_models.base import LitModel
+from steadyfit.lightning import StepCallback
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that take their name only when they are complete.
+
+    Lightning writes to the system's temporary folder and moves from there, which is a copy, and can
+    be interrupted, where that folder is another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        with atomic_write(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the epoch that did best on the validation part, by the model's own measure."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best",
+            monitor=LitModel.monitor,
+            mode="max",
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(pl_module, LitModel):
+            self.monitor = pl_module.monitor
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning forgets what was best when the run's folder has moved or goes by another path
+        folder = Path(self.dirpath or ".")
+        best = folder / Path(state_dict["best_model_path"]).name
+        if best.is_file():
+            state_dict = state_dict | {
+                "dirpath": self.dirpath,
+                "best_model_path": str(best),
+                "kth_best_model_path": str(best),
+                "best_k_models": {str(best): state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict)
+
+
+class MetricsCSV(Logger):
+    """All metrics in ``metrics.csv``: one row per optimizer step, one column per metric.
+
+    Unlike Lightning's CSVLogger it goes on with the file of an interrupted run. The whole file is
+    replaced at every checkpoint, at the end, and between them about every half minute.
+
+    Args:
+        save_dir: The run folder.
+    """
+
+    # to ModelCheckpoint these are folders below save_dir, and none are wanted
+    name = ""
+    version = ""
+
+    def __init__(self, save_dir: str = ".") -> None:
+        super().__init__()
+        self._save_dir = save_dir
+        self._rows: dict[int, dict[str, float]] | None = None  # by step; read when first needed
+        self._next_save = 0.0
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    @property
+    def path(self) -> Path:
+        return Path(self._save_dir) / "metrics.csv"
+
+    @property
+    def rows(self) -> dict[int, dict[str, float]]:
+        """The metrics of each optimizer step."""
+        if self._rows is None:
+            self._rows = {}
+            if self.path.exists():
+                with self.path.open(newline="") as file:
+                    for row in csv.DictReader(file):
+                        step = int(row.pop("step"))
+                        self._rows[step] = {name: float(x) for name, x in row.items() if x}
+        return self._rows
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the run's configuration is in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = step or 0
+        self.rows.setdefault(step, {}).update(metrics)
+        if time.monotonic() > self._next_save:
+            self.save()
+
+    @rank_zero_only
+    def restart_from(self, step: int) -> None:
+        """Forget the rows of ``step`` and after it, which a resumed run is about to repeat."""
+        self._rows = {s: row for s, row in self.rows.items() if s < step}
+
+    @rank_zero_only
+    def save(self) -> None:
+        start = time.monotonic()
+        columns = sorted({name for row in self.rows.values() for name in row})
+        if columns:
+            with atomic_write(self.path, "w", newline="") as file:
+                writer = csv.DictWriter(file, ["step", *columns], lineterminator="\n")
+                writer.writeheader()
+                for step, row in sorted(self.rows.items()):  # 9 digits hold a float32 exactly
+                    writer.writerow({"step": step} | {k: f"{v:.9g}" for k, v in row.items()})
+        end = time.monotonic()
+        self._next_save = end + 30 + 50 * (end - start)  # a long file is written less often
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.save()  # every step that the checkpoint has seen is in the file
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+class RunRecord(Callback):
+    """The run's configuration in ``config.yaml``, in every checkpoint, and on the W&B run.
+
+    Args:
+        text: The resolved configuration as YAML.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.done = 0  # optimizer steps in the checkpoint that training goes on from
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
+        if stage != "fit" or not trainer.is_global_zero or folder is None:
+            return
+        with atomic_write(Path(folder) / "config.yaml", "w") as file:
+            file.write(self.text)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                config = yaml.safe_load(self.text)
+                logger.experiment.config.update(config, allow_val_change=True)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.done = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not on_train_start: a run killed behind its last step has nothing left to train
+        history = next((log for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
+        if history is None:
+            return
+        history.restart_from(self.done)
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableWandbLogger):
+                for step, row in history.rows.items():
+                    logger.log_metrics(row, step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["config"] = self.text
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepCallback):
+                callback.flush(alone=True)  # they add to the rows that the model writes
+        if isinstance(pl_module, LitModel):
+            pl_module.flush_records(alone=True)

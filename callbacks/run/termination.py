@@ -1,0 +1,108 @@
+"""A run that is told to end keeps what it has learned."""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from core.runs import Run
+
+FEWEST = 20  # batches between two exchanges of several processes
+MOST = 50  # optimizer steps between them, where epochs are long
+EXIT_STATUS = 143  # 128 + SIGTERM, as a shell reports it
+
+
+class Termination(Checkpoint):
+    """SIGTERM to any process ends training with the checkpoint that ``fit --run`` goes on from.
+
+    Schedulers and containers send it some seconds before SIGKILL, often to one process alone. Its
+    handler only takes note. On log steps, where the loop waits for the device anyway, and at ends
+    of epochs, but never within ``FEWEST`` batches, the processes exchange their notes in one
+    ``all_reduce``. All of them then stop at the same step: behind a batch that another one follows,
+    or at the end of the epoch, since a validation that is due must not be lost. A process on its
+    own has nobody to ask and stops as soon as it can.
+
+    Outside of training there is nothing to keep, and a signal ends the program at once.
+
+    As a ``Checkpoint`` it comes behind all callbacks that learn something from the step.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False  # whether this process was told to end
+        self.agreed = False  # whether any was
+        self.batches = 0  # trained since the processes last exchanged their notes
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def note(signum: int, *_: object) -> None:
+            self.noted = True
+
+        def end(signum: int, *_: object) -> NoReturn:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signum)
+            raise SIGTERMException(EXIT_STATUS)
+
+        # Lightning broadcasts the first process's flag and reads it in every step, and its handler
+        # broadcasts in the midst of other collectives: one signal hangs or crashes all processes.
+        # To be dropped when Lightning-AI/pytorch-lightning#20806 (the hang) and #21487 (the cost; a
+        # pull request is #21640) are closed.
+        signals = trainer._signal_connector
+        signals._sigterm_notifier_fn = note if stage == "fit" else end  # type: ignore[method-assign, assignment]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.batches += 1
+        every = min(trainer.log_every_n_steps or MOST, MOST)  # type: ignore[attr-defined]
+        self.exchange(trainer, due=trainer.global_step % every == 0)
+        if self.agreed and another_batch_follows(trainer):
+            self.stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.exchange(trainer, due=True)
+        if self.agreed:
+            self.stop(trainer)
+
+    def exchange(self, trainer: Trainer, due: bool) -> None:
+        """Learn whether any process was told to end; the same ``due`` on all of them."""
+        if trainer.world_size == 1:
+            self.agreed = self.noted
+        elif due and self.batches >= FEWEST:
+            self.batches = 0
+            flag = torch.tensor(int(self.noted), device=trainer.strategy.root_device)
+            # strategy.reduce would wait at a barrier first
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.agreed = bool(flag)
+
+    def stop(self, trainer: Trainer) -> NoReturn:
+        # asked on all ranks: Lightning broadcasts the answer
+        run = Run(Path(trainer.log_dir or trainer.default_root_dir))
+        # all ranks wait until it is written
+        trainer.save_checkpoint(run.last_checkpoint, weights_only=False)
+        if trainer.is_global_zero:
+            print(
+                f"\nStopped by SIGTERM after step {trainer.global_step}; the same command with "
+                f"--run={run.folder.name} goes on from {run.last_checkpoint}",
+                file=sys.stderr,
+            )
+        # Lightning's launcher kills the first process of a node when another one fails
+        raise SIGTERMException(EXIT_STATUS if trainer.local_rank == 0 else 0)
+
+
+def another_batch_follows(trainer: Trainer) -> bool:
+    """Whether the next thing is a batch, and no gradient waits for it.
+
+    A checkpoint does not hold accumulated gradients, and behind one that is written in front of a
+    validation, or of the end of an epoch, Lightning goes on without them.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return not (
+        loop._should_accumulate()
+        or loop._is_training_done
+        or trainer.should_stop
+        or loop._should_check_val_fx(fetcher)
+    )

@@ -1,0 +1,1 @@
+"""What changes training itself, and what it costs."""

@@ -1,0 +1,130 @@
+"""What a run is on disk: one folder with its configuration, checkpoints, metrics and results."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+
+ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder ``runs/<config name>/<run name>`` of one training run."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, name: str | Path, root: Path = ROOT) -> "Run":
+        """The run at a path, or at ``root/name``.
+
+        Raises:
+            UserError: There is no such run.
+        """
+        for folder in (Path(name), root / name):
+            if (folder / "config.yaml").is_file():
+                return cls(folder)
+        known = sorted(root.glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        listed = ", ".join(str(path.parent.relative_to(root)) for path in known[-5:]) or "none yet"
+        raise UserError(f"{name} is not a run folder; the newest in {root}/ are: {listed}.")
+
+    @classmethod
+    def claim(cls, parent: Path, name: str | None) -> "Run":
+        """A folder of that name, new or to be continued; without a name a new one by the time.
+
+        ``mkdir`` is exclusive, so two programs started in the same second get two folders.
+        """
+        if name is not None:
+            folder = parent / name
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder)
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+            try:
+                (parent / f"{stamp}{suffix}").mkdir()
+            except FileExistsError:
+                continue
+            return cls(parent / f"{stamp}{suffix}")
+        raise UserError(f"{parent} holds a thousand runs of this second; name yours with --run.")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other programs from training the same run; a program that dies lets go by itself.
+
+        Raises:
+            UserError: Another one is at it.
+        """
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"{self.folder} is being trained by another program; wait for it, or choose "
+                "another name with --run."
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def checkpoint(self, which: str = "best") -> Path:
+        """The best checkpoint on the validation part, or the last one.
+
+        A run without a validation part has no best checkpoint; its last one is taken.
+
+        Raises:
+            UserError: The run has no checkpoint.
+        """
+        best = self.folder / "checkpoints" / "best.ckpt"
+        path = best if which == "best" and best.is_file() else self.last_checkpoint
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} holds no checkpoint; train it first with the command in "
+                f"{self.config.name}, or name another run."
+            )
+        return path
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the W&B run that was started in this folder, if any."""
+        for folder in sorted(self.folder.glob("wandb/*run-*-*")):
+            if match := re.fullmatch(r"(?:offline-)?run-\d+_\d+-(\w+)", folder.name):
+                return match[1]
+        return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        UserError: The file is missing, damaged, or not one of this project's checkpoints.
+    """
+    import torch  # two seconds, for which study.py and submit.py need not wait
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a run folder or a .ckpt file.") from None
+    except Exception as error:  # torch raises many types on damaged or unsafe files
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+        raise UserError(f"{path} carries no configuration; only runs of train.py can be used.")
+    return checkpoint

@@ -1,0 +1,1 @@
+"""Image sets, a file each, and their augmentation."""

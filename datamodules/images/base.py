@@ -1,0 +1,189 @@
+"""What all image sets share: a fixed split, shares of the training part, augmentation.
+
+Dimensions: N images, B batch, H height, W width, C channels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from datamodules.base import BaseDataModule
+from datamodules.images.augment import Effects
+from datamodules.images.trivial_augment import TrivialAugment
+from datamodules.loaders.images import Flip, ImageLoader
+from datamodules.loaders.resident import ResidentLoader, Stage
+
+
+def balanced_order(targets: Tensor) -> Tensor:
+    """Numbers (N,) of the samples with classes (N,), so that the classes take turns.
+
+    Within a class the order is random, by a seed that is always the same.
+    """
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    classes, by_class = targets[shuffled].sort(stable=True)
+    counts = classes.bincount()
+    turn = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[classes]
+    return shuffled[by_class[(turn * len(counts) + classes).argsort()]]
+
+
+class ImageDataModule(BaseDataModule):
+    """Images of ``num_classes`` kinds; a subclass reads them, this class serves them.
+
+    Args:
+        data_dir: Root folder of all data sets.
+        batch_size: Images in a training batch of one process.
+        eval_batch_size: Images in a batch of validation, test and prediction.
+        val_size: Training images kept for validation by one fixed split; 0 trains on all of them.
+        mean: Mean of each channel, of pixels scaled to [0, 1].
+        std: Standard deviation of each channel, likewise.
+        crop: Random crops from images padded by this many mirrored pixels, fewer than a side has.
+        flip: Mirror left and right: never, at random, or at random once and then alternating.
+        cutout: Side in pixels of a random square set to the mean; 0 leaves it out.
+        rotate: Largest angle in degrees by which images are turned, either way; 10 to 15 is usual.
+        scale: Largest relative change of size; 0.1 is usual.
+        shear: Largest angle in degrees by which images are slanted; 5 to 10 is usual.
+        elastic: Standard deviation in pixels of the displacements of 4 x 4 control points, between
+            which images bend; 1 suits digits of 28 x 28, and 2 makes some of them hard to read.
+        brightness: Largest relative change of all pixels; 0.2 to 0.4 is usual, as for the next two.
+        contrast: Largest relative change of the distance from the image's mean grey.
+        saturation: Largest relative change of the distance from grey.
+        hue: Largest turn of the hue in HSV, either way, where 0.5 is half of the circle; 0.05 to
+            0.1 is usual.
+        blur: Largest standard deviation in pixels of a Gaussian blur; it is drawn from 0.1 up, and
+            1 is usual.
+        trivial: Change each image in one of 14 ways at random (:class:`TrivialAugment`), instead of
+            the nine settings above.
+        train_fraction: Share of the training part that is trained on: the first of one fixed order
+            in which the classes take turns, so that 20 % is contained in 50 %.
+        epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
+            they come again and again, augmented anew, so that any ``train_fraction`` has the same
+            number of optimizer steps and validations.
+        unlabelled: Images without label in a training batch for each labelled one, from what
+            ``train_fraction`` leaves out, for a model that learns from them (``LitFixMatch``).
+
+    Attributes:
+        unlabelled_loader: Makes the loader of labelled and unlabelled images, if the model has put
+            one here.
+    """
+
+    image_size: tuple[int, int, int] = (32, 32, 3)  # (H, W, C)
+    unlabelled_loader: Callable[..., ResidentLoader] | None = None
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 512,
+        eval_batch_size: int = 1000,
+        val_size: int = 5000,
+        mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),
+        std: tuple[float, ...] = (0.2470, 0.2435, 0.2616),
+        crop: int = 0,
+        flip: Flip = "none",
+        cutout: int = 0,
+        rotate: float = 0.0,
+        scale: float = 0.0,
+        shear: float = 0.0,
+        elastic: float = 0.0,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        blur: float = 0.0,
+        trivial: bool = False,
+        train_fraction: float = 1.0,
+        epoch_size: int | None = None,
+        unlabelled: int = 0,
+    ) -> None:
+        super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        if not 0 < train_fraction <= 1:
+            raise UserError(
+                f"train_fraction must be above 0 and at most 1, got {train_fraction}; 1 trains on "
+                "all images."
+            )
+        if epoch_size is not None and epoch_size < 1:
+            raise UserError(f"epoch_size must be at least 1, got {epoch_size}.")
+        if unlabelled < 0:
+            raise UserError(f"unlabelled must not be negative, got {unlabelled}.")
+        channels = self.image_size[2]
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise UserError(
+                    f"{name} must have one value for each of the {channels} channels, got "
+                    f"{list(values)}."
+                )
+        self.mean = torch.tensor(mean)
+        self.std = torch.tensor(std)
+        largest = min(self.image_size[:2]) - 1  # the edge itself is not mirrored
+        if not 0 <= crop <= largest:
+            raise UserError(
+                f"crop must be from 0 to {largest}, got {crop}; mirrored pixels can pad an image "
+                "by at most its smaller side - 1."
+            )
+        if cutout < 0:
+            raise UserError(f"cutout must not be negative, got {cutout}; 0 leaves it out.")
+        effects = Effects(
+            rotate, scale, shear, elastic, brightness, contrast, saturation, hue, blur
+        )
+        if channels != 3 and (saturation or hue):
+            raise UserError(
+                f"saturation and hue need images of 3 channels, these have {channels}; leave them "
+                "out."
+            )
+        if trivial and effects:
+            raise UserError("trivial takes the place of rotate to blur; leave one of them out.")
+        self.augmentation: dict[str, Any] = {
+            "crop": crop,
+            "flip": flip,
+            "cutout": cutout,
+            "effects": TrivialAugment() if trivial else effects,
+        }
+        self.train_fraction = train_fraction
+        self.epoch_size = epoch_size
+        self.unlabelled = unlabelled
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage in ("fit", "validate") and self.train_fraction < 1:
+            images, targets = self.splits["train"]
+            order = balanced_order(targets)
+            count = max(1, round(self.train_fraction * len(order)))
+            self.splits["train"] = images[order[:count]], targets[order[:count]]
+            if self.unlabelled:
+                self.splits["unlabelled"] = (images[order[count:]],)
+
+    def loader_arguments(self, stage: Stage) -> dict[str, Any]:
+        arguments = super().loader_arguments(stage) | {"mean": self.mean, "std": self.std}
+        if stage == "train":
+            arguments |= {"epoch_size": self.epoch_size, **self.augmentation}
+        return arguments
+
+    def make_loader(self, tensors: tuple[Tensor, ...], stage: Stage) -> ImageLoader:
+        images, targets = tensors
+        return ImageLoader(images, targets, **self.loader_arguments(stage))
+
+    def resident(self, split: str, stage: Stage) -> ResidentLoader:
+        if split != "train" or not self.unlabelled:
+            return super().resident(split, stage)
+        (unlabelled,) = self.splits.get("unlabelled", (torch.empty(0),))
+        if not len(unlabelled):
+            raise UserError(
+                f"unlabelled is {self.unlabelled}, but train_fraction {self.train_fraction} leaves "
+                "no image out; lower it."
+            )
+        if self.unlabelled_loader is None:
+            raise UserError(
+                f"unlabelled is {self.unlabelled}, but the model learns from labelled images "
+                "alone; set --model=LitFixMatch, or leave unlabelled out."
+            )
+        options = self.loader_arguments(stage) | {"unlabelled": unlabelled}
+        images, targets = self.splits[split]
+        loader = self.unlabelled_loader(images, targets, ratio=self.unlabelled, **options)
+        return loader.to(self.device)
+
+    def denormalize(self, batch: Tensor) -> Tensor:
+        """(B, C, H, W) as a network sees it -> uint8 (B, H, W, C) as a person does."""
+        pixels = batch.permute(0, 2, 3, 1).float() * self.std.to(batch) + self.mean.to(batch)
+        return (pixels * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,203 @@
+"""Any folder of photos, in a folder for each class. Dimensions: N images, H height, W width."""
+
+import hashlib
+import os
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from core.errors import UserError
+from core.submission import FileTable
+from datamodules.base import Tensors
+from datamodules.image_files.image_cache import decode_all
+from datamodules.image_files.photo_folder import (
+    CHUNK,
+    SUFFIXES,
+    Part,
+    Photos,
+    class_folders,
+    find_parts,
+    halves,
+    image_files,
+    read_photos,
+    readable,
+    split_off,
+)
+from datamodules.images.base import ImageDataModule
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Photos of any size in a folder for each class; the names of the folders are the classes.
+
+    ``data_dir`` holds ``cat/*.jpg``, ``dog/*.jpg`` and so on, with any folders below these, or it
+    holds ``train/``, ``validation/`` (or ``val/``, ``valid/``) and ``test/`` with such folders.
+    What is missing is split off by a generator that no seed changes: validation and test from the
+    training photos, the same share of each class; but a ``validation/`` without a ``test/`` is
+    split in half.
+
+    Photos become squares once (:mod:`datamodules.image_files`), kept as bytes until a file changes
+    in ``data_dir/.cache``. Those that cannot be read are left out with a warning.
+    Predicting runs over the test part, or over the photos in ``images``.
+
+    Args:
+        data_dir: The folder of photos.
+        image_size: Side of the squares in pixels.
+        val_size: Photos kept for validation: a number or, below 1, a share. Where there is a
+            validation folder, it is that. 0 trains on the photos for validation, in either case.
+        test_size: Photos kept for the test, likewise; 0 keeps none.
+        images: Folder of photos to predict, with any folders below; nothing is written there.
+        cache_dir: Where the squares are kept, if not in ``data_dir``; sets of photos may share it.
+        class_names: The classes; null takes the names of the folders in alphabetical order. A
+            checkpoint knows them, so that predicting needs no training photos.
+        options: What :class:`ImageDataModule` takes.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "photos",
+        image_size: int = 64,
+        val_size: float = 0.15,
+        test_size: float = 0.15,
+        images: str | None = None,
+        cache_dir: str | None = None,
+        class_names: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        if image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {image_size}.")
+        if test_size < 0:
+            raise UserError(f"test_size must not be negative, got {test_size}; 0 keeps none.")
+        self.image_size = (image_size, image_size, 3)  # by which the base class checks the options
+        # the base class counts in photos, but asks no more than whether there are any
+        super().__init__(data_dir=data_dir, val_size=val_size, **options)  # type: ignore[arg-type]
+        self.test_size = test_size
+        self.images = Path(images) if images else None
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.class_names = tuple(class_names or class_folders(self.folders["train"]))
+        self.predicted: list[str] = []  # the files through which the ids of predictions count
+        self._photos: dict[Path, Photos] = {}  # by folder
+
+    @cached_property
+    def folders(self) -> dict[Part, Path]:
+        return find_parts(self.data_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"class_names": list(self.class_names)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["class_names"] != list(self.class_names):
+            raise UserError(
+                f"the run was trained on {', '.join(state['class_names'])}, but {self.data_dir} "
+                f"has {', '.join(self.class_names)}; train a new run."
+            )
+
+    def prepare_data(self) -> None:
+        """Decode, in one process, what the running stage needs."""
+        stage = "fit" if self.trainer is None else self.trainer.state.fn
+        if stage in ("fit", "validate"):
+            self.photos("train")
+            self.photos("val")
+        elif stage == "test" or self.images is None:
+            self.photos("test")
+
+    def read_train(self) -> Tensors:
+        return self.photos("train").tensors
+
+    def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        """The training photos, and beside them those for validation."""
+        train, val = tensors, self.photos("val").tensors
+        if not self.val_size:
+            train = tuple(torch.cat(pair) for pair in zip(train, val, strict=True))
+            val = (val[0][:0], val[1][:0])
+        self.digest = digest(*train, *val)
+        return train, val
+
+    def read_test(self) -> Tensors:
+        images, classes = self.photos("test").tensors
+        if not len(classes):
+            raise UserError(f"no photos of {self.data_dir} were kept for the test; test_size is 0.")
+        self.digest = digest(images, classes)
+        return images, classes
+
+    def read_predict(self) -> Tensors:
+        if self.images is None:
+            images, _ = self.read_test()
+            self.predicted = self.photos("test").files
+            return images, torch.arange(len(images))
+        images, ids = self.read_unlabelled(self.images)
+        self.digest = digest(images)
+        return images, ids
+
+    def submission(self) -> FileTable:
+        return FileTable(self.class_names, files=tuple(self.predicted))
+
+    def photos(self, part: Part) -> Photos:
+        """The photos of one part, from the folder that it has for itself or shares with others."""
+        folder = self.folders[part]
+        if folder not in self._photos:
+            size, cache = self.image_size, self.cache(folder)
+            self._photos[folder] = read_photos(folder, self.class_names, size, cache)
+        photos = self._photos[folder]
+        sharing = [name for name, other in self.folders.items() if other == folder]
+        if part == "test" and not self.test_size:
+            return photos.take(torch.arange(0))
+        if "train" in sharing:
+            sizes: dict[Part, float] = {"test": self.test_size, "val": self.val_size}
+            kept = {name: size for name, size in sizes.items() if name in sharing}
+            return photos.take(split_off(photos.classes, kept)[part])
+        if sharing == ["val", "test"] and self.test_size:
+            return photos.take(halves(len(photos.files))[part == "test"])
+        return photos
+
+    def cache(self, folder: Path) -> Path:
+        """Where the squares of a folder are kept."""
+        source = folder.resolve()
+        end = f"{self.image_size[0]}px.npy"
+        if self.cache_dir is None:
+            return self.data_dir / ".cache" / f"{source.name}-{end}"
+        # many sets have a folder of that name
+        whose = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+        return self.cache_dir / f"{source.name}-{whose}-{end}"
+
+    def read_unlabelled(self, folder: Path) -> tuple[Tensor, Tensor]:
+        """Images (N, H, W, 3) of a folder and their positions (N,) among its files.
+
+        Files that cannot be read are listed on stderr.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; name a folder of photos.")
+        self.predicted, _ = image_files(folder)
+        if not self.predicted:
+            raise UserError(f"{folder} holds no photos ({', '.join(SUFFIXES)}).")
+        size, title = self.image_size[:2], f"Decoding {folder.resolve().name}/"
+        pixels: list[bytes] = []
+        unreadable: dict[int, str] = {}
+        for chunk, reasons in decode_all(folder, self.predicted, size, "fit", CHUNK, title):
+            pixels.append(chunk)
+            unreadable |= reasons
+        for position, reason in unreadable.items():
+            tell(f"{folder / self.predicted[position]} is left out: {reason}")
+        ids = readable(len(self.predicted), unreadable)
+        if not len(ids):
+            raise UserError(f"none of the {len(self.predicted)} photos in {folder} can be read.")
+        images = np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *self.image_size)
+        return torch.from_numpy(images[ids.numpy()]), ids
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 over the values of tensors."""
+    sha256 = hashlib.sha256()
+    for tensor in tensors:
+        sha256.update(tensor.numpy().data)
+    return sha256.hexdigest()
+
+
+@rank_zero_only
+def tell(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,169 @@
+"""One random change of a random kind for each image of a batch.
+
+Dimensions: B batch, C channels, H height, W width, N images. As in ``augment.py`` images are float
+(B, C, H, W) with pixels in [0, 1], and nothing is drawn here.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.images.augment import grey
+
+KINDS = (
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "saturation",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+)
+LARGEST = {  # the wide search space of the paper, table 6, as torchvision has it
+    "shear_x": 0.99,
+    "shear_y": 0.99,
+    "translate_x": 32.0,
+    "translate_y": 32.0,
+    "rotate": 135.0,
+    "brightness": 0.99,
+    "saturation": 0.99,
+    "contrast": 0.99,
+    "sharpness": 0.99,
+}
+LEVELS = 31  # strengths from none to the largest
+
+
+class TrivialAugment:
+    """TrivialAugment Wide (Müller and Hutter, arXiv:2103.10158, section 3).
+
+    A kind of change and its strength are drawn evenly for each image; there is nothing to tune.
+    Every kind of colour change is made of all images and taken by those that drew it, so that the
+    host never asks which they are.
+    """
+
+    draws = 3  # uniform numbers that an image needs
+
+    def parameters(self, draws: Tensor) -> Tensor:
+        """Columns (N, 2) of kind and strength, from uniform numbers (N, 3) in [0, 1)."""
+        kind = (draws[:, 0] * len(KINDS)).floor()
+        level = (draws[:, 1] * LEVELS).floor() / (LEVELS - 1)
+        sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
+        largest = torch.tensor([LARGEST.get(name, 1.0) for name in KINDS])
+        signed = torch.tensor([name in LARGEST for name in KINDS])
+        strength = level * largest[kind.long()]
+        return torch.stack([kind, torch.where(signed[kind.long()], sign * strength, strength)], 1)
+
+    def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Change images (B, C, H, W) by their rows of ``parameters``."""
+        kind, strength = parameters.unbind(1)
+        is_kind = {name: kind == number for number, name in enumerate(KINDS)}
+        images = move(images, {name: strength * mine for name, mine in is_kind.items()})
+        strength = strength.view(-1, 1, 1, 1)
+        for name, change in COLOURS.items():
+            mine = is_kind[name].view(-1, 1, 1, 1)
+            images = torch.where(mine, change(images, strength), images)
+        return images
+
+
+def move(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
+    """Shear, translate and rotate images by amounts (B,), to the nearest pixel, black beyond.
+
+    Args:
+        images: Images (B, C, H, W).
+        amounts: For ``shear_x`` and ``shear_y`` tangents, about the upper left corner; for
+            ``translate_x`` and ``translate_y`` pixels; for ``rotate`` degrees clockwise about the
+            centre.
+    """
+    height, width = images.shape[2:]
+    angle = amounts["rotate"].deg2rad()
+    shear_x, shear_y = amounts["shear_x"], amounts["shear_y"]
+    # where a pixel of the result comes from, in pixels from the centre
+    right = shear_x * height / 2 - amounts["translate_x"]
+    down = shear_y * width / 2 - amounts["translate_y"]
+    across = shear_x + angle.sin()
+    along = shear_y - angle.sin()
+    x = torch.stack([angle.cos(), across * (height / width), right * (2 / width)], 1)
+    y = torch.stack([along * (width / height), angle.cos(), down * (2 / height)], 1)
+    grid = F.affine_grid(torch.stack([x, y], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+def towards(other: Tensor, images: Tensor, strength: Tensor) -> Tensor:
+    """Images moved away from another, for a positive strength, or towards it."""
+    return other.lerp(images, 1 + strength).clamp(0, 1)
+
+
+def brightness(images: Tensor, strength: Tensor) -> Tensor:
+    return (images * (1 + strength)).clamp(0, 1)
+
+
+def saturation(images: Tensor, strength: Tensor) -> Tensor:
+    return towards(grey(images).expand_as(images), images, strength)
+
+
+def contrast(images: Tensor, strength: Tensor) -> Tensor:
+    return towards(grey(images).mean((1, 2, 3), keepdim=True).expand_as(images), images, strength)
+
+
+def sharpness(images: Tensor, strength: Tensor) -> Tensor:
+    """Away from a smoothed image or towards it; the outer pixels stay."""
+    channels = images.shape[1]
+    kernel = torch.ones(channels, 1, 3, 3, device=images.device)
+    kernel[:, :, 1, 1] = 5
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel / 13, groups=channels)
+    return towards(smooth, images, strength)
+
+
+def posterize(images: Tensor, strength: Tensor) -> Tensor:
+    """Keep 8 bits of a pixel for a strength of 0 and 2 for 1."""
+    step = 2 ** (6 * strength).round()
+    return (
+        (images * 255 / step + 1e-3).floor() * step / 255
+    )  # 1e-3: pixels are whole but for rounding
+
+
+def solarize(images: Tensor, strength: Tensor) -> Tensor:
+    """Invert what is brighter than ``1 - strength``."""
+    return torch.where(images >= 1 - strength, 1 - images, images)
+
+
+def autocontrast(images: Tensor, strength: Tensor) -> Tensor:
+    """Stretch each channel from black to white."""
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (images - low) / (high - low), images)
+
+
+def equalize(images: Tensor, strength: Tensor) -> Tensor:
+    """Make the 256 values of each channel about equally frequent, as PIL does."""
+    values = (images * 255).round().long().flatten(2)  # (B, C, H * W)
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(values))
+    below = counts.cumsum(2) - counts
+    brightest = values.amax(2, keepdim=True)
+    step = (values.shape[2] - counts.gather(2, brightest)) // 255
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    equal = (table.gather(2, values) / 255).view_as(images)
+    return torch.where(step[..., None] > 0, equal, images)
+
+
+COLOURS = {
+    change.__name__: change
+    for change in (
+        brightness,
+        saturation,
+        contrast,
+        sharpness,
+        posterize,
+        solarize,
+        autocontrast,
+        equalize,
+    )
+}

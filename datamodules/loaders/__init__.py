@@ -1,0 +1,1 @@
+"""Loaders whose tensors lie on the training device."""

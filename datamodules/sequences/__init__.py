@@ -1,0 +1,1 @@
+"""Sequences that a rule makes, and last names."""

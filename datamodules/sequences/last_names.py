@@ -1,0 +1,233 @@
+"""Last names in 18 languages. Dimensions: N names, B batch, T characters."""
+
+import csv
+import hashlib
+import random
+import string
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from core.errors import UserError
+from core.files import atomic_write
+from core.submission import Submission
+from datamodules.base import BaseDataModule, Tensors
+from datamodules.loaders.bucketed import BucketedLoader
+from datamodules.loaders.resident import Stage
+
+SYMBOLS = string.ascii_letters + " .,;'"
+PAD = len(SYMBOLS)  # 57, so an embedding has 58 rows
+SPLIT_SEED = 227  # the course's
+ADDRESS = "https://download.pytorch.org/tutorial/data.zip"
+
+
+class LastNamesDataModule(BaseDataModule):
+    """Last names and the language each comes from (homework 6 of Berkeley's CS 182, ``q_rnn``).
+
+    The data are those of PyTorch's tutorial on character-level networks: ``data_dir/names`` holds a
+    text file for each language, a name a line. The names of the files, in alphabetical order, are
+    the classes, so other languages work as well. A batch is tokens (B, T) int64, lengths (B,) and
+    classes (B,). It is as long as its longest name, and in training its names are of similar
+    length: padding is work for nothing.
+
+    The split is the course's and the same for all seeds: four fifths of the names for training,
+    the rest, its "evaluation part", for ``test``. Some names occur several times, so the two parts
+    share some. Predicting runs over the names that are given, or over the evaluation part.
+
+    Args:
+        data_dir: Root folder of all data sets.
+        batch_size: Names in a training batch of one process. The last batch of an epoch is filled
+            up with names that the next pass begins with.
+        eval_batch_size: Names in a batch of validation, test and prediction.
+        val_size: Training names kept for validation by one fixed split; 0 trains on all of them.
+        balanced: Draw all languages equally often in training, with replacement; 47 % of the names
+            are Russian.
+        names: Names to predict.
+        names_file: A text file of names to predict, one a line.
+        class_names: The languages; null takes those that have a file. A checkpoint knows them, so
+            that predicting needs no training names.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 256,
+        eval_batch_size: int = 1000,
+        val_size: int = 1604,
+        balanced: bool = False,
+        names: list[str] | None = None,
+        names_file: str | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        self.folder = self.data_dir / "names"
+        self.balanced = balanced
+        self.names = names
+        self.names_file = Path(names_file) if names_file else None
+        self.class_names = tuple(class_names or languages(self.folder))
+        self.predicted: list[str] = []  # the names through which the ids of predictions count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"class_names": list(self.class_names)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["class_names"] != list(self.class_names):
+            raise UserError(
+                f"the run was trained on {', '.join(state['class_names'])}, but {self.folder} "
+                f"has {', '.join(self.class_names)}; train a new run."
+            )
+
+    def read_train(self) -> Tensors:
+        return self.read("train")
+
+    def read_test(self) -> Tensors:
+        return self.read("test")
+
+    def read(self, part: str) -> Tensors:
+        """Tokens (N, T), lengths (N,) and classes (N,) of ``train`` or ``test``."""
+        pairs = [
+            (name, number)
+            for number, language in enumerate(self.class_names)
+            for name in read_names(self.folder / f"{language}.txt")
+        ]
+        self.digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
+        random.Random(SPLIT_SEED).shuffle(pairs)
+        cut = int(0.8 * len(pairs))
+        names, classes = zip(*(pairs[:cut] if part == "train" else pairs[cut:]), strict=True)
+        self.predicted = list(names)
+        return *encode(names), torch.tensor(classes)
+
+    def read_predict(self) -> Tensors:
+        if self.names is None and self.names_file is None:
+            tokens, lengths, _ = self.read_test()
+        else:
+            listed = read_names(self.names_file) if self.names_file else []
+            self.predicted = [*(self.names or []), *listed]
+            self.digest = hashlib.sha256(repr(self.predicted).encode()).hexdigest()
+            tokens, lengths = encode(self.predicted)
+        return tokens, lengths, torch.arange(len(tokens))
+
+    def submission(self) -> "NameTable":
+        return NameTable(self.class_names, names=tuple(self.predicted))
+
+    def make_loader(self, tensors: Tensors, stage: Stage) -> "NameLoader":
+        arguments = self.loader_arguments(stage)
+        return NameLoader(tensors, balanced=self.balanced and stage == "train", **arguments)
+
+
+class NameLoader(BucketedLoader):
+    """Resident names, put together by length.
+
+    Args:
+        tensors: Tokens (N, T), lengths (N,) and classes or ids (N,).
+        balanced: Draw all classes equally often, with replacement.
+        loader: What :class:`ResidentLoader` takes.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], balanced: bool = False, **loader: Any) -> None:
+        super().__init__(tensors, **loader)
+        classes = self.tensors[-1].cpu()
+        self.weights = 1 / classes.bincount()[classes] if balanced else None
+
+    def drawn(self, generator: torch.Generator) -> Tensor:
+        if self.weights is None:
+            return super().drawn(generator)
+        return self.weights.multinomial(self.epoch_size, replacement=True, generator=generator)
+
+
+@dataclass(frozen=True)
+class NameTable(Submission):
+    """The three most probable languages of each name, as a table for people.
+
+    Args:
+        names: The names through which the ids count: 0, 1, ...
+    """
+
+    filename: ClassVar[str] = "predictions.csv"
+    sendable: ClassVar[bool] = False
+    shown: ClassVar[int] = 20  # names on the terminal; the file has all
+
+    names: tuple[str, ...] = ()
+
+    def write_predictions(self, path: Path, ids: np.ndarray, probabilities: np.ndarray) -> None:
+        """Write the three languages of each name, and print those of the first names."""
+        best = (-probabilities).argsort(1, kind="stable")[:, :3]
+        with atomic_write(path, "w", newline="", encoding="utf-8") as out:
+            table = csv.writer(out, lineterminator="\n")
+            ranks = range(2, best.shape[1] + 1)
+            more = [f"{column}{rank}" for rank in ranks for column in ("language", "probability")]
+            table.writerow(["name", "language", "probability", *more])
+            for i, row, classes in zip(ids.tolist(), probabilities, best, strict=True):
+                pairs = [(self.labels[k], f"{row[k]:.4f}") for k in classes]
+                table.writerow([self.names[i], *(value for pair in pairs for value in pair)])
+        screen = Table("name", *["language"] * best.shape[1])
+        for i, row, classes in zip(ids[: self.shown].tolist(), probabilities, best, strict=False):
+            screen.add_row(
+                escape(self.names[i]), *(f"{self.labels[k]} {row[k]:.1%}" for k in classes)
+            )
+        Console().print(screen)
+
+
+def normalize(name: str) -> str:
+    """The symbols of a name, as the course spells it: without accents, and nothing unknown."""
+    plain = unicodedata.normalize("NFD", name)
+    return "".join(c for c in plain if c in SYMBOLS)
+
+
+def encode(names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T) int64, padded behind the end, and lengths (N,) of names.
+
+    Raises:
+        UserError: A name has no symbol that is known.
+    """
+    texts = [normalize(name) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise UserError(f"{name!r} has none of the letters a to z; spell it with these.")
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = torch.full((len(texts), int(lengths.max())), PAD)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = torch.tensor([SYMBOLS.index(c) for c in text])
+    return tokens, lengths
+
+
+def languages(folder: Path) -> list[str]:
+    """The languages that have a file in a folder, in alphabetical order on every file system.
+
+    Raises:
+        UserError: There is no such folder, or fewer than two languages.
+    """
+    found = sorted(p.stem for p in folder.glob("*.txt") if not p.name.startswith("."))
+    if len(found) < 2:
+        state = f"holds {len(found)} of the files LANGUAGE.txt" if folder.is_dir() else "is missing"
+        raise UserError(
+            f"{folder} {state}, and at least two are needed; unzip {ADDRESS} so that "
+            f"{folder / 'Arabic.txt'} exists."
+        )
+    return found
+
+
+def read_names(path: Path) -> list[str]:
+    """The names in a text file, one a line; the blanks behind some are the course's own slips.
+
+    Raises:
+        UserError: The file is missing, empty or not UTF-8.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file; save it as one.") from None
+    if not any(names):
+        raise UserError(f"{path} holds no names; write one a line, or remove it.")
+    return [name for name in names if name]

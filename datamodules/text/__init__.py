@@ -1,0 +1,1 @@
+"""Sentences of books: subwords, errors, corrections, gaps."""

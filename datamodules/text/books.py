@@ -1,0 +1,136 @@
+"""Sentences of public-domain books as subwords. Dimensions: N sentences, T tokens."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from datamodules.base import IGNORED, Tensors
+from datamodules.loaders.bucketed import BucketedLoader
+from datamodules.loaders.resident import Stage
+from datamodules.sequences.synthetic import DrawingLoader, Split, SyntheticDataModule
+from datamodules.text.corpora import read_books
+from datamodules.text.subwords import MIN_VOCAB_SIZE, Subwords
+
+TRAIN_BOOKS = [
+    "austen-emma",
+    "austen-sense",
+    "bryant-stories",
+    "chesterton-ball",
+    "chesterton-brown",
+    "edgeworth-parents",
+    "melville-moby_dick",
+]
+VAL_BOOKS = ["burgess-busterbrown", "carroll-alice"]
+TEST_BOOKS = ["austen-persuasion", "chesterton-thursday"]
+
+
+class BookDataModule(SyntheticDataModule):
+    """Sentences of the prose in NLTK's Gutenberg selection, ``data_dir/gutenberg/NAME.txt``.
+
+    Training, validation and test have books of their own. The subwords are learned from those of
+    training and kept in every checkpoint, so that a run can read any text without the books.
+
+    Args:
+        data_dir: Root folder of all data sets.
+        batch_size: Sentences in a training batch of one process.
+        eval_batch_size: Sentences in a batch of validation, test and prediction.
+        epoch_size: Training sentences in an epoch; the next one goes on where it ended.
+        val_size: Sentences for validation, the same for all seeds; 0 goes without.
+        vocab_size: Number of subwords, 256 bytes and a few signs among them.
+        books: Names of the books for training.
+        val_books: Names of those for validation.
+        test_books: Names of those for test.
+        merges: The subwords, as a checkpoint knows them; null learns them from the books.
+    """
+
+    class_names = ()
+    test_size = 2000
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 64,
+        eval_batch_size: int = 200,
+        epoch_size: int = 32_000,
+        val_size: int = 1000,
+        vocab_size: int = 4000,
+        books: list[str] = TRAIN_BOOKS,
+        val_books: list[str] = VAL_BOOKS,
+        test_books: list[str] = TEST_BOOKS,
+        merges: str | None = None,
+    ) -> None:
+        super().__init__(epoch_size, batch_size, eval_batch_size, val_size, data_dir)
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(
+                f"vocab_size must be at least {MIN_VOCAB_SIZE}, the bytes and the signs between "
+                f"sentences, got {vocab_size}."
+            )
+        self.folder = self.data_dir / "gutenberg"
+        self.vocab_size = vocab_size
+        self.books = {"train": books, "val": val_books, "test": test_books}
+        self._sentences: dict[str, list[str]] = {}
+        self._subwords = Subwords(merges) if merges is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"merges": self.subwords.merges}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["merges"] != self.subwords.merges:
+            raise UserError(
+                f"the run's subwords are not those of the books in {self.folder}; restore the "
+                "books and vocab_size, or train a new run."
+            )
+
+    @property
+    def subwords(self) -> Subwords:
+        if self._subwords is None:
+            self._subwords = Subwords.train(self.all_sentences("train"), self.vocab_size)
+        return self._subwords
+
+    def all_sentences(self, split: Split) -> list[str]:
+        """All sentences in the books of a split, words between blanks."""
+        if split not in self._sentences:
+            self._sentences[split] = read_books(self.folder, self.books[split])
+        return self._sentences[split]
+
+    def drawn_sentences(self, split: Split, epoch: int) -> list[tuple[int, int, str]]:
+        """The sentences of an epoch, each with the number of its pass over the books and its own.
+
+        A pass brings every sentence once, in an order of its own.
+        """
+        if not self.samples(split):
+            return []
+        everything = self.all_sentences(split)
+        seed = self.seed if split == "train" else 0
+        begin = epoch * self.samples(split)
+        passes: dict[int, list[int]] = {}
+        drawn = []
+        for position in range(begin, begin + self.samples(split)):
+            number, place = divmod(position, len(everything))
+            if number not in passes:
+                key = np.random.SeedSequence((seed, number)).generate_state(1)[0]
+                generator = torch.Generator().manual_seed(int(key))
+                passes[number] = torch.randperm(len(everything), generator=generator).tolist()
+            index = passes[number][place]
+            drawn.append((number, index, everything[index]))
+        return drawn
+
+    def make_loader(self, tensors: Tensors, stage: Stage) -> "TextLoader":
+        return TextLoader(tensors, **self.loader_arguments(stage))
+
+
+class TextLoader(BucketedLoader, DrawingLoader):
+    """Resident sentences, put together by length and drawn anew for every epoch."""
+
+    def replace(self, tensors: Tensors) -> None:
+        super().replace(tensors)
+        self.measure()
+
+    def sizes(self) -> Tensor:
+        lengths, target = self.tensors[1], self.tensors[-1]
+        if self.stage == "predict":
+            return lengths
+        return torch.maximum(lengths, (target != IGNORED).sum(1))

@@ -1,0 +1,132 @@
+"""Lines of text as tokens: words and sentences, and the subwords that a network reads.
+
+Dimensions: N sequences, T tokens.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from core.errors import UserError
+
+PAD, BEGIN, END, MASK, IS_NEXT, NOT_NEXT = range(6)
+# a blank is in no subword, so that no text can be taken for one of these
+SPECIAL = (" pad", " begin", " end", " mask", " is next", " not next")
+BYTES = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
+MIN_VOCAB_SIZE = len(SPECIAL) + len(BYTES)
+
+WORD = re.compile(
+    r"(?:Mr|Mrs|Ms|Messrs|Dr|St|Rev|Hon|Capt|Col|Esq|etc|vs|e\.g|i\.e)\."
+    r"|n't\b|'(?:s|m|d|ll|re|ve)\b"  # clitics are words of their own, as in the Penn Treebank
+    r"|\w+?(?=n't\b)"
+    r"|\d+(?:[.,:]\d+)+"
+    r"|\w+(?:[-\u2019]\w+|'(?!(?:s|m|d|ll|re|ve)\b)\w+)*"
+    r"|\.\.\.+|--+|``|''|\S",
+    re.IGNORECASE,
+)
+END_OF_SENTENCE = re.compile(r"""(?<=[.!?])(["')\]]*)\s+(?=["'(\[]*[A-Z0-9])""")
+NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|St|Rev|Hon|Capt|Col|e\.g|i\.e|vs)|\b[A-Z])\.$")
+
+
+class Span(NamedTuple):
+    """Where a word or a sentence stands in its line, from character ``start`` up to ``end``."""
+
+    start: int
+    end: int
+
+
+def words(text: str) -> list[Span]:
+    """The words of a text, punctuation and clitics (do n't) being words of their own."""
+    return [Span(*match.span()) for match in WORD.finditer(text)]
+
+
+def sentences(text: str) -> list[Span]:
+    """The sentences of a text; without a full stop it is all one."""
+    spans, start = [], 0
+    for match in END_OF_SENTENCE.finditer(text):
+        if not NO_END.search(text, start, match.start()):
+            spans.append(Span(start, match.end(1)))
+            start = match.end()
+    return [*spans, Span(start, len(text))]
+
+
+class Subwords:
+    """Byte-pair encoding of lines whose words stand between blanks (arXiv:1508.07909).
+
+    It begins with the 256 bytes, so nothing is unknown to it. A subword never spans two words.
+
+    Args:
+        merges: Pairs of subwords that are put together, ``a b``, one a line, the most frequent
+            first. It is a single text because jsonargparse takes a minute for a list so long.
+    """
+
+    def __init__(self, merges: str) -> None:
+        self.merges = merges
+        pairs = [(a, b) for a, _, b in (line.partition(" ") for line in merges.split("\n") if line)]
+        names = (*SPECIAL, *BYTES, *(a + b for a, b in pairs))
+        vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        try:
+            model = models.BPE(vocab=vocabulary, merges=pairs)
+        except Exception as error:  # the library raises no narrower one
+            raise UserError(f"these merges are no byte-pair encoding: {error}.") from error
+        self.encoding = tokenizers.Tokenizer(model)
+        self.encoding.pre_tokenizer = pre_tokenizer()
+        self.encoding.decoder = decoders.ByteLevel()
+
+    def __len__(self) -> int:
+        return self.encoding.get_vocab_size()
+
+    @classmethod
+    def train(cls, lines: Iterable[str], vocab_size: int) -> "Subwords":
+        """Learn the merges from lines; few lines make fewer than ``vocab_size`` subwords."""
+        blank = tokenizers.Tokenizer(models.BPE())
+        blank.pre_tokenizer = pre_tokenizer()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL),
+            initial_alphabet=list(BYTES),
+            show_progress=False,
+        )
+        blank.train_from_iterator(lines, trainer)
+        return cls(merges_of(blank))
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self.encoding.encode_batch_fast(list(lines))]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The line of some tokens up to the end, words between single blanks."""
+        kept = list(until_end(tokens))
+        return " ".join(self.encoding.decode(kept, skip_special_tokens=False).split())
+
+
+def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    parts = [
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+    ]
+    return pre_tokenizers.Sequence(parts)
+
+
+def merges_of(encoding: tokenizers.Tokenizer) -> str:
+    return "\n".join(" ".join(pair) for pair in json.loads(encoding.to_str())["model"]["merges"])
+
+
+def until_end(tokens: Iterable[int]) -> Iterator[int]:
+    """The tokens in front of the end, those without a text left out."""
+    for token in tokens:
+        if token == END:
+            return
+        if token >= len(SPECIAL):
+            yield token
+
+
+def padded(sequences: Sequence[Sequence[int]], filler: int = PAD) -> Tensor:
+    """Tokens (N, T) int64 of sequences, filled up behind their ends."""
+    longest = max((len(sequence) for sequence in sequences), default=0)
+    rows = [[*sequence, *[filler] * (longest - len(sequence))] for sequence in sequences]
+    return torch.tensor(rows).reshape(len(sequences), longest).long()

@@ -1,0 +1,295 @@
+"""The command line of training: every run gets a folder, and explains itself."""
+
+import argparse
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+import callbacks  # noqa: F401  short class names in configs are those that were imported
+import datamodules  # noqa: F401
+import lit_models  # noqa: F401
+from callbacks.run.run_folder import RunRecord
+from core.errors import Telling, UserError, told_in_one_sentence
+from core.provenance import provenance
+from core.runs import ROOT, Run, load_checkpoint
+from datamodules.base import BaseDataModule
+from lit_models.base import LitModel
+from pipeline.parser import Parser, instantiating, link_facts
+from pipeline.studies.grid import DEFAULTS, PointRecord, Study
+from pipeline.trainer import equip, quiet_libraries, settle
+
+SUBCOMMANDS = ("fit", "validate", "test")
+
+
+class CLI(LightningCLI):
+    """LightningCLI that gives every run a folder and lets a run explain itself.
+
+    Args:
+        typed: The arguments as typed.
+        telling: Which errors are told in one sentence.
+        held: Keeps what is to be let go when the program ends: the run folder.
+        options: What LightningCLI takes.
+    """
+
+    def __init__(self, typed: list[str], telling: Telling, held: ExitStack, **options: Any) -> None:
+        self.typed = typed
+        self.telling = telling
+        self.held = held
+        super().__init__(args=arrange(typed), **options)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}
+        return {name: skipped for name in SUBCOMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            help="fit: name of the run, started or continued; validate, test: the run to use.",
+        )
+        parser.add_argument(
+            "--test",
+            type=bool,
+            default=False,
+            help="fit: test the best checkpoint as well, when training is done.",
+        )
+        parser.add_argument(
+            "--study",
+            type=str | None,
+            help="fit: the study this run is a point of; its folder is runs/STUDY/POINT/.",
+        )
+        parser.add_argument(
+            "--debug", action="store_true", help="show the traceback of a mistake as well."
+        )
+        link_facts(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: by default a checkpoint's hyperparameters would override what was typed.
+
+        See Lightning-AI/pytorch-lightning#21455.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        settle(trainer)
+        if self.subcommand == "fit" and config.test and trainer.enable_checkpointing is False:
+            raise UserError(
+                "--test=true tests the best checkpoint, and there will be none; leave "
+                "--trainer.enable_checkpointing=false out."
+            )
+        self.record = RunRecord(self.describe(config))
+        self.study = Study.load(config.study) if config.study else None
+        # once, so that a file that is edited meanwhile changes nothing
+        self.point = self.study.record(self.typed[1:]) if self.study else {}
+        if trainer.fast_dev_run:
+            return
+        run = self.run_folder(config)
+        if self.subcommand == "fit":
+            if config.ckpt_path is None and run.last_checkpoint.is_file():
+                config.ckpt_path = str(run.last_checkpoint)
+        else:
+            config.ckpt_path = config.ckpt_path or str(run.checkpoint())
+            name = config.data.class_path.rpartition(".")[2]
+            learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
+            if "merges" in learned:  # subwords need no books again; classes are read and compared
+                config.data.init_args["merges"] = learned["merges"]
+        trainer.default_root_dir = str(run.folder)
+        for logger in trainer.logger if isinstance(trainer.logger, list) else []:
+            settings = logger.init_args
+            settings.save_dir = str(run.folder)
+            if logger.class_path.endswith("WandbLogger"):
+                if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
+                    settings.id = settings.id or run.wandb_id
+                settings.name = settings.name or "/".join(run.folder.parts[-2:])
+                if self.study:
+                    settings.group = settings.group or self.study.name
+
+    def instantiate_classes(self) -> None:
+        with instantiating():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.config_init[self.subcommand].trainer
+        if not trainer.fast_dev_run:  # in front, so that what it flushes reaches the pictures
+            kwargs["callbacks"] = [self.record, *(trainer.callbacks or [])]
+        made = super().instantiate_trainer(**kwargs)
+        folder, written = made.default_root_dir, made.log_dir or made.default_root_dir
+        if not trainer.fast_dev_run and os.path.normpath(written) != os.path.normpath(folder):
+            raise UserError(
+                f"the first logger would have the run in {written}; put one in front that writes "
+                "into the run's folder, as callbacks.MetricsCSV does."
+            )
+        equip(made, self.telling, termination=not trainer.fast_dev_run)
+        return made
+
+    def run_folder(self, config: Namespace) -> Run:
+        root = Path(config.trainer.default_root_dir or ROOT)
+        if self.subcommand != "fit":
+            return Run.find(config.run, root)
+        file = Path(config.config[0].relative) if config.config else Path("unnamed")
+        if self.study:
+            name = self.study.name
+        elif file.name == "config.yaml":  # a run's own goes by the config it was made from
+            name = file.resolve().parents[1].name
+        else:
+            name = file.stem
+        # rank 0 claims the folder; the others learn it from Lightning
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return Run(root / name / Path(config.run or "unknown").name)
+        run = Run.claim(root / name, config.run and Path(config.run).name)
+        self.held.enter_context(run.lock())
+        point = PointRecord(run.folder)
+        if self.study and not point.is_finished(self.point):
+            point.write(self.point, finished=False)
+        return run
+
+    def describe(self, config: Namespace) -> str:
+        """The resolved configuration as YAML, under the command and the versions it came from."""
+        text = self._parser(self.subcommand).dump(config, skip_unset=False)
+        kept = ("seed_everything", "trainer", "model", "data")
+        settings = {key: value for key, value in yaml.safe_load(text).items() if key in kept}
+        origin = yaml.safe_dump(
+            {"command": shlex.join(["python", *sys.argv]), **provenance()}, sort_keys=False
+        )
+        header = "".join(f"# {line}\n" for line in origin.splitlines())
+        return header + yaml.safe_dump(settings, sort_keys=False)
+
+    def before_fit(self) -> None:
+        network = self.model.network
+        count = sum(p.numel() for p in network.parameters())
+        say = rank_zero_only(print)
+        say(f"{type(network).__name__} with {count:,} parameters")
+        if self.datamodule.val_size == 0:
+            say("No validation part: the last checkpoint takes the place of the best.")
+
+    def after_fit(self) -> None:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # asked on all ranks: Lightning broadcasts the answer
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        if self.config.fit.test:
+            best = Run(folder).checkpoint()
+            # loading a checkpoint, Lightning's averaging brings back the weights of training
+            kept = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+            self.trainer.callbacks = kept  # type: ignore[attr-defined]
+            with warnings.catch_warnings():
+                missing = ".*callbacks used to create the checkpoint need to be provided"
+                warnings.filterwarnings("ignore", missing)
+                self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        if not self.trainer.is_global_zero:
+            return
+        if self.study:
+            PointRecord(folder).write(self.point, finished=True)
+        show_metrics(self.trainer.callback_metrics)
+        kinds = {
+            "metrics.csv": "metrics.csv",
+            "*.png": "pictures (*.png)",
+            "*/*.ckpt": "checkpoints/",
+        }
+        found = [name for pattern, name in kinds.items() if any(folder.glob(pattern))]
+        print(f"The run is in {folder}{': ' if found else ''}{', '.join(found)}")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and not logger.experiment.disabled:
+                offline = logger.experiment.offline
+                place = logger.experiment.dir if offline else logger.experiment.url
+                print(f"W&B run: {Path(place).parent if offline else place}")
+        after = "predict.py" if self.config.fit.test else "train.py test --run"
+        if kinds["*/*.ckpt"] in found:
+            print(f"Next: python {after} {folder}")
+
+    def after_validate(self) -> None:
+        self.after_test()
+
+    def after_test(self) -> None:
+        if self.trainer.is_global_zero:
+            show_metrics(self.trainer.callback_metrics)
+            print(f"Next: python predict.py {self.trainer.default_root_dir}")
+
+
+def show_metrics(metrics: Mapping[str, Tensor]) -> None:
+    """Print metrics a line each, those of the training batches left out."""
+    for name, value in sorted(metrics.items()):
+        print(f"{name:>24}  {value.item():.4f}")
+
+
+def arrange(args: list[str]) -> list[str]:
+    """Put the configuration files in front, so that every typed flag wins over every file.
+
+    ``--run RUN`` brings the configuration of a run that exists, unless another one is given; the
+    run is looked for where ``--trainer.default_root_dir`` says. With ``--study FILE`` the run is
+    named by its point, and groups become the flags they stand for.
+    """
+    if not args or args[0] not in SUBCOMMANDS:
+        return args
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--run")
+    parser.add_argument("--study")
+    parser.add_argument("--trainer.default_root_dir", dest="root")
+    known, rest = parser.parse_known_args(args[1:])
+    if known.study:
+        study = Study.load(known.study)
+        arguments = study.read(args[1:])
+        known, rest = parser.parse_known_args(arguments.all)
+        if known.run:
+            raise UserError("a run of a study is named by its point; leave --run out.")
+        known.run = study.name_of(arguments.point)
+    asks_for_help = {"-h", "--help"} & set(rest)
+    if known.run is None and args[0] != "fit" and not asks_for_help:
+        raise UserError(f"{args[0]} needs a trained run: add --run RUN.")
+    if known.run and not known.config:
+        run = Run.find(known.run, Path(known.root or ROOT))
+        known.config = [str(run.config)]
+        known.root = known.root or os.path.relpath(run.folder.absolute().parents[1])
+    if known.root:
+        rest = [f"--trainer.default_root_dir={known.root}", *rest]
+    configs = [f"--config={path}" for path in known.config]
+    named = [f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key]]
+    return [args[0], *configs, *named, *rest]
+
+
+def run(args: list[str]) -> None:
+    """Do what the arguments say."""
+    with told_in_one_sentence(debug="--debug" in args) as telling, ExitStack() as held:
+        telling.values = True  # until the first batch
+        agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
+        os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
+        quiet_libraries()
+        options = {"default_config_files": [str(DEFAULTS)]}
+        CLI(
+            args,
+            telling,
+            held,
+            model_class=LitModel,
+            datamodule_class=BaseDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs={
+                "description": "Train a network, validate it, test it.",
+                **{name: dict(options) for name in SUBCOMMANDS},
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )

@@ -1,0 +1,148 @@
+"""A prediction file, what it is for, and what is known of its making."""
+
+import codecs
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.files import sha256
+from core.runs import Run
+from core.submission import FileTable, Submission
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run whose predictions went into the file; accuracy is a fraction of validation samples."""
+
+    run: str
+    val_accuracy: float | None
+    val_samples: int
+
+    def __str__(self) -> str:
+        if self.val_accuracy is None:
+            return f"{self.run}: no validation part"
+        low, high = wilson_interval(self.val_accuracy, self.val_samples)
+        return (
+            f"{self.run}: validation accuracy {self.val_accuracy:.2%} "
+            f"(95% interval {low:.2%} to {high:.2%}, {self.val_samples} samples)"
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A prediction file, what it is for, and how it came about."""
+
+    path: Path
+    sha256: str
+    competition: str
+    sample: Path
+    labels: list[str] | None  # None: a file that predict.py did not make
+    members: list[Member]
+
+    @property
+    def run(self) -> str:
+        """The folder of the run, or the folders of an ensemble."""
+        return " + ".join(member.run for member in self.members)
+
+    @property
+    def val_accuracy(self) -> float | None:
+        """Validation accuracy of the one run; that of an ensemble is not known."""
+        return self.members[0].val_accuracy if len(self.members) == 1 else None
+
+    @property
+    def message(self) -> str:
+        """What Kaggle shows beside the score, unless the user says something better."""
+        accuracy = "" if self.val_accuracy is None else f", validation {self.val_accuracy:.4f}"
+        return f"{self.run or self.path.name}{accuracy}, sha256 {self.sha256[:8]}"
+
+
+def find_csv(run_or_csv: str) -> Path:
+    if run_or_csv.endswith(".csv"):
+        return Path(run_or_csv)
+    path = Run.find(run_or_csv).folder / Submission.filename
+    table = path.with_name(FileTable.filename)
+    if not path.is_file() and table.is_file():
+        return table
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} has no {path.name}; make it: python predict.py {path.parent}"
+        )
+    return path
+
+
+def read_prediction(
+    path: Path, competition: str | None, sample: Path | None, dry_run: bool = False
+) -> Prediction:
+    """The file with what ``predict.py`` wrote beside it; what the user says goes first.
+
+    Raises:
+        UserError: The file is missing, is not the one that was recorded, or it is not known which
+            competition and sample file it belongs to.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; make it with predict.py, or name another file.")
+    digest = sha256(path)
+    origin = path.with_suffix(".json")
+    labels: list[str] | None = None
+    members: list[Member] = []
+    if origin.is_file():
+        try:
+            made: dict[str, Any] = json.loads(origin.read_text())
+            recorded, labels = made["sha256"], made["labels"]
+            sendable = made.get("sendable", True)
+            competition = competition or made["competition"]
+            sample = sample or (Path(made["sample"]) if made["sample"] else None)
+            members = [
+                Member(run["run"], run["validation_accuracy"], run["validation_samples"])
+                for run in made["runs"]
+            ]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{origin} is not whole; run predict.py again.") from None
+        if not sendable:
+            raise UserError(
+                f"{path} is a table of photos and their labels, which no competition asks for; "
+                "submit.py sends the predictions for a competition's own data set."
+            )
+        if digest != recorded:
+            raise UserError(
+                f"{path} is not the file that {origin} records, its SHA-256 differs; "
+                "run predict.py again, or rename the file to send it as your own."
+            )
+    if competition is None and dry_run:
+        competition = "COMPETITION"  # a name to fill in: nothing is sent
+    if competition is None or sample is None:
+        raise UserError(
+            f"{path} is not recorded as made for a competition; "
+            "say which with --competition NAME and --sample FILE."
+        )
+    if not sample.is_file():
+        raise UserError(f"{sample} does not exist; name the competition's file: --sample FILE.")
+    return Prediction(path, digest, competition, sample, labels, members)
+
+
+def oddities(path: Path) -> list[str]:
+    """What is unusual about the bytes of a file, though Kaggle takes it."""
+    text = path.read_bytes()
+    notes = []
+    if text.startswith(codecs.BOM_UTF8):
+        notes.append("the file starts with a byte-order mark, which is sent as it is.")
+    if b"\r\n" in text:
+        notes.append("the lines end in CRLF, as the course's own files do.")
+    return notes
+
+
+def wilson_interval(fraction: float, samples: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval for the probability behind an observed fraction (Wilson, JASA 22, 1927).
+
+    Args:
+        fraction: Observed share of successes.
+        samples: How many were observed.
+        z: Quantile of the normal distribution; 1.96 gives 95 %.
+    """
+    center = fraction + z**2 / (2 * samples)
+    half = z * math.sqrt(fraction * (1 - fraction) / samples + (z / (2 * samples)) ** 2)
+    scale = 1 + z**2 / samples
+    return (center - half) / scale, (center + half) / scale

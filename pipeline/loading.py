@@ -1,0 +1,83 @@
+"""A run, rebuilt from its checkpoint alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.errors import UserError
+from core.files import sha256
+from core.runs import Run, load_checkpoint
+from datamodules.base import BaseDataModule
+from lit_models.base import LitModel
+from pipeline.parser import Parser, instantiating, link_facts
+
+# A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
+UNUSED: dict[str, Any] = {"optimizer": "torch.optim.SGD", "lr_scheduler": None}
+
+
+@dataclass
+class Member:
+    """One checkpoint, rebuilt from itself alone."""
+
+    source: Path  # run folder, or the checkpoint itself
+    path: Path
+    checkpoint: dict[str, Any]
+    config: dict[str, Any]
+    model: LitModel
+    data: BaseDataModule
+
+    @classmethod
+    def load(cls, source: str, which: str, overrides: list[str], **inputs: Any) -> "Member":
+        """Read a run or a .ckpt file and build its model and data.
+
+        Only a LitModel and a BaseDataModule are built, and nothing in the file is executed.
+
+        Args:
+            source: Run folder or checkpoint.
+            which: The ``best`` or the ``last`` checkpoint of a run.
+            overrides: Settings as on the command line.
+            inputs: Settings of the data that are what is to be predicted.
+
+        Raises:
+            UserError: The checkpoint is missing or damaged, an override does not fit, or the
+                weights are those of another network.
+        """
+        is_file = Path(source).suffix == ".ckpt"
+        path = Path(source) if is_file else Run.find(source).checkpoint(which)
+        checkpoint = load_checkpoint(path)
+        config = yaml.safe_load(checkpoint["config"])
+        model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
+        data = config["data"]
+        known = checkpoint.get(data["class_path"].rpartition(".")[2], {})  # the data's state_dict
+        data = data | {"init_args": data.get("init_args", {}) | known | inputs}
+        parser = Parser()
+        parser.add_subclass_arguments(LitModel, "model")
+        parser.add_subclass_arguments(BaseDataModule, "data")
+        link_facts(parser)
+        settings = parser.parse_object({"model": model, "data": data})
+        with instantiating():
+            built = parser.instantiate(parser.parse_args(overrides, settings))
+        try:
+            built.model.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise UserError(f"{path} holds the weights of another network: {detail}") from error
+        return cls(
+            path if is_file else path.parents[1], path, checkpoint, config, built.model, built.data
+        )
+
+    def describe(self) -> dict[str, Any]:
+        accuracy = self.checkpoint["metrics"].get("val/accuracy")
+        val_size = self.config["data"]["init_args"]["val_size"]
+        counted = val_size if isinstance(val_size, int) else None  # not a share of them
+        return {
+            "run": str(self.source),
+            "checkpoint": str(self.path),
+            "sha256": sha256(self.path),
+            "epoch": self.checkpoint["epoch"],
+            "validation_accuracy": accuracy,
+            "validation_samples": 0 if accuracy is None else counted,
+            "config": self.config,
+        }

@@ -1,0 +1,61 @@
+"""The parser of the command line, whose complaints are one sentence."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from core.errors import UserError
+
+SEE_HELP = "; see --help for what is known."
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose complaint is one sentence instead of the whole usage."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        return []  # argparse would take --trainer.max_epoch for --trainer.max_epochs
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(f"{essence(message)}{SEE_HELP}")
+
+
+def essence(message: str) -> str:
+    """The one line of a jsonargparse error that tells what is wrong, after the key it is about.
+
+    The errors of nested classes arrive inside those of the outer ones, already shortened.
+    """
+    lines = [line.strip().removesuffix(SEE_HELP) for line in message.splitlines()]
+    # what is left of "a class, or else a file, or else nothing" is the part about the class
+    causes = [line.removeprefix("- ") for line in lines if line.startswith(("- ", "Expected a"))]
+    causes = [cause for cause in causes if not re.search(r"NoneType|Expected a path|Union", cause)]
+    key = re.match(r'Parser key "([\w.]+)"', message)
+    sentence = " ".join(lines)
+    if causes and (key or "Union" in message):
+        sentence = f"{key[1]}: {causes[0]}" if key else causes[0]
+    sentence = re.sub(r"Parser key \"([\w.]+)\"", r"\1", sentence)
+    return re.sub(
+        r"Expected a dot import path string: (\S+)",
+        r"\1 is neither a class of this project nor an import path",
+        sentence,
+    )
+
+
+@contextmanager
+def instantiating() -> Iterator[None]:
+    """What a constructor refuses, in its own words instead of those of all its callers."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(essence(str(error))) from error
+
+
+def link_facts(parser: LightningArgumentParser) -> None:
+    """What the data knows is typed nowhere else."""
+    for fact in ("num_classes", "vocab_size"):
+        for target in ("model.init_args", "model.init_args.network.init_args"):
+            parser.link_arguments(f"data.{fact}", f"{target}.{fact}", apply_on="instantiate")

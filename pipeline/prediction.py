@@ -1,0 +1,138 @@
+"""Predictions of one run, or of several averaged, by any number of processes."""
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from core.errors import UserError
+from core.files import atomic_write, sha256
+from core.provenance import provenance
+from pipeline.loading import Member
+
+Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
+
+
+class Parts(Callback):
+    """What this process predicts, written batch by batch.
+
+    Kept in memory, the small results would lie between the large batches that come and go, whose
+    space could not be used again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        for output in outputs:
+            np.save(self.file, output.cpu().numpy())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    @staticmethod
+    def read(path: Path, columns: int) -> Iterator[list[np.ndarray]]:
+        """The batches in a file, as arrays of ids and of each output."""
+        with path.open("rb") as file:
+            while file.peek(1):
+                yield [np.load(file) for _ in range(columns)]
+
+
+def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, Outputs]:
+    """Ids (N,) in ascending order and what was predicted, averaged over the members.
+
+    Every process writes its shares below ``folder``; the first one puts them together.
+
+    Raises:
+        UserError: The members did not predict the same samples.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = members[0].model.outputs
+    for number, member in enumerate(members):
+        with Parts(folder / part_name(number, trainer.global_rank)) as parts:
+            trainer.callbacks.append(parts)  # type: ignore[attr-defined]
+            trainer.predict(member.model, member.data, return_predictions=False)
+            trainer.callbacks.remove(parts)  # type: ignore[attr-defined]
+    trainer.strategy.barrier()
+    if not trainer.is_global_zero:
+        return np.empty(0), {}
+    # batch sizes may differ, and with them what a process had: only the whole can be averaged
+    predictions = [
+        assemble([folder / part_name(number, rank) for rank in range(trainer.world_size)], names)
+        for number in range(len(members))
+    ]
+    ids = predictions[0][0]
+    for member, (others, _) in zip(members, predictions, strict=True):
+        if member.data.digest != members[0].data.digest or not np.array_equal(ids, others):
+            raise UserError(
+                f"{members[0].source} and {member.source} predict different samples, which have no "
+                "average; give all runs the same data with --data_dir, --images, --names "
+                "or --data.NAME=VALUE (of photos also test_size and image_size)."
+            )
+    if len(members) == 1:
+        return ids, predictions[0][1]
+    return ids, {name: np.mean([outputs[name] for _, outputs in predictions], 0) for name in names}
+
+
+def part_name(number: int, rank: int) -> str:
+    return f"member{number}-rank{rank}"
+
+
+def assemble(parts: list[Path], names: tuple[str, ...]) -> tuple[np.ndarray, Outputs]:
+    """Ids (N,) in ascending order and the outputs of one member, from all processes."""
+    batches = [batch for path in parts for batch in Parts.read(path, 1 + len(names))]
+    ids, *columns = (np.concatenate(column) for column in zip(*batches, strict=True))
+    whole: Outputs = dict(zip(names, columns, strict=True))
+    if len(np.unique(ids)) != len(ids):
+        raise AssertionError("an id was predicted twice")
+    order = ids.argsort()
+    return ids[order], {name: output[order] for name, output in whole.items()}
+
+
+def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path) -> None:
+    """The predictions, what they were chosen from, and the record of where they came from."""
+    data = members[0].data
+    submission = data.submission()
+    with atomic_write(output.with_suffix(".npz")) as file:
+        np.savez(file, ids=ids, **outputs, classes=np.array(data.class_names))
+    submission.write_predictions(output, ids, *outputs.values())
+    record = {
+        "csv": output.name,
+        "sha256": sha256(output),
+        "rows": submission.count(ids),
+        "competition": data.competition,
+        "sample": str(submission.sample) if submission.sample else None,
+        "labels": list(submission.labels),
+        "sendable": submission.sendable,
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "tta": getattr(members[0].model, "tta", None),
+        "data": {"class": type(data).__name__, "digest": data.digest},
+        **provenance(),
+        "runs": [member.describe() for member in members],
+    }
+    with atomic_write(output.with_suffix(".json"), "w") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+
+
+def fix_threads() -> None:
+    """Use the same number of threads in every process, however many there are.
+
+    A convolution on the CPU rounds differently with another number of threads, and Lightning would
+    divide the cores among the processes, as torchrun does by OMP_NUM_THREADS.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads or 1)

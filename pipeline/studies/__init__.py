@@ -1,0 +1,1 @@
+"""Studies: the grid, the runner of its points, the report."""

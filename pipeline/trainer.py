@@ -1,0 +1,114 @@
+"""What no configuration names: settings of the machine, and a Trainer that is quick and quiet."""
+
+import ctypes
+import logging
+import os
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks.run.termination import Termination
+from callbacks.training.idle_hooks import pass_over_idle_hooks
+from core.errors import Telling
+
+# what the Trainer refuses to have among its callbacks when it is told to do without
+NEEDS = {
+    "logger": "LearningRateMonitor",
+    "enable_progress_bar": "ProgressBar",
+    "enable_checkpointing": "Checkpoint",
+}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def settle(trainer: Namespace) -> None:
+    """Fill in what depends on the machine, and leave out what a Trainer would refuse."""
+    if trainer.precision is None:
+        trainer.precision = fastest_precision(trainer.accelerator)
+    if isinstance(trainer.logger, Namespace):
+        trainer.logger = [trainer.logger]
+    if isinstance(trainer.logger, list) and find_spec("wandb") is None:
+        kept = [x for x in trainer.logger if not x.class_path.endswith("WandbLogger")]
+        if len(kept) < len(trainer.logger):
+            rank_zero_only(print)("wandb is not installed, so there will be no W&B run.")
+        trainer.logger = kept or False
+    idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
+    if idle and trainer.callbacks:
+        kept = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
+        trainer.callbacks = kept
+
+
+class FirstBatch(Callback):
+    """From the first batch on a ValueError is no longer taken for the user's."""
+
+    def __init__(self, telling: Telling) -> None:
+        self.telling = telling
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any, **options: Any) -> None:
+        if not trainer.sanity_checking:
+            self.telling.values = False
+            for hook in HOOKS_BEFORE_A_BATCH:  # Lightning passes over a hook that is None
+                setattr(self, hook, None)
+
+    on_validation_batch_start = on_train_batch_start
+    on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
+
+
+HOOKS_BEFORE_A_BATCH = [hook for hook in vars(FirstBatch) if hook.endswith("batch_start")]
+
+
+def equip(trainer: Trainer, telling: Telling, *, termination: bool = True) -> None:
+    """Give a trainer what no configuration names: the answer to SIGTERM, and a quick loop."""
+    trainer.callbacks.append(FirstBatch(telling))  # type: ignore[attr-defined]
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        keep_freed_memory()
+    if termination:  # now, since Lightning would take it for a ModelCheckpoint
+        trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
+    pass_over_idle_hooks(trainer)
+
+
+def quiet_libraries() -> None:
+    """Leave on the terminal what a user can act on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    os.environ.setdefault("WANDB_SILENT", "true")  # train.py says itself where the run is
+    # a call of Lightning 2.6 itself, which torch has renamed
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")
+    # train.py says what follows from it
+    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_data")
+    warnings.filterwarnings("ignore", ".*could not find the monitored key")
+    # `fit --run NAME` is meant to go on in its folder
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    # a test needs none: the weights in a checkpoint are the averaged ones
+    warnings.filterwarnings("ignore", ".*The WeightAveraging state cannot be restored")
+    # what is recorded is also written at the end of each epoch
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what tensors free, instead of handing it back to the kernel.
+
+    As it comes, it maps each block of more than 32 MiB anew, and the kernel has to zero every page
+    of it: up to a third of a training step (docs/speed.md). See mallopt(3); other C libraries are
+    left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def fastest_precision(accelerator: str) -> str:
+    """bf16 where the processor multiplies it natively, else float32; fp16 only where asked for."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        native = torch.cuda.get_device_capability()[0] >= 8
+    else:
+        native = accelerator in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if native else "32-true"

@@ -1,0 +1,22 @@
+"""The callbacks, for the package ``lightning``."""
+
+from lightning.pytorch.callbacks import Callback
+
+from . import _hooks
+from ._monitor_hooks import MonitorHooks
+
+
+class StepCallback(_hooks.StepHooks, Callback):
+    __doc__ = _hooks.StepHooks.__doc__
+
+
+class Clipping(_hooks.ClippingHooks, StepCallback):
+    __doc__ = _hooks.ClippingHooks.__doc__
+
+
+class UpdateClipping(_hooks.UpdateClippingHooks, Clipping):
+    __doc__ = _hooks.UpdateClippingHooks.__doc__
+
+
+class GradientSpikeMonitor(MonitorHooks, StepCallback):
+    __doc__ = MonitorHooks.__doc__

@@ -1,0 +1,14 @@
+"""The callbacks, for the package ``pytorch_lightning``, whose ``Callback`` is another class."""
+
+from pytorch_lightning.callbacks import Callback
+
+from . import _hooks
+from ._monitor_hooks import MonitorHooks
+
+
+class UpdateClipping(_hooks.UpdateClippingHooks, Callback):
+    __doc__ = _hooks.UpdateClippingHooks.__doc__
+
+
+class GradientSpikeMonitor(MonitorHooks, Callback):
+    __doc__ = MonitorHooks.__doc__
