@@ -10,7 +10,8 @@ from typing import get_args
 from lightning import Trainer
 
 from callbacks import ProgressBar
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
+from core.telling import told_in_one_sentence
 from lit_models.classification import TTA
 from pipeline.loading import Member
 from pipeline.prediction import fix_threads, predict, write

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
 from core.files import atomic_write
 from core.runs import Run
+from core.telling import told_in_one_sentence
 from pipeline.comparison import group, read, replay, sentence, table
+from pipeline.seeds_picture import seeds_picture
 from pipeline.trainer import quiet_libraries
 from steadyfit.measures import SpikeMeasures
-from steadyfit.pictures import seeds_picture, spike_pictures
+from steadyfit.pictures import spike_pictures
 
 COLUMNS = 4  # runs side by side; with more of them nothing could be read
 

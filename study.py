@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
 from core.runs import ROOT
+from core.telling import told_in_one_sentence
 from pipeline.studies.grid import Study
 from pipeline.studies.runner import run, terminable
 

@@ -17,8 +17,9 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from core import kaggle_client, submission
-from core.errors import UserError, told_in_one_sentence
+from core import kaggle_client, sample_file
+from core.errors import UserError
+from core.telling import told_in_one_sentence
 from pipeline.kaggle import ledger
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.ledger import Record
@@ -98,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(prediction: Prediction, table: submission.Table, message: str) -> None:
+def show(prediction: Prediction, table: sample_file.Table, message: str) -> None:
     """What the file holds, what is known of its making, and the command that sends it."""
     path = prediction.path
     counts = Counter(table.labels)

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
+from core.telling import told_in_one_sentence
 from datamodules import GrammarDataModule
 from lit_models import LitSeq2Seq
 from pipeline.loading import Member

@@ -9,7 +9,8 @@ import argparse
 
 import torch
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
+from core.telling import told_in_one_sentence
 from datamodules import EchoDataModule
 from datamodules.base import IGNORED
 from pipeline.loading import Member

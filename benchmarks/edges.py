@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.pictures.sample_sheet import from_each_class, mosaic
-from core.errors import told_in_one_sentence
 from core.files import atomic_write
+from core.telling import told_in_one_sentence
 from datamodules import CIFAR10DataModule, DemoDataModule
 from lit_models.networks import FixedFilters
 

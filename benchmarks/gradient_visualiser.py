@@ -14,8 +14,9 @@ import torch
 from matplotlib.figure import Figure
 
 from callbacks.pictures.hidden_gradients import Trace, trace
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
 from core.files import atomic_write
+from core.telling import told_in_one_sentence
 from datamodules.sequences.running_mean import running_mean
 from lit_models.networks import Recurrent, VanillaRNN
 from lit_models.networks.unrolled import ACTIVATIONS

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
+from core.telling import told_in_one_sentence
 from datamodules.text.corpora import read_corpus, token_lines
 from metrics.edits import apply_edits
 from metrics.gleu import corpus_gleu

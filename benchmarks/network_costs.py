@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from callbacks.training.training_cost import training_cost, units_of
-from core.errors import Telling, UserError, told_in_one_sentence
+from core.errors import UserError
+from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 from pipeline.parser import Parser, link_facts

@@ -15,8 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
 from core.files import atomic_write
+from core.telling import told_in_one_sentence
 from lit_models.networks.transformer import Attention, Block, sinusoidal_positions
 from steadyfit.panels import BLUE, VERMILION, heading
 

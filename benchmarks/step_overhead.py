@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import GradientSpikeMonitor
-from core.errors import Telling
+from core.telling import Telling
 from datamodules.base import BaseDataModule
 from datamodules.images.base import ImageDataModule
 from lit_models import LitClassifier

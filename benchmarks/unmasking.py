@@ -10,7 +10,8 @@ import argparse
 
 import torch
 
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
+from core.telling import told_in_one_sentence
 from datamodules.text.masked_books import MaskedBooksDataModule
 from datamodules.text.subwords import BEGIN, END, MASK, SPECIAL, Subwords, words
 from lit_models.networks import unmask

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from core.errors import UserError, constructing
+from core.errors import UserError
 from datamodules.base import BaseDataModule
 from lit_models.networks.data_dependent import asking_for_data
 
@@ -226,15 +226,13 @@ class LitModel(LightningModule):
     # Optimizer
 
     def configure_optimizers(self) -> Any:
-        with constructing("the optimizer"):
-            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
         length = {"total_steps": self.total_steps} if wants_total_steps(self.lr_scheduler) else {}
         rates = {group["lr"] for group in optimizer.param_groups}
         try:
-            with constructing("the learning rate schedule"):
-                scheduler = self.lr_scheduler(optimizer, **length)
+            scheduler = self.lr_scheduler(optimizer, **length)
         except ZeroDivisionError:  # OneCycleLR, whose way up or down would be of no length
             raise UserError(
                 f"the learning rate schedule cannot be laid over {self.total_steps} optimizer "

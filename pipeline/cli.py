@@ -23,9 +23,10 @@ import callbacks  # noqa: F401  short class names in configs are those that were
 import datamodules  # noqa: F401
 import lit_models  # noqa: F401
 from callbacks.run.run_folder import RunRecord
-from core.errors import Telling, UserError, told_in_one_sentence
+from core.errors import UserError
 from core.provenance import provenance
 from core.runs import ROOT, Run, load_checkpoint
+from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 from pipeline.parser import Parser, instantiating, link_facts

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
-from core.errors import Telling
+from core.telling import Telling
 
 # what the Trainer refuses to have among its callbacks when it is told to do without
 NEEDS = {

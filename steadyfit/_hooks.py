@@ -4,7 +4,6 @@ theirs from these classes, since the two packages have a ``Callback`` each.
 A trainer and a module are those of either package. Dimensions: P parameters of one optimizer.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -115,22 +114,6 @@ class ClippingHooks(StepHooks):
         self.acted = 0
         self._pending: list[tuple[int, Tensor]] = []  # (optimizer step, factors (P,) or ())
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if not self.clips_gradients:
-            return
-        others = [
-            type(c).__name__
-            for c in trainer.callbacks
-            if c is not self and isinstance(c, ClippingHooks) and c.clips_gradients
-        ]
-        if trainer.gradient_clip_val:
-            others.append("gradient_clip_val")
-        if others and trainer.is_global_zero:
-            warnings.warn(
-                f"{type(self).__name__} and {others[0]} both clip the gradients; leave one out.",
-                stacklevel=2,
-            )
-
     def keep(self, trainer: Any, factors: Tensor) -> None:
         self._pending.append((trainer.global_step, factors))
 
@@ -192,7 +175,6 @@ class UpdateClippingHooks(ClippingHooks):
         self._losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             limits = StepProbe.of(optimizer).limits
             if self.factors not in limits:  # else it is the optimizer of an earlier fit

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from core.submission import read_table
+from core.sample_file import read_table
 from datamodules.images.demo import (
     COPIES,
     HELD_OUT,

@@ -11,10 +11,11 @@ from test_classification import Points, model, trainer
 
 from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
-from core.errors import UserError, told_in_one_sentence
+from core.errors import UserError
 from core.files import atomic_write, sha256
 from core.provenance import provenance
 from core.runs import Run, load_checkpoint
+from core.telling import told_in_one_sentence
 
 
 def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -> None:

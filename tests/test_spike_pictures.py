@@ -22,6 +22,7 @@ from core.errors import UserError
 from datamodules import TemporalOrderDataModule
 from lit_models.classification import LitClassifier
 from lit_models.networks import LSTM, Recurrent
+from pipeline.seeds_picture import seeds_picture
 from steadyfit.measures import (
     Curves,
     excess_loss,
@@ -36,7 +37,6 @@ from steadyfit.pictures import (
     curves_picture,
     layers_picture,
     norms_picture,
-    seeds_picture,
     spike_pictures,
     through_time_picture,
 )

@@ -24,7 +24,7 @@ from kaggle_server import KEY, USERNAME, KaggleServer
 
 from core import kaggle_client
 from core.errors import UserError
-from core.submission import Submission
+from core.sample_file import SampledSubmission
 from pipeline.kaggle import sending
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.prediction_file import wilson_interval
@@ -357,7 +357,7 @@ def test_any_order_is_right_and_any_mistake_is_seen(
 
 def test_written_file_is_in_the_order_of_the_sample_and_passes() -> None:
     Path("sample.csv").write_text("id,label\n3,cat\n1,cat\n2,cat\n")
-    form = Submission(labels=("cat", "dog"), sample=Path("sample.csv"))
+    form = SampledSubmission(labels=("cat", "dog"), sample=Path("sample.csv"))
     path = Path("new", "submission.csv")
     form.write(path, np.array([1, 2, 3]), np.array([0, 1, 1]))
     assert path.read_bytes() == b"id,label\n3,dog\n1,cat\n2,dog\n"

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +20,26 @@ from steadyfit.probe import StepProbe, norms
 Rule = Literal["zclip", "autoclip"]
 
 
-class GradientNormClipping(Clipping):
+class GradientClipping(Clipping):
+    """Clips gradients in place, and warns where another one does as well."""
+
+    clips_gradients = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        others = [
+            type(c).__name__
+            for c in trainer.callbacks  # type: ignore[attr-defined]
+            if c is not self and isinstance(c, GradientClipping)
+        ]
+        if trainer.gradient_clip_val:
+            others.append("gradient_clip_val")
+        if others:
+            rank_zero_warn(
+                f"{type(self).__name__} and {others[0]} both clip the gradients; leave one out."
+            )
+
+
+class GradientNormClipping(GradientClipping):
     """Clips the gradient norm at a limit that follows the norms seen so far.
 
     Rules:
@@ -42,7 +62,6 @@ class GradientNormClipping(Clipping):
     """
 
     name = "gradient_factor"
-    clips_gradients = True
     Z = 2.5
 
     def __init__(
@@ -139,7 +158,7 @@ class GradientNormClipping(Clipping):
         self._saved = dict(state["seen"])
 
 
-class AdaptiveGradientClipping(Clipping):
+class AdaptiveGradientClipping(GradientClipping):
     """Clips the gradient of each unit to a share of the norm of its weights.
 
     AGC of NFNets (Brock et al., arXiv:2102.06171, section 4): for each row of a weight,
@@ -151,7 +170,6 @@ class AdaptiveGradientClipping(Clipping):
     """
 
     name = "agc_factor"
-    clips_gradients = True
 
     def __init__(self, clipping: float = 0.1, eps: float = 1e-3) -> None:
         super().__init__()

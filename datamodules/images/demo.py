@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from core.errors import UserError
+from core.sample_file import SampledSubmission
 from core.submission import Submission
 from datamodules.base import Tensors
 from datamodules.images.base import ImageDataModule
@@ -52,7 +53,7 @@ class DemoDataModule(ImageDataModule):
             Submission(self.class_names).write(self.sample, ids, np.zeros_like(ids))
 
     def submission(self) -> Submission:
-        return Submission(self.class_names, self.sample)
+        return SampledSubmission(self.class_names, self.sample)
 
     def read_train(self) -> Tensors:
         originals, targets = handwriting()

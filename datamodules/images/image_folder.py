@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from core.errors import UserError
-from core.submission import FileTable
+from core.file_table import FileTable
 from datamodules.base import Tensors
 from datamodules.image_files.image_cache import decode_all
 from datamodules.image_files.photo_folder import (

@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from core.errors import UserError
-from core.submission import Submission, read_table
+from core.sample_file import SampledSubmission, read_table
+from core.submission import Submission
 from datamodules.base import Tensors
 from datamodules.image_files.png_folder import png_ids, read_images
 from datamodules.images.base import ImageDataModule
@@ -78,7 +79,7 @@ class KaggleCIFAR10DataModule(ImageDataModule):
         return part.images, part.ids
 
     def submission(self) -> Submission:
-        return Submission(labels=self.class_names, sample=self.sample)
+        return SampledSubmission(labels=self.class_names, sample=self.sample)
 
     def part(self, split: str) -> Part:
         return self.prepared.pop(split, None) or self.read_split(split)

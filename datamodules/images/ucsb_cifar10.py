@@ -7,7 +7,8 @@ import torch
 
 from core.errors import UserError
 from core.files import sha256
-from core.submission import Submission, read_table
+from core.sample_file import SampledSubmission, read_table
+from core.submission import Submission
 from datamodules.base import Tensors
 from datamodules.images.cifar10 import CIFAR10DataModule
 
@@ -54,4 +55,4 @@ class UCSBCIFAR10DataModule(CIFAR10DataModule):
 
     def submission(self) -> Submission:
         digits = tuple(str(index) for index in range(self.num_classes))
-        return Submission(labels=digits, sample=self.sample)
+        return SampledSubmission(labels=digits, sample=self.sample)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from core.errors import UserError
-from core.submission import Table, read_table
+from core.sample_file import Table, read_table
 
 
 def check_submission(path: Path, sample: Path, labels: Collection[str] | None = None) -> Table:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.file_table import FileTable
 from core.files import sha256
 from core.runs import Run
-from core.submission import FileTable, Submission
+from core.submission import Submission
 
 
 @dataclass(frozen=True)
