@@ -135,7 +135,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
             optimizer=trainer.optimizers.index(optimizer),
             lrs=[learning_rate(group) for group in optimizer.param_groups],
             losses=self._losses,
-            gradient=norms(probe.gradients()),
+            gradient=probe.gradient_norms(),
             scale=scale_left(trainer, pl_module, optimizer),
             scaled=grad_scaler(trainer) is not None,
             update=probe.arm(step),

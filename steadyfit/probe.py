@@ -70,6 +70,10 @@ class StepProbe:
     def gradients(self) -> list[Tensor]:
         return [dense_gradient(p) for p in self.params]
 
+    def gradient_norms(self) -> Tensor:
+        """L2 norms (P,) of the gradients, on the device."""
+        return norms(self.gradients())
+
     def arm(self, step: int) -> Update:
         """Copy the parameters and return what optimizer step ``step``, the next, will fill in."""
         if self._armed != step:  # an earlier one may never have been taken
@@ -91,7 +95,7 @@ class StepProbe:
         self.deltas = list(torch._foreach_sub(self.params, self.before))
         self.update.norms = norms(self.deltas)
         if self.gradients_are_clipped:
-            self.update.grad_norms = norms(self.gradients())
+            self.update.grad_norms = self.gradient_norms()
         if self.limits:
             factors = [limit(self) for limit in self.limits]
             self.update.factors = factors[0] if len(factors) == 1 else torch.stack(factors).amin(0)
