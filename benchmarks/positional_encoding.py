@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.files import atomic_write
 from core.telling import told_in_one_sentence
-from lit_models.networks.transformer import Attention, Block, sinusoidal_positions
+from lit_models.networks.attention import Attention, Block
+from lit_models.networks.transformer import sinusoidal_positions
 from steadyfit.panels import BLUE, VERMILION, heading
 
 LAGS = (0, 1, 2, 5, 10, 50, 100, 500)

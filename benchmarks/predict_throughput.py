@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,6 @@ def predict_and_report(report: Path, arguments: list[str]) -> None:
     from lightning import Trainer  # not in the process that measures
 
     import datamodules
-    import predict
 
     seconds = {"prepare_data": 0.0, "setup": 0.0, "predict": 0.0}
 
@@ -137,7 +137,8 @@ def predict_and_report(report: Path, arguments: list[str]) -> None:
     clock(getattr(datamodules, DATA), "prepare_data")
     clock(getattr(datamodules, DATA), "setup")
     clock(Trainer, "predict")
-    predict.main(arguments)
+    sys.argv = ["predict.py", *arguments]
+    runpy.run_path(str(HERE / "predict.py"), run_name="__main__")
     reading = seconds["prepare_data"] + seconds["setup"]
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {"input": reading, "network": seconds["predict"] - reading, "memory": peak}

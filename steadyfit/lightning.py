@@ -3,7 +3,10 @@
 from lightning.pytorch.callbacks import Callback
 
 from . import _hooks
+from ._hooks import scale_left
 from ._monitor_hooks import MonitorHooks
+
+__all__ = ["Clipping", "GradientSpikeMonitor", "StepCallback", "UpdateClipping", "scale_left"]
 
 
 class StepCallback(_hooks.StepHooks, Callback):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_models.networks import Transformer
-from lit_models.networks.transformer import Attention, Block, KeysValues, sinusoidal_positions
+from lit_models.networks.attention import Attention, Block, KeysValues
+from lit_models.networks.transformer import sinusoidal_positions
 
 VOCAB = 11
 

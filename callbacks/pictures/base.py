@@ -1,6 +1,7 @@
 """Where the pictures of a run go."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -22,6 +23,11 @@ class PictureCallback(Callback):
         folder = trainer.log_dir
         self.folder = None if folder is None else Path(folder)
         self.data = getattr(trainer, "datamodule", None)  # an attribute Lightning does not declare
+
+    @property
+    def images(self) -> Any:
+        """The datamodule, if it serves images that a person can look at."""
+        return self.data if hasattr(self.data, "denormalize") else None
 
     def save(self, trainer: Trainer, name: str, figure: Figure) -> None:
         """Write ``<name>.png`` and show it as ``pictures/<name>``; for rank 0 alone to call."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
-from datamodules.images.base import ImageDataModule
 
 COLUMNS = 5
 
@@ -56,7 +55,7 @@ class MostConfident:
 class Mistakes(PictureCallback):
     """Draw the most confident mistakes of ``test`` to ``mistakes.png``.
 
-    It needs an :class:`ImageDataModule` and test steps that return ``logits`` (B, K); other data it
+    It needs an image set and test steps that return ``logits`` (B, K); other data it
     leaves alone.
 
     Args:
@@ -81,13 +80,13 @@ class Mistakes(PictureCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if isinstance(self.data, ImageDataModule):
+        if self.images is not None:
             images, target = batch
             self.mistakes.update(images, outputs["logits"], target)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = self.data
-        if not isinstance(data, ImageDataModule) or not self.mistakes.kept:
+        data = self.images
+        if data is None or not self.mistakes.kept:
             return
         gathered = MostConfident(self.count)
         gathered.merge([of_all_ranks(t, trainer.world_size) for t in self.mistakes.kept])

@@ -4,6 +4,7 @@ Dimensions: N images, K classes, V images of each class, H height, W width, C ch
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
-from datamodules.images.base import ImageDataModule
 
 GAP = 2  # white pixels between images
 
@@ -34,8 +34,8 @@ class SampleSheet(PictureCallback):
         self.per_class = per_class
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = self.data
-        if not trainer.is_global_zero or not isinstance(data, ImageDataModule):
+        data = self.images
+        if not trainer.is_global_zero or data is None:
             return
         classes, index = from_each_class(data.splits["train"][-1], self.per_class)
         names = [data.class_names[k] for k in classes]
@@ -53,8 +53,8 @@ def from_each_class(targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return classes, torch.stack([m[torch.arange(count) * len(m) // count] for m in members])
 
 
-def seen_by_network(data: ImageDataModule, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Training images, stored and augmented, both uint8 (*index.shape, H, W, C)."""
+def seen_by_network(data: Any, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Training images of an image set, stored and augmented, both uint8 (*index.shape, H, W, C)."""
     images, targets = (tensor[index.flatten()] for tensor in data.splits["train"])
     loader = data.make_loader((images, targets), "train")
     loader.begin_epoch(loader.generator())

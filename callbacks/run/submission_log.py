@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from callbacks.run.run_folder import MetricsCSV, RunRecord
 from core.files import atomic_write
-from datamodules.loaders.resident import ResidentLoader
 from lit_models.base import LitModel
 
 Rows = dict[int, dict[str, float]]
@@ -49,7 +49,7 @@ class SubmissionLog(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         data.setup("test")
-        self.evaluation: ResidentLoader = data.test_dataloader()
+        self.evaluation: Iterable[list[Tensor]] = data.test_dataloader()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, LitModel):
@@ -74,7 +74,7 @@ class SubmissionLog(Callback):
 
 
 @torch.no_grad()
-def count_right(model: LitModel, batches: ResidentLoader) -> Tensor:
+def count_right(model: LitModel, batches: Iterable[list[Tensor]]) -> Tensor:
     """How many samples a model gets right, and how many there are (2,), on its device."""
     counts = torch.zeros(2, device=model.device)
     model.eval()

@@ -8,14 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_models.networks.attention import Block, check_heads
 from lit_models.networks.recurrent import checked_dropout
-from lit_models.networks.transformer import (
-    Block,
-    Encoder,
-    EncoderLayer,
-    check_heads,
-    sinusoidal_positions,
-)
+from lit_models.networks.transformer import Encoder, EncoderLayer, sinusoidal_positions
 
 
 class MaskedLanguageModel(Encoder):
