@@ -13,7 +13,7 @@ RUN := runs/demo/$(NAME)
 demo: .venv/installed
 	$(BIN)/python train.py fit --config configs/demo.yaml --run $(NAME)
 	$(BIN)/python train.py test --run $(RUN)
-	@$(BIN)/python -c "from datamodules.demo import linear_baseline as f; \
+	@$(BIN)/python -c "from datamodules.images.demo import linear_baseline as f; \
 	  print(f'test accuracy of a linear classifier on the same pixels: {f():.4f}')"
 	$(BIN)/python predict.py $(RUN)
 	$(BIN)/python submit.py $(RUN) --dry_run

@@ -2,22 +2,13 @@
 
 import argparse
 import re
-import shutil
 import sys
 from pathlib import Path
-from typing import get_args
 
-from lightning import Trainer
-
-from callbacks import ProgressBar
 from core.errors import UserError
 from core.telling import told_in_one_sentence
-from lit_models.classification import TTA
-from pipeline.loading import Member
-from pipeline.prediction import fix_threads, predict, write
-from pipeline.trainer import equip, quiet_libraries
+from core.threads import limit_spinning
 
-INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
 
 
@@ -55,7 +46,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="default: RUN/submission.csv, predictions.csv (photos, names) or .txt (lines)",
     )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    parser.add_argument("--tta", choices=get_args(TTA), help="default: as the run was tested")
+    parser.add_argument(
+        "--tta", metavar="VIEWS", help="none, mirror or mirror_translate; default: as it was tested"
+    )
     parser.add_argument("--data", metavar="CLASS", help="predict another set than the run's own")
     parser.add_argument("--data_dir", metavar="DIR", help="root folder of the data sets")
     parser.add_argument("--accelerator", default="auto")
@@ -92,57 +85,12 @@ def join_values(args: list[str]) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     with told_in_one_sentence(debug="--debug" in args) as telling:
-        telling.values = True  # until the first batch
         options, overrides = parse(args)
-        quiet_libraries()
-        fix_threads()
-        inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
-        if options.json:
-            inputs["as_json"] = True
-        members = [
-            Member.load(run, options.checkpoint, overrides, **inputs) for run in options.runs
-        ]
-        if len(members) > 1 and len(members[0].model.outputs) > 1:
-            raise UserError("what these runs write has no average; give one of them.")
-        if len(classes := {member.data.class_names for member in members}) > 1:
-            named = " and ".join(", ".join(names) for names in sorted(classes))
-            raise UserError(f"runs with different classes have no average: {named}.")
-        precisions = {str(member.config["trainer"]["precision"]) for member in members}
-        if len(precisions) > 1 and options.precision is None:
-            named = " and ".join(sorted(precisions))
-            raise UserError(f"these runs were trained in {named}; choose one with --precision.")
-        told = not options.json  # standard output is for the objects alone
-        bar = told and not options.text
-        trainer = Trainer(
-            accelerator=options.accelerator,
-            devices=options.devices,
-            strategy="auto" if options.devices in ("auto", "1") else "ddp",
-            precision=options.precision or members[0].config["trainer"]["precision"],
-            callbacks=[ProgressBar()] if bar else [],
-            enable_progress_bar=bar,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        equip(trainer, telling, termination=False)
-        single = members[0].source
-        submission = members[0].data.submission()
-        folder = single.parent if single.is_file() else single
-        output = options.output or folder / submission.filename
-        parts = output.parent / f".{output.name}.parts"
-        try:
-            ids, outputs = predict(trainer, members, parts)
-            if trainer.is_global_zero:
-                write(members, ids, outputs, output)
-                if told:
-                    count = members[0].data.submission().count(ids)
-                    print(f"{count:,} predictions in {output}")
-                if submission.sendable:
-                    target = single if single.is_dir() and options.output is None else output
-                    print(f"Next: python submit.py {target} --dry_run")
-        finally:
-            if trainer.is_global_zero:
-                shutil.rmtree(parts, ignore_errors=True)
+        limit_spinning()
+        from pipeline.prediction import run
+
+        telling.values = True  # until the first batch
+        run(options, overrides, telling)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import sys
 
-from pipeline.cli import run
+from core.threads import limit_spinning
 
 
 def main(args: list[str] | None = None) -> None:
+    limit_spinning()
+    from pipeline.cli import run
+
     run(sys.argv[1:] if args is None else args)
 
 

@@ -24,7 +24,7 @@ def atomic_write(path: Path, mode: str = "wb", **open_kwargs: Any) -> Iterator[I
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the group
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the group
         with os.fdopen(handle, mode, **open_kwargs) as file:
             yield file
             file.flush()

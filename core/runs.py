@@ -1,14 +1,15 @@
 """What a run is on disk: one folder with its configuration, checkpoints, metrics and results."""
 
-import fcntl
-import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from core.errors import UserError
 
@@ -59,22 +60,32 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep other programs from training the same run; a program that dies lets go by itself.
 
+        Where the file system has no locks (some NFS and Lustre) it goes on without, after a
+        warning.
+
         Raises:
             UserError: Another one is at it.
         """
-        handle = os.open(self.folder, os.O_RDONLY)
+        folder = self.folder.resolve()
+        # beside the run, so that nothing but the run is in its folder
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"), fallback_to_soft=False)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
+            lock.acquire(blocking=False)
+        except Timeout:
             raise UserError(
                 f"{self.folder} is being trained by another program; wait for it, or choose "
                 "another name with --run."
             ) from None
+        except (OSError, NotImplementedError) as error:
+            warnings.warn(
+                f"{self.folder} cannot be locked ({error}); do not train it by two programs at "
+                "once.",
+                stacklevel=3,
+            )
         try:
             yield
         finally:
-            os.close(handle)
+            lock.release()
 
     @property
     def config(self) -> Path:

@@ -81,15 +81,13 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: by default a checkpoint's hyperparameters would override what was typed.
-
-        See Lightning-AI/pytorch-lightning#21455.
-        """
+        # Lightning must not see it before classes are instantiated: the hyperparameters in the
+        # checkpoint would override what was typed (Lightning-AI/pytorch-lightning#21455)
+        self.ckpt_path = self.config[self.config.subcommand].pop("ckpt_path")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        config.ckpt_path = self.ckpt_path
         trainer = config.trainer
         settle(trainer)
         if self.subcommand == "fit" and config.test and trainer.enable_checkpointing is False:
@@ -97,7 +95,7 @@ class CLI(LightningCLI):
                 "--test=true tests the best checkpoint, and there will be none; leave "
                 "--trainer.enable_checkpointing=false out."
             )
-        self.record = RunRecord(self.describe(config))
+        self.record = RunRecord(self.describe())
         self.study = Study.load(config.study) if config.study else None
         # once, so that a file that is edited meanwhile changes nothing
         self.point = self.study.record(self.typed[1:]) if self.study else {}
@@ -163,11 +161,12 @@ class CLI(LightningCLI):
             point.write(self.point, finished=False)
         return run
 
-    def describe(self, config: Namespace) -> str:
+    def describe(self) -> str:
         """The resolved configuration as YAML, under the command and the versions it came from."""
-        text = self._parser(self.subcommand).dump(config, skip_unset=False)
+        text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
         kept = ("seed_everything", "trainer", "model", "data")
-        settings = {key: value for key, value in yaml.safe_load(text).items() if key in kept}
+        written = yaml.safe_load(text)[self.subcommand]
+        settings = {key: value for key, value in written.items() if key in kept}
         origin = yaml.safe_dump(
             {"command": shlex.join(["python", *sys.argv]), **provenance()}, sort_keys=False
         )

@@ -1,5 +1,6 @@
 """Spikes of finished runs side by side."""
 
+import argparse
 from dataclasses import asdict
 
 import pandas as pd
@@ -7,11 +8,16 @@ import yaml
 from lightning import seed_everything
 
 from core.errors import UserError
+from core.files import atomic_write
 from core.runs import Run, load_checkpoint
 from pipeline.loading import Member
+from pipeline.seeds_picture import seeds_picture
+from pipeline.trainer import quiet_libraries
 from steadyfit.measures import SpikeMeasures
-from steadyfit.pictures import SpikeRun
+from steadyfit.pictures import SpikeRun, spike_pictures
 from steadyfit.through_time import THAT_STEP, ThroughTime, WorstStep, is_sequence, through_time
+
+COLUMNS = 4  # runs side by side; with more of them nothing could be read
 
 # One entry of the comparison: the label it goes by, and its runs by seed.
 Groups = dict[str, dict[int, Run]]
@@ -137,3 +143,66 @@ def replay(run: Run) -> ThroughTime:
     if not is_sequence(batches[0]):
         raise UserError("its inputs are no sequences (B, T, D) of floats")
     return through_time(member.model, batches, worst, origin)
+
+
+def show(groups: dict[str, dict[int, SpikeMeasures]], target: float) -> None:
+    """Print accuracy beside excess for each run, and what became of it against the first label."""
+    width = max(len(label) for label in groups)
+    print(
+        f"{'':{width}}  seed  final accuracy  {f'{target:.0%} in':>9}  lowest after  excess loss"
+        "  kinks (last batch/mean/val)  excursions"
+    )
+    for label, own in groups.items():
+        for seed, found in own.items():
+            epoch = "never" if found.first_epoch is None else f"epoch {found.first_epoch}"
+            lowest = "-" if found.lowest_after is None else f"{found.lowest_after:.1%}"
+            kinks = f"{found.kinks_last} / {found.kinks_mean} / {found.kinks_val}"
+            print(
+                f"{label:{width}}  {seed:4d}  {found.final_accuracy:14.1%}  {epoch:>9}  "
+                f"{lowest:>12}  {found.excess:11.2f}  {kinks:>27}  {found.excursions:10d}"
+            )
+    means = {
+        label: pd.DataFrame([asdict(found) for found in own.values()]).mean(numeric_only=True)
+        for label, own in groups.items()
+    }
+    first, *others = means
+    for label in others:
+        print(sentence(first, label, means, groups[label], target))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Do what ``spikes.py`` is asked for: print, draw, and leave a table."""
+    quiet_libraries()
+    runs = [Run.find(name) for name in options.runs]
+    if len({run.folder.resolve() for run in runs}) < 2:
+        raise UserError("a comparison needs two runs or more; name another run folder.")
+    groups = group(runs, options.labels)
+    found = {
+        label: {seed: read(run, label, options.target) for seed, run in own.items()}
+        for label, own in groups.items()
+    }
+    measures = {
+        label: {seed: run.measures for seed, run in own.items()} for label, own in found.items()
+    }
+    show(measures, options.target)
+    shown = []
+    for label, own in list(groups.items())[:COLUMNS]:
+        seed, run = next(iter(own.items()))
+        shown.append(found[label][seed])
+        try:
+            shown[-1].through_time = replay(run)
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            print(f"No gradient through time of {label}: {reason}.")
+    if len(groups) > COLUMNS:
+        print(f"Drawn are the first {COLUMNS} of {len(groups)}; the table has all.")
+    pictures = spike_pictures(shown)
+    if any(len(own) > 1 for own in groups.values()):
+        pictures["spikes_seeds"] = seeds_picture(measures, options.target)
+    output = options.output or runs[-1].folder / "comparison"
+    for name, figure in pictures.items():
+        with atomic_write(output / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=120)
+    with atomic_write(output / "spikes.csv", "w") as file:
+        table(measures, groups).to_csv(file, index=False)
+    print(f"{', '.join(f'{name}.png' for name in pictures)} and spikes.csv are in {output}")

@@ -11,6 +11,7 @@ from core.files import sha256
 from core.runs import Run, load_checkpoint
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
+from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
 
 # A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
@@ -47,7 +48,7 @@ class Member:
         is_file = Path(source).suffix == ".ckpt"
         path = Path(source) if is_file else Run.find(source).checkpoint(which)
         checkpoint = load_checkpoint(path)
-        config = yaml.safe_load(checkpoint["config"])
+        config = update(yaml.safe_load(checkpoint["config"]))
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
         data = config["data"]
         known = checkpoint.get(data["class_path"].rpartition(".")[2], {})  # the data's state_dict

@@ -5,18 +5,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from core.errors import UserError
+from pipeline.history import update
 
 SEE_HELP = "; see --help for what is known."
 
 
-class Parser(LightningArgumentParser):
-    """A parser whose complaint is one sentence instead of the whole usage."""
+load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: update(load_yaml(text)), (yaml.YAMLError,))
 
-    def _get_option_tuples(self, option_string: str) -> list[Any]:
-        return []  # argparse would take --trainer.max_epoch for --trainer.max_epochs
+
+class Parser(LightningArgumentParser):
+    """A parser whose complaint is one sentence instead of the whole usage.
+
+    It reads configurations of earlier versions as well, see :mod:`pipeline.history`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # argparse would take --trainer.max_epoch for --trainer.max_epochs
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(f"{essence(message)}{SEE_HELP}")

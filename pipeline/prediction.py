@@ -1,7 +1,9 @@
 """Predictions of one run, or of several averaged, by any number of processes."""
 
+import argparse
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +14,15 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from callbacks import ProgressBar
 from core.errors import UserError
 from core.files import atomic_write, sha256
 from core.provenance import provenance
+from core.telling import Telling
 from pipeline.loading import Member
+from pipeline.trainer import equip, quiet_libraries
+
+INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 
 Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
 
@@ -105,9 +112,9 @@ def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path
     """The predictions, what they were chosen from, and the record of where they came from."""
     data = members[0].data
     submission = data.submission()
+    submission.write_predictions(output, ids, *outputs.values())  # may refuse them
     with atomic_write(output.with_suffix(".npz")) as file:
         np.savez(file, ids=ids, **outputs, classes=np.array(data.class_names))
-    submission.write_predictions(output, ids, *outputs.values())
     record = {
         "csv": output.name,
         "sha256": sha256(output),
@@ -136,3 +143,60 @@ def fix_threads() -> None:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads or 1)
+
+
+def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:
+    """Do what ``predict.py`` is asked for.
+
+    Args:
+        options: Its arguments.
+        overrides: Settings of the data and the model, as on the command line.
+        telling: Which errors are told in one sentence.
+    """
+    quiet_libraries()
+    fix_threads()
+    inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
+    if options.json:
+        inputs["as_json"] = True
+    members = [Member.load(run, options.checkpoint, overrides, **inputs) for run in options.runs]
+    if len(members) > 1 and len(members[0].model.outputs) > 1:
+        raise UserError("what these runs write has no average; give one of them.")
+    if len(classes := {member.data.class_names for member in members}) > 1:
+        named = " and ".join(", ".join(names) for names in sorted(classes))
+        raise UserError(f"runs with different classes have no average: {named}.")
+    precisions = {str(member.config["trainer"]["precision"]) for member in members}
+    if len(precisions) > 1 and options.precision is None:
+        named = " and ".join(sorted(precisions))
+        raise UserError(f"these runs were trained in {named}; choose one with --precision.")
+    told = not options.json  # standard output is for the objects alone
+    bar = told and not options.text
+    trainer = Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy="auto" if options.devices in ("auto", "1") else "ddp",
+        precision=options.precision or members[0].config["trainer"]["precision"],
+        callbacks=[ProgressBar()] if bar else [],
+        enable_progress_bar=bar,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    equip(trainer, telling, termination=False)
+    single = members[0].source
+    submission = members[0].data.submission()
+    folder = single.parent if single.is_file() else single
+    output = options.output or folder / submission.filename
+    parts = output.parent / f".{output.name}.parts"
+    try:
+        ids, outputs = predict(trainer, members, parts)
+        if trainer.is_global_zero:
+            write(members, ids, outputs, output)
+            if told:
+                count = members[0].data.submission().count(ids)
+                print(f"{count:,} predictions in {output}")
+            if submission.sendable:
+                target = single if single.is_dir() and options.output is None else output
+                print(f"Next: python submit.py {target} --dry_run")
+    finally:
+        if trainer.is_global_zero:
+            shutil.rmtree(parts, ignore_errors=True)

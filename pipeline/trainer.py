@@ -98,7 +98,10 @@ def keep_freed_memory() -> None:
     of it: up to a third of a training step (docs/speed.md). See mallopt(3); other C libraries are
     left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    except (OSError, TypeError):  # Windows has no library that goes by no name
+        return
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
@@ -110,5 +113,11 @@ def fastest_precision(accelerator: str) -> str:
     if on_gpu:
         native = torch.cuda.get_device_capability()[0] >= 8
     else:
-        native = accelerator in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
+        native = accelerator in ("auto", "cpu") and cpu_has_bf16()
     return "bf16-mixed" if native else "32-true"
+
+
+def cpu_has_bf16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.cpu._is_avx512_bf16_supported()  # of older versions, which do not change any more

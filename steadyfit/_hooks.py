@@ -242,6 +242,17 @@ def grad_scaler(trainer: Any) -> Any:
 def scale_left(trainer: Any, pl_module: Any, optimizer: Optimizer) -> Tensor | None:
     """The scale () of gradients that the optimizer itself unscales, inside its step."""
     scaler = grad_scaler(trainer)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is None or not unscales_itself(optimizer):
         return None
     return scaler.scale(torch.ones((), device=pl_module.device))
+
+
+def unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether gradients are still scaled when an optimizer gets them.
+
+    torch's own optimizers do it where they are fused; GradScaler goes by their private attribute,
+    which those of other libraries may have as well.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        return True
+    return any(group.get("fused") for group in optimizer.param_groups)

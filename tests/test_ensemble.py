@@ -15,11 +15,11 @@ from test_classification import NUM_CLASSES, Given, Points, model, trainer
 from test_networks import smooth_images
 from torch import Tensor, nn
 
-import predict
 import train
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 from lit_models.networks import Ensemble, LeNet5, WhitenedCNN
+from pipeline import loading
 from pipeline.parser import Parser, link_facts
 
 
@@ -147,7 +147,7 @@ def flags(data_dir: Path, tmp_path: Path) -> list[str]:
 def test_from_yaml_to_a_prediction_and_back(flags: list[str], tmp_path: Path) -> None:
     train.main(["fit", *flags, "--run=two"])
     folder = tmp_path / "lenets" / "two"
-    network = predict.Member.load(str(folder), "best", []).model.network
+    network = loading.Member.load(str(folder), "best", []).model.network
     assert isinstance(network, Ensemble)
     weights = network.state_dict()
     assert weights["members.0.conv2.weight"].shape == (4, 2, 5, 5)

@@ -13,12 +13,12 @@ from conftest import CONFIGS, fit_quietly
 from test_networks import smooth_images
 from torch import Tensor, nn
 
-import predict
 import train
 from benchmarks.step_overhead import RandomImages
 from lit_models import LitClassifier
 from lit_models.networks import Ensemble, Filtered, FixedFilters, LeNet5, ResNet, WhitenedCNN
 from lit_models.networks.fixed_filters import FILTERS, Filter
+from pipeline import loading
 
 NAMES: tuple[Filter, ...] = get_args(Filter)
 EDGES: tuple[Filter, ...] = ("sobel_x", "sobel_y", "laplacian")
@@ -166,7 +166,7 @@ def test_checkpoint_keeps_the_filters(
     saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     expected = FixedFilters(["sobel_x", "laplacian"]).weight
     assert torch.equal(saved["network.filters.weight"], expected)
-    network = predict.Member.load(str(folder), "best", []).model.network
+    network = loading.Member.load(str(folder), "best", []).model.network
     assert isinstance(network, Filtered)
     assert isinstance(network.network, LeNet5)
     assert network.network.conv1.in_channels == 6

@@ -11,6 +11,8 @@ import yaml
 from test_spike_pictures import metrics_of, trained_lstm  # noqa: F401  a fixture
 
 import spikes
+from core.runs import Run
+from pipeline.comparison import replay
 
 
 def make_run(folder: Path, seed: int = 0, accuracy: float = 0.99, peak: float = 0.0) -> Path:
@@ -33,7 +35,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time, and not every test looks at them."""
-    monkeypatch.setattr(spikes, "spike_pictures", lambda runs: {})
+    monkeypatch.setattr("pipeline.comparison.spike_pictures", lambda runs: {})
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
@@ -109,8 +111,8 @@ def test_the_gradient_through_time_is_made_again(
     assert "No gradient through time of kept" not in out
     assert "No gradient through time of lost" in out
     assert Path("here/spikes_through_time.png").exists()
-    run = spikes.Run(trained_lstm)
-    seen = spikes.replay(run)
+    run = Run(trained_lstm)
+    seen = replay(run)
     assert seen.proof.endswith("reproduced")
 
 
@@ -122,9 +124,9 @@ def test_without_kept_weights_a_checkpoint_serves(
     shutil.copytree(trained_lstm, other)
     saved = torch.load(other / "worst_spike.pt", weights_only=True)
     torch.save(saved | {"weights": None, "step": 4}, other / "worst_spike.pt")
-    assert spikes.replay(spikes.Run(other)).origin == "11 steps later"
+    assert replay(Run(other)).origin == "11 steps later"
     torch.save(saved | {"weights": None, "step": 20}, other / "worst_spike.pt")
-    assert spikes.replay(spikes.Run(other)).origin == "5 steps before"
+    assert replay(Run(other)).origin == "5 steps before"
 
 
 def test_what_cannot_be_compared_is_told_in_one_sentence(

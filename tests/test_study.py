@@ -23,8 +23,9 @@ ROOT = CONFIGS.parent
 
 # Takes train.py's place: does what a run does to its folder, without training.
 STAND_IN = """
-import fcntl, os, sys, time
+import os, sys, time
 from pathlib import Path
+from core.runs import Run
 from pipeline.studies.grid import PointRecord, Study
 args = sys.argv[2:]
 study = Study.load("small.yaml")
@@ -32,8 +33,8 @@ made = study.record(args)
 point = made["point"]
 folder = Path("runs/small") / study.name_of(point)
 folder.mkdir(parents=True, exist_ok=True)
-handle = os.open(folder, os.O_RDONLY)
-fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+lock = Run(folder).lock()
+lock.__enter__()
 record = PointRecord(folder)
 record.write(made, finished=False)
 with open("starts.txt", "a") as file:
@@ -179,7 +180,7 @@ def test_an_edited_config_fails_no_run_that_is_under_way(
         made.append(job)
         conclude(loaded, job, *others)
 
-    monkeypatch.setattr(study, "conclude", edit_first)
+    monkeypatch.setattr(runner, "conclude", edit_first)
     sentence = refused(capsys, "run", "small.yaml", "--jobs=1")
     assert len(made) == 3  # none was left out
     assert "2 of 4 runs failed" in sentence  # begun after the edit, and finished with it
@@ -192,7 +193,7 @@ def test_a_run_that_another_program_has_taken_is_waited_for(
 ) -> None:
     """Between our look at the lock and the run's own, another program may come first."""
     write_study([0.1], parameters={"seed_everything": {"values": [0]}, **ONE_RATE})
-    monkeypatch.setenv("SLEEP", "1")
+    monkeypatch.setenv("SLEEP", "4")  # longer than a second one needs to start
     loaded = Study.load("small.yaml")
     other = subprocess.Popen(loaded.command(loaded.points[0]), stdout=subprocess.DEVNULL)
     while not starts():

@@ -222,12 +222,17 @@ STEPS = 120  # 2 epochs of 960 / 16 steps
 
 # One process gets SIGTERM some time after its 70th step, in whatever it is about.
 SIGNALLED = """
-import os, random, signal, sys, threading, train
+import contextlib, os, random, signal, sys, threading, train
+from callbacks import RunRecord
+from tests.other_names import renamed
+stack = contextlib.ExitStack()
+for name in {names}:
+    stack.enter_context(renamed(name, "lightning"))
 def tell(self, trainer, *args):
     if trainer.global_rank == {rank} and trainer.global_step == 70:
         end = os.getpid(), signal.SIGTERM
         threading.Timer(random.Random().uniform(0, 0.1), os.kill, end).start()
-train.RunRecord.on_train_batch_start = tell
+RunRecord.on_train_batch_start = tell
 train.main(sys.argv[1:])
 """
 # without the "--" it takes --run for an option of its own
@@ -284,13 +289,17 @@ def assert_goes_on(both: list[str], home: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "names"),
+    [(0, ()), (1, ()), (1, ("_sigterm_notifier_fn", "_broadcast_sigterm_tensor"))],
+    ids=["rank 0", "rank 1", "names of Lightning that have changed"],
+)
 def test_signal_to_one_of_two_processes(
-    rank: int, both: list[str], uninterrupted: Path, tmp_path: Path
+    rank: int, names: tuple[str, ...], both: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Lightning's own handling hangs or crashes, whichever gets it, and writes no checkpoint."""
     program = tmp_path / "signalled.py"  # a file, which Lightning starts again for the second one
-    program.write_text(SIGNALLED.format(rank=rank))
+    program.write_text(SIGNALLED.format(rank=rank, names=names))
     assert start([sys.executable, str(program), *both], tmp_path).wait(TIME_LIMIT) == 143
     assert_goes_on(both, tmp_path, uninterrupted)
 

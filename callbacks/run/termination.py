@@ -1,11 +1,14 @@
 """A run that is told to end keeps what it has learned."""
 
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule, Trainer, __version__
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -35,6 +38,9 @@ class Termination(Checkpoint):
         self.noted = False  # whether this process was told to end
         self.agreed = False  # whether any was
         self.batches = 0  # trained since the processes last exchanged their notes
+        self.postponed = False  # to the end of the epoch
+        self.handler: Callable[..., Any] | None = None  # None where Lightning installs it
+        self.previous_handler: Any = signal.SIG_DFL
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         def note(signum: int, *_: object) -> None:
@@ -49,15 +55,33 @@ class Termination(Checkpoint):
         # broadcasts in the midst of other collectives: one signal hangs or crashes all processes.
         # To be dropped when Lightning-AI/pytorch-lightning#20806 (the hang) and #21487 (the cost; a
         # pull request is #21640) are closed.
-        signals = trainer._signal_connector
-        signals._sigterm_notifier_fn = note if stage == "fit" else end  # type: ignore[method-assign, assignment]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        handler = note if stage == "fit" else end
+        signals: Any = getattr(trainer, "_signal_connector", None)
+        if hasattr(signals, "_sigterm_notifier_fn"):
+            signals._sigterm_notifier_fn = handler
+        else:  # Lightning installs its own after this hook, and ours takes its place later
+            self.handler, self.previous_handler = handler, signal.getsignal(signal.SIGTERM)
+        loop: Any = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):  # else it costs time: nobody sets the flag
+            loop._broadcast_sigterm_tensor = lambda: None
+
+    def install_handler(self, *_: Any, **__: Any) -> None:
+        if self.handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = install_handler
+
+    def restore_handler(self, *_: Any, **__: Any) -> None:
+        if self.handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.previous_handler or signal.SIG_DFL)
+
+    on_exception = teardown = restore_handler
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.batches += 1
         every = min(trainer.log_every_n_steps or MOST, MOST)  # type: ignore[attr-defined]
         self.exchange(trainer, due=trainer.global_step % every == 0)
-        if self.agreed and another_batch_follows(trainer):
+        if self.agreed and not self.postponed and self.can_stop_here(trainer):
             self.stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,6 +99,19 @@ class Termination(Checkpoint):
             # strategy.reduce would wait at a barrier first
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.agreed = bool(flag)
+
+    def can_stop_here(self, trainer: Trainer) -> bool:
+        try:
+            return another_batch_follows(trainer)
+        except (AttributeError, TypeError):  # a Lightning that has other names for what is asked
+            self.postponed = True
+            if trainer.is_global_zero:
+                print(
+                    "\nSIGTERM: training stops at the end of this epoch, because Lightning "
+                    f"{__version__} does not tell whether it could stop earlier without loss.",
+                    file=sys.stderr,
+                )
+            return False
 
     def stop(self, trainer: Trainer) -> NoReturn:
         # asked on all ranks: Lightning broadcasts the answer

@@ -27,7 +27,7 @@ class ResumableWandbLogger(WandbLogger):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # W&B warns of this argument, which Lightning always gives (wandb/wandb#10909)
-        self._wandb_init.pop("anonymous", None)
+        getattr(self, "_wandb_init", {}).pop("anonymous", None)
         self._held: set[tuple[int, str]] | None = None
 
     @rank_zero_only
@@ -53,18 +53,24 @@ class ResumableWandbLogger(WandbLogger):
 def sent_together(run: "Run") -> Iterator[None]:
     """Send at the end what the run publishes in here.
 
-    W&B 0.31 sends from a thread of its own and waits for it in every call, which takes two to three
-    times as long as the rest of the call.
+    W&B sends from a thread of its own and waits for it in every call, which takes two to three
+    times as long as the rest of the call. So it does here too if its parts have other names than
+    those of 0.26 to 0.31.
     """
-    interface: Any = run._interface
-    if interface is None:  # WANDB_MODE=disabled
+    interface: Any = getattr(run, "_interface", None)  # None if WANDB_MODE=disabled
+    parts = ("_assign", "_asyncer", "_client", "_publish")
+    try:
+        from wandb.proto.wandb_server_pb2 import ServerRequest  # type: ignore[attr-defined]
+
+        known = all(hasattr(interface, part) for part in parts)
+    except ImportError:
+        known = False
+    if not known:
         yield
         return
     records: list[Record] = []
 
     async def send() -> None:
-        from wandb.proto.wandb_server_pb2 import ServerRequest  # type: ignore[attr-defined]
-
         for record in records:
             interface._assign(record)
             await interface._client.publish(ServerRequest(record_publish=record))
@@ -79,8 +85,11 @@ def sent_together(run: "Run") -> Iterator[None]:
 
 def held_metrics(folder: Path) -> Iterator[tuple[int, str]]:
     """Every (optimizer step, metric) in an offline run's folder, as far as it was written."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
+    try:
+        from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+    except ImportError:
+        print(f"This W&B cannot read {folder}, so what is logged again is twice in the W&B run.")
+        return
     for path in folder.glob("run-*.wandb"):
         for payload in leveldb_records(path.read_bytes()[7:]):  # behind ":W&B", magic and version
             record = Record.FromString(payload)

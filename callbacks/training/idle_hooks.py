@@ -47,4 +47,6 @@ def pass_over_idle_hooks(trainer: Trainer) -> None:
 
 
 def saves_at_epochs_alone(checkpoint: ModelCheckpoint) -> bool:
-    return checkpoint._every_n_train_steps < 1 and checkpoint._train_time_interval is None
+    # if Lightning has other names for them, the hook stays
+    steps = getattr(checkpoint, "_every_n_train_steps", 1)
+    return steps < 1 and getattr(checkpoint, "_train_time_interval", "") is None

@@ -28,7 +28,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -42,16 +42,6 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -63,14 +53,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.errors import UserError
 from core.files import atomic_write
 
+try:
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeCopyMode,
+        FakeTensor,
+        FakeTensorMode,
+        UnsupportedFakeTensorException,
+        UnsupportedOperatorException,
+        unset_fake_temporarily,
+    )
+except ImportError:  # torch has other names for them; real steps are followed
+    NEEDS_VALUES: tuple[type[Exception], ...] | None = None
+else:
+    NEEDS_VALUES = (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedFakeTensorException,
+        UnsupportedOperatorException,
+    )
+
 MIB = 2**20
 Context = Callable[[], AbstractContextManager[Any]]
-NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
 WORKSPACE = {"mkldnn_rnn_layer", "_cudnn_rnn"}  # their versions without values leave it out
 
 
@@ -145,10 +150,10 @@ def training_cost(
         context: What ``training_step`` runs in, such as autocast.
     """
     with undisturbed(model):
-        try:
-            return followed_cost(model, optimizer, batch, context, fake=True)
-        except NEEDS_VALUES:
-            return followed_cost(model, optimizer, batch, context, fake=False)
+        if NEEDS_VALUES is not None:
+            with suppress(*NEEDS_VALUES):
+                return followed_cost(model, optimizer, batch, context, fake=True)
+        return followed_cost(model, optimizer, batch, context, fake=False)
 
 
 def followed_cost(
@@ -310,12 +315,12 @@ class LiveStorages(TorchDispatchMode):
     def add(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:  # else a view, or changed in place
-                self.known.add(storage._cdata)
+            if id(storage) not in self.known:  # else a view, or changed in place
+                self.known.add(id(storage))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
                 # it lives as long as C++ needs it, also where Python has no name for it
-                finalize(storage, self.forget, storage._cdata, storage.nbytes()).atexit = False
+                finalize(storage, self.forget, id(storage), storage.nbytes()).atexit = False
 
     def forget(self, key: int, size: int) -> None:
         self.known.remove(key)
@@ -390,7 +395,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of their storages, each counted once."""
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    storages = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
 

@@ -1,0 +1,134 @@
+"""What recorded configurations may still say: settings and classes that have moved or are gone.
+
+A run's ``config.yaml`` and its checkpoints record every setting, so nothing may simply vanish.
+Whatever is removed or renamed gets a line here, with the version in which it was.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A setting that there is no more; a recorded one that was left at its default is dropped."""
+
+    class_path: str
+    option: str
+    default: Any
+    since: str
+    instead: str  # what to do, as the end of a sentence
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A setting that goes by another name; ``a.b`` is option ``b`` of the nested setting ``a``."""
+
+    class_path: str
+    option: str
+    name: str
+    since: str
+
+
+@dataclass(frozen=True)
+class MovedModules:
+    """Modules whose classes are named by their package alone."""
+
+    package: str
+    modules: frozenset[str]
+    since: str
+
+
+MOVED = (
+    MovedModules(
+        "callbacks",
+        frozenset(
+            [
+                "compile",
+                "confusion_matrix",
+                "correction_table",
+                "freeze",
+                "hidden_gradients",
+                "learning_curves",
+                "lookahead",
+                "masked_accuracy",
+                "mistakes",
+                "progress",
+                "run_folder",
+                "sample_sheet",
+                "spike_pictures",
+                "submission_log",
+                "termination",
+                "training_cost",
+                "wandb_logger",
+            ]
+        ),
+        since="0.1.0",
+    ),
+    MovedModules(
+        "datamodules",
+        frozenset(
+            [
+                "cifar10",
+                "demo",
+                "digits",
+                "echo",
+                "grammar",
+                "image_folder",
+                "kaggle_cifar10",
+                "last_names",
+                "masked_books",
+                "mnist",
+                "running_mean",
+                "temporal_order",
+                "ucsb_cifar10",
+            ]
+        ),
+        since="0.1.0",
+    ),
+)
+SETTINGS: tuple[Removed | Renamed, ...] = ()
+
+
+def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) -> Any:
+    """A configuration, or a part of one, as this version writes it.
+
+    Raises:
+        UserError: It sets something that there is no more.
+    """
+    if isinstance(recorded, str):
+        return current_path(recorded)
+    if isinstance(recorded, list):
+        return [update(value, settings) for value in recorded]
+    if not isinstance(recorded, dict):
+        return recorded
+    updated = {key: update(value, settings) for key, value in recorded.items()}
+    options = updated.get("init_args")
+    if isinstance(options, dict):
+        for setting in settings:
+            if updated["class_path"] == setting.class_path and setting.option in options:
+                apply(setting, options)
+    return updated
+
+
+def current_path(path: str) -> str:
+    """The import path of a class, which may have been in another module."""
+    package, _, rest = path.partition(".")
+    module, _, name = rest.partition(".")
+    moved = any(module in known.modules for known in MOVED if known.package == package)
+    return f"{package}.{name}" if moved and name.isidentifier() else path
+
+
+def apply(setting: Removed | Renamed, options: dict[str, Any]) -> None:
+    value = options.pop(setting.option)
+    if isinstance(setting, Renamed):
+        *groups, name = setting.name.split(".")
+        for group in groups:
+            options = options.setdefault(group, {})
+        options[name] = value
+    elif value != setting.default:
+        raise UserError(
+            f"{setting.class_path} has no {setting.option} since version {setting.since}, and the "
+            f"configuration sets it to {value!r}; {setting.instead}"
+        )

@@ -1,0 +1,88 @@
+"""Recorded configurations are read by later versions."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core.errors import UserError
+from pipeline.history import MOVED, Removed, Renamed, update
+from pipeline.loading import Member
+from pipeline.parser import Parser
+
+OLD_RUNS = Path(__file__).parent / "old_runs"
+SETTINGS = (
+    Removed("lit_models.LitClassifier", "tta", "none", "9.9", "take an older version."),
+    Renamed("datamodules.DigitsDataModule", "crop", "augmentation.crop", "9.9"),
+)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(OLD_RUNS.glob("*/*/config.yaml")), ids=lambda p: p.parts[-3]
+)
+def test_what_has_not_moved_is_left_as_it_is(path: Path) -> None:
+    recorded = yaml.safe_load(path.read_text())
+    assert update(recorded) == recorded
+
+
+@pytest.mark.parametrize(
+    ("package", "module"), [(m.package, name) for m in MOVED for name in sorted(m.modules)]
+)
+def test_each_moved_module_is_found_by_its_classes(package: str, module: str) -> None:
+    """``callbacks.run_folder.MetricsCSV`` was a path that a user could type and a run record."""
+    found = importlib.import_module(package)
+    names = [n for n in found.__all__ if getattr(found, n).__module__.split(".")[-1] == module]
+    assert names
+    for name in names:
+        assert update({"class_path": f"{package}.{module}.{name}"}) == {
+            "class_path": f"{package}.{name}"
+        }
+
+
+def test_removed_settings_are_dropped_at_their_default_and_else_refused() -> None:
+    recorded = {"model": {"class_path": "lit_models.LitClassifier", "init_args": {"tta": "none"}}}
+    assert update(recorded, SETTINGS)["model"]["init_args"] == {}
+    recorded["model"]["init_args"] = {"tta": "mirror"}
+    with pytest.raises(UserError, match=r"has no tta since version 9\.9.*sets it to 'mirror'"):
+        update(recorded, SETTINGS)
+
+
+def test_renamed_settings_go_on_by_their_new_name() -> None:
+    recorded = [{"class_path": "datamodules.DigitsDataModule", "init_args": {"crop": 2, "flip": 1}}]
+    assert update(recorded, SETTINGS)[0]["init_args"] == {"augmentation": {"crop": 2}, "flip": 1}
+
+
+def test_paths_and_texts_that_only_look_alike_stay() -> None:
+    for text in (
+        "data/mnist.v2",
+        "callbacks.progress",
+        "callbacks.run.progress.ProgressBar",
+        "a.b",
+    ):
+        assert update(text) == text
+
+
+def test_a_config_and_a_flag_may_name_a_class_by_its_old_module(tmp_path: Path) -> None:
+    config = tmp_path / "old.yaml"
+    config.write_text("callbacks: [{class_path: callbacks.run_folder.BestCheckpoint}]\n")
+    parser = Parser()
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--callbacks", type=list)
+    assert parser.parse_args([f"--config={config}"]).callbacks == [
+        {"class_path": "callbacks.BestCheckpoint"}
+    ]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_may_name_a_class_by_its_old_module(tmp_path: Path) -> None:
+    import torch
+
+    old = OLD_RUNS / "mnist_lenet" / "old" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(old, weights_only=True)
+    moved = "datamodules.digits.DigitsDataModule"
+    checkpoint["config"] = checkpoint["config"].replace("datamodules.DigitsDataModule", moved)
+    assert moved in checkpoint["config"]
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    member = Member.load(str(tmp_path / "moved.ckpt"), "last", [])
+    assert type(member.data).__name__ == "DigitsDataModule"
