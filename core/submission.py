@@ -26,17 +26,21 @@ class Submission:
     labels: tuple[str, ...]
     sample: Path | None = None
 
-    def write_predictions(self, path: Path, ids: np.ndarray, probabilities: np.ndarray) -> None:
-        """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all.
+    def check(self, *outputs: np.ndarray) -> None:
+        """Refuse what was predicted before anything is written.
 
         Raises:
-            UserError: What was predicted are no probabilities of these K labels.
+            UserError: It is no probabilities (N, K) of these K labels.
         """
-        if probabilities.shape[1:] != (len(self.labels),):
+        shape = outputs[0].shape
+        if shape[1:] != (len(self.labels),):
             raise UserError(
-                f"predictions of shape {probabilities.shape} are no probabilities of "
-                f"{len(self.labels)} classes; only runs that classify whole samples make this file."
+                f"predictions of shape {shape} are no probabilities of {len(self.labels)} classes; "
+                "only runs that classify whole samples make this file."
             )
+
+    def write_predictions(self, path: Path, ids: np.ndarray, probabilities: np.ndarray) -> None:
+        """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all."""
         self.write(path, ids, probabilities.argmax(1))
 
     def count(self, ids: np.ndarray) -> int:

@@ -112,9 +112,10 @@ def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path
     """The predictions, what they were chosen from, and the record of where they came from."""
     data = members[0].data
     submission = data.submission()
-    submission.write_predictions(output, ids, *outputs.values())  # may refuse them
+    submission.check(*outputs.values())
     with atomic_write(output.with_suffix(".npz")) as file:
         np.savez(file, ids=ids, **outputs, classes=np.array(data.class_names))
+    submission.write_predictions(output, ids, *outputs.values())
     record = {
         "csv": output.name,
         "sha256": sha256(output),

@@ -140,6 +140,9 @@ class CorrectedText(Submission):
     pieces: tuple[Piece, ...] = ()
     as_json: bool = False
 
+    def check(self, *outputs: np.ndarray) -> None:
+        """Tokens are any: every line can be written."""
+
     def write_predictions(  # type: ignore[override]
         self, path: Path, ids: np.ndarray, tokens: np.ndarray, scores: np.ndarray
     ) -> None:
