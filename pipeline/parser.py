@@ -13,6 +13,7 @@ from core.errors import UserError
 from pipeline.history import update
 
 SEE_HELP = "; see --help for what is known."
+UNION = "Does not validate against any of the Union subtypes"  # of jsonargparse
 
 
 load_yaml = get_loader("yaml")
@@ -43,9 +44,7 @@ def essence(message: str) -> str:
     causes = [line.removeprefix("- ") for line in lines if line.startswith(("- ", "Expected a"))]
     causes = [cause for cause in causes if not re.search(r"NoneType|Expected a path|Union", cause)]
     key = re.match(r'Parser key "([\w.]+)"', message)
-    sentence = " ".join(lines)
-    if causes and (key or "Union" in message):
-        sentence = f"{key[1]}: {causes[0]}" if key else causes[0]
+    sentence = f"{key[1]}: {causes[0]}" if key and causes else " ".join(lines)
     sentence = re.sub(r"Parser key \"([\w.]+)\"", r"\1", sentence)
     return re.sub(
         r"Expected a dot import path string: (\S+)",
@@ -56,13 +55,20 @@ def essence(message: str) -> str:
 
 @contextmanager
 def instantiating() -> Iterator[None]:
-    """What a constructor refuses, in its own words instead of those of all its callers."""
+    """What a constructor refuses, in its own words instead of those of all its callers.
+
+    jsonargparse makes a ValueError of whatever a constructor raises, a bug of ours included, which
+    is taken out again and keeps its traceback.
+    """
     try:
         yield
-    except UserError:
-        raise
     except (TypeError, ValueError) as error:
-        raise UserError(essence(str(error))) from error
+        raised: BaseException = error
+        while UNION in str(raised) and raised.__cause__:
+            raised = raised.__cause__
+        if isinstance(raised, (TypeError, ValueError)):
+            raise UserError(essence(str(raised))) from error
+        raise raised from None
 
 
 def link_facts(parser: LightningArgumentParser) -> None:
