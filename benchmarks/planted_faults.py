@@ -355,8 +355,8 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
     """
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "", f"--basetemp={folder}.tests"]
     command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
-    # programs that a test starts must import the copy, too; wide lines keep the names whole
-    environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "300"}
+    # programs that a test starts must import the copy, too
+    environment = os.environ | {"PYTHONPATH": str(folder)}
     try:
         done = subprocess.run(
             command,

@@ -25,8 +25,11 @@ class Telling:
     def mistake_behind(self, error: BaseException) -> BaseException | None:
         """The user's mistake among an error and its causes: jsonargparse wraps what is raised."""
         cause: BaseException | None = error
+        seen: set[BaseException] = set()  # a chain may close on itself
         while cause is not None and not self.is_mistake(cause):
+            seen.add(cause)
             cause = cause.__cause__ or cause.__context__
+            cause = None if cause in seen else cause
         if cause is None and self.values:
             return error if isinstance(error, ValueError) or of_constructor(error) else None
         return cause

@@ -62,13 +62,14 @@ def instantiating() -> Iterator[None]:
     """
     try:
         yield
+        return
     except (TypeError, ValueError) as error:
         raised: BaseException = error
         while UNION in str(raised) and raised.__cause__:
             raised = raised.__cause__
         if isinstance(raised, (TypeError, ValueError)):
             raise UserError(essence(str(raised))) from error
-        raise raised from None
+    raise raised  # out here, or it would be the context of its own context
 
 
 def link_facts(parser: LightningArgumentParser) -> None:
