@@ -6,6 +6,10 @@ JOBS ?= 2
 BIN := .venv/bin
 NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN := runs/demo/$(NAME)
+# core/threads.py says why
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 5000
+endif
 
 .PHONY: demo test check
 .DELETE_ON_ERROR:

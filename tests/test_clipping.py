@@ -315,7 +315,7 @@ def zclip(norms: list[float], warm_up: int, decay: float, max_norm: float) -> li
                 mean = sum(seen) / len(seen)
                 variance = sum((x - mean) ** 2 for x in seen) / len(seen)
             else:
-                z = (norm - mean) / math.sqrt(variance)
+                z = (norm - mean) / math.sqrt(max(variance, 1e-12))  # all may have been clipped
                 if z > 2.5:
                     clipped = mean + 2.5 * math.sqrt(variance) * 2.5 / z
                 clipped = min(clipped, max_norm)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, end_wandb
+from conftest import CONFIGS, end_wandb, read_wandb
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -997,9 +997,7 @@ def test_wandb_holds_scalars_table_and_alert(
     command.main([*arguments(), "--run=x", "--trainer.max_epochs=5"])
     end_wandb()
     (folder,) = (tmp_path / "runs" / "temporal_order_lstm" / "x" / "wandb").glob("offline-run-*")
-    leet = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]
-    lines = subprocess.run(leet, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_wandb(folder)
     history = [r["history"]["item"] for r in records if r["type"] == "history"]
     watched = [row["trainer/global_step"] for row in history if "grad_norm/total" in row]
     assert watched == list(range(50))

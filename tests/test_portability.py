@@ -98,3 +98,35 @@ with Run(Path({str(run.folder)!r})).lock():
         holder.kill()
     with run.lock():
         pass
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "said"),
+    [
+        ("py7zr", "unpack(Path('train.7z'))", "unpacking train.7z needs py7zr"),
+        ("lemminflect", "lookup('house')", "putting errors into sentences needs lemminflect"),
+        ("tokenizers", "Subwords('')", "text needs tokenizers"),
+    ],
+)
+def test_what_one_feature_alone_needs_may_be_missing(missing: str, code: str, said: str) -> None:
+    """Kaggle's image has no py7zr, and every command ended in a traceback."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules[{missing!r}] = None
+from pathlib import Path
+import datamodules
+from core.telling import told_in_one_sentence
+from datamodules.images.kaggle_cifar10 import unpack
+from datamodules.text.error_synthesis import lookup
+from datamodules.text.subwords import Subwords
+with told_in_one_sentence():
+    {code}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {said}, which is missing: pip install {missing}\n",
+    )

@@ -42,9 +42,10 @@ train.main(sys.argv[1:])
 # Ends the process behind its last checkpoint, while W&B still holds the last seconds in memory.
 KILLED_BEHIND_THE_LAST_STEP = """
 import os, signal, sys, train
+from callbacks.run import run_folder
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-train.RunRecord.on_fit_end = die
+run_folder.RunRecord.on_fit_end = die
 train.main(sys.argv[1:])
 """
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
+from conftest import read_wandb
 from hypothesis import given
 from hypothesis import strategies as st
 from kaggle_server import KEY, USERNAME, KaggleServer
@@ -485,8 +485,7 @@ def wandb_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def test_score_is_on_the_offline_wandb_run(kaggle: KaggleServer, wandb_run: Path) -> None:
     main([RUN, "--wait"])
     _, folder = sorted(wandb_run.glob("offline-run-*"))
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(folder)]
-    seen = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    [seen] = read_wandb(folder, "--summary")
     assert (seen["run_id"], seen["project"]) == ("abc123", "steadyfit")
     assert seen["summary"]["kaggle/ref"] == 4711
     assert seen["summary"]["kaggle/public_score"] == 0.9123

@@ -7,14 +7,12 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, end_wandb, faults_of_large_tensors
+from conftest import CONFIGS, end_wandb, faults_of_large_tensors, read_wandb
 
 import train
 from core.runs import Run, load_checkpoint
@@ -75,15 +73,7 @@ def test_configuration_is_in_the_folder_and_in_every_checkpoint(trained: Path) -
 def test_wandb_run_reads_back(trained: Path) -> None:
     """Nested configuration, the loss of each step with its own step, epoch metrics, pictures."""
     (folder,) = (trained / "wandb").glob("offline-run-*")
-    command = [
-        str(Path(sys.executable).with_name("wandb")),
-        "leet",
-        "inspect",
-        "--json",
-        str(folder),
-    ]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_wandb(folder)
     history = [r["history"]["item"] for r in records if r["type"] == "history"]
     config = json.dumps([r["config"] for r in records if r["type"] == "config"])
     assert "lit_models.networks.WhitenedCNN" in config

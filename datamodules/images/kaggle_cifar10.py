@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import py7zr
 import rich.progress
 import torch
-from py7zr.exceptions import ArchiveError
 from rich.console import Console
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, needed
 from core.sample_file import SampledSubmission, read_table
 from core.submission import Submission
 from datamodules.base import Tensors
@@ -146,6 +144,7 @@ def unpack(archive: Path) -> None:
     """
     folder = archive.with_suffix("")
     expected = re.compile(rf"{folder.name}(/\d+\.png)?")
+    py7zr = needed("py7zr", f"unpacking {archive}")
     title, console = f"Unpacking {archive.name}", Console(stderr=True)
     try:
         with (
@@ -161,7 +160,7 @@ def unpack(archive: Path) -> None:
                     )
             bundle.extractall(temporary)
             Path(temporary, folder.name).rename(folder)
-    except (ArchiveError, LZMAError, OSError) as error:
+    except (py7zr.exceptions.ArchiveError, LZMAError, OSError) as error:
         raise UserError(
             f"{archive} could not be unpacked ({error}); free space or download it again."
         ) from error

@@ -10,11 +10,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from lemminflect import getAllInflections, getAllLemmas
-
-from core.errors import UserError
+from core.errors import UserError, needed
 from metrics.edits import Edit
 
 KINDS = {  # relative frequency, roughly that of the learners' corpora
@@ -321,11 +319,17 @@ UNKNOWN = Word()
 
 
 @cache
+def inflection() -> Any:
+    """The library that knows the forms of words."""
+    return needed("lemminflect", "putting errors into sentences")
+
+
+@cache
 def lookup(word: str) -> Word:
     """The readings of a content word in lower case; grammar words have none."""
     if word in GRAMMAR_WORDS or len(word) < 2 or not (word.isalpha() and word.islower()):
         return UNKNOWN
-    lemmas = getAllLemmas(word)
+    lemmas = inflection().getAllLemmas(word)
     number, other = noun_forms(word, lemmas.get("NOUN", ()))
     verb = verb_forms(lemmas.get("VERB", ("",))[0])
     tags = tuple(tag for tag, form in verb.items() if form == word)
@@ -340,7 +344,7 @@ def lookup(word: str) -> Word:
 def noun_forms(word: str, lemmas: Sequence[str]) -> tuple[str, str]:
     """Number of a noun, and its form in the other one; empty if the two are the same."""
     for lemma in lemmas:
-        forms = getAllInflections(lemma, upos="NOUN")
+        forms = inflection().getAllInflections(lemma, upos="NOUN")
         singular, plurals = forms.get("NN", ("",))[0], forms.get("NNS", ())
         if plurals and word == singular and word not in plurals[:1]:
             return "NN", plurals[0]
@@ -350,7 +354,7 @@ def noun_forms(word: str, lemmas: Sequence[str]) -> tuple[str, str]:
 
 
 def verb_forms(lemma: str) -> dict[str, str]:
-    forms = getAllInflections(lemma, upos="VERB") if lemma else {}
+    forms = inflection().getAllInflections(lemma, upos="VERB") if lemma else {}
     if not {"VB", "VBZ", "VBD", "VBG"} <= forms.keys():
         return {}
     participle = forms.get("VBN", forms["VBD"])  # left out where it is like the past

@@ -6,20 +6,18 @@ Dimensions: N sequences, T tokens.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, needed
 
 PAD, BEGIN, END, MASK, IS_NEXT, NOT_NEXT = range(6)
 # a blank is in no subword, so that no text can be taken for one of these
 SPECIAL = (" pad", " begin", " end", " mask", " is next", " not next")
-BYTES = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
-MIN_VOCAB_SIZE = len(SPECIAL) + len(BYTES)
+MIN_VOCAB_SIZE = len(SPECIAL) + 256  # the bytes
 
 WORD = re.compile(
     r"(?:Mr|Mrs|Ms|Messrs|Dr|St|Rev|Hon|Capt|Col|Esq|etc|vs|e\.g|i\.e)\."
@@ -69,15 +67,15 @@ class Subwords:
     def __init__(self, merges: str) -> None:
         self.merges = merges
         pairs = [(a, b) for a, _, b in (line.partition(" ") for line in merges.split("\n") if line)]
-        names = (*SPECIAL, *BYTES, *(a + b for a, b in pairs))
+        names = (*SPECIAL, *alphabet(), *(a + b for a, b in pairs))
         vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
         try:
-            model = models.BPE(vocab=vocabulary, merges=pairs)
+            model = library().models.BPE(vocab=vocabulary, merges=pairs)
         except Exception as error:  # the library raises no narrower one
             raise UserError(f"these merges are no byte-pair encoding: {error}.") from error
-        self.encoding = tokenizers.Tokenizer(model)
+        self.encoding = library().Tokenizer(model)
         self.encoding.pre_tokenizer = pre_tokenizer()
-        self.encoding.decoder = decoders.ByteLevel()
+        self.encoding.decoder = library().decoders.ByteLevel()
 
     def __len__(self) -> int:
         return self.encoding.get_vocab_size()
@@ -85,11 +83,11 @@ class Subwords:
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Subwords":
         """Learn the merges from lines; few lines make fewer than ``vocab_size`` subwords."""
-        blank = tokenizers.Tokenizer(models.BPE())
+        blank = library().Tokenizer(library().models.BPE())
         blank.pre_tokenizer = pre_tokenizer()
-        trainer = trainers.BpeTrainer(
+        trainer = library().trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL),
-            initial_alphabet=list(BYTES),
+            initial_alphabet=alphabet(),
             show_progress=False,
         )
         blank.train_from_iterator(lines, trainer)
@@ -104,7 +102,18 @@ class Subwords:
         return " ".join(self.encoding.decode(kept, skip_special_tokens=False).split())
 
 
-def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+@cache
+def library() -> Any:
+    return needed("tokenizers", "text")
+
+
+def alphabet() -> list[str]:
+    """The characters that stand for the 256 bytes."""
+    return sorted(library().pre_tokenizers.ByteLevel.alphabet())
+
+
+def pre_tokenizer() -> Any:
+    pre_tokenizers = library().pre_tokenizers
     parts = [
         pre_tokenizers.Split(" ", "removed"),
         pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
@@ -112,7 +121,7 @@ def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(parts)
 
 
-def merges_of(encoding: tokenizers.Tokenizer) -> str:
+def merges_of(encoding: Any) -> str:
     return "\n".join(" ".join(pair) for pair in json.loads(encoding.to_str())["model"]["merges"])
 
 
