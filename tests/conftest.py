@@ -80,13 +80,18 @@ def fit_quietly(
 
 
 def read_wandb(folder: Path, *options: str) -> list[Any]:
-    """What W&B reads back from an offline run, an object a line; skips before wandb 0.31."""
+    """What W&B reads back from an offline run, object by object; skips before wandb 0.31."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No such command 'leet'" in done.stderr:
         pytest.skip("wandb reads offline runs back from 0.31 on")
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    text, place, found = done.stdout.rstrip(), 0, []
+    while place < len(text):
+        value, place = json.JSONDecoder().raw_decode(text, place)
+        found.append(value)
+        place += len(text[place : place + 1])  # the line's end
+    return found
 
 
 def end_wandb() -> None:

@@ -315,9 +315,10 @@ def zclip(norms: list[float], warm_up: int, decay: float, max_norm: float) -> li
                 mean = sum(seen) / len(seen)
                 variance = sum((x - mean) ** 2 for x in seen) / len(seen)
             else:
-                z = (norm - mean) / math.sqrt(max(variance, 1e-12))  # all may have been clipped
+                std = math.sqrt(max(variance, 1e-12))  # all may have been clipped
+                z = (norm - mean) / std
                 if z > 2.5:
-                    clipped = mean + 2.5 * math.sqrt(variance) * 2.5 / z
+                    clipped = mean + 2.5 * std * 2.5 / z
                 clipped = min(clipped, max_norm)
                 old = mean
                 mean = decay * mean + (1 - decay) * clipped
