@@ -153,6 +153,15 @@ def test_metrics_go_on_behind_the_checkpoint(tmp_path: Path) -> None:
     assert second.path.read_bytes() == whole
 
 
+def test_rows_that_are_not_trained_again_are_forgotten(tmp_path: Path) -> None:
+    log = MetricsCSV(str(tmp_path))
+    for step in range(10):
+        log.log_metrics({"train/loss": 1.0}, step)
+    log.restart_from(4)
+    log.save()
+    assert [int(line.split(",")[0]) for line in log.path.read_text().split()[1:]] == [0, 1, 2, 3]
+
+
 def test_result_of_a_test_joins_the_row_of_its_checkpoint(tmp_path: Path) -> None:
     log = MetricsCSV(str(tmp_path))
     for step in range(3):
