@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from metrics.edits import Edit, EditScore, apply_edits, extract_edits, score_edits
+from metrics.correction import score_corrections
+from metrics.edits import Edit, EditScore, apply_edits, best_sum, extract_edits, score_edits
 from metrics.gleu import ITERATIONS, corpus_gleu
 from metrics.m2 import M2Sentence, read_m2, write_m2
 from metrics.maxmatch import agreeing_edits, m2_score
@@ -383,3 +384,13 @@ def test_no_way_of_telling_agrees_better(seed: int) -> None:
     score = m2_score([correction], [M2Sentence(source, {0: list(gold)})])
     assert score.correct == len(gold)
     assert score.proposed <= len(way)
+
+
+def test_nothing_to_score_has_no_scores() -> None:
+    assert score_corrections([], []) == {}
+
+
+def test_before_the_first_right_edit_missed_edits_count_a_quarter() -> None:
+    many_missed, two_wrong = EditScore(0, 1, 8), EditScore(0, 2, 0)
+    assert best_sum([[many_missed, two_wrong]]) == two_wrong
+    assert best_sum([[EditScore(0, 1, 2), two_wrong]]) == EditScore(0, 1, 2)
