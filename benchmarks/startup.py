@@ -4,7 +4,7 @@
 
 CPU seconds (user and system) of whole processes, which a busy machine changes less than the time on
 a clock; medians of rounds in which all commands take turns. ``fit`` trains one batch of a small
-recurrent network. The imports are those of ``python train.py``, by ``python -X importtime``: the
+recurrent network. The imports are those of ``train.py fit``, by ``python -X importtime``: the
 seconds of a module include those that it imports first and nothing else has.
 """
 
@@ -72,7 +72,7 @@ def main() -> None:
             for name, command in COMMANDS.items():
                 more = [f"--trainer.default_root_dir={runs}"] if command is FIT else []
                 seconds[name].append(cpu_seconds([*command, *more]))
-            for name, value in import_seconds("train").items():
+            for name, value in import_seconds("pipeline.cli").items():
                 imports[name].append(value)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
     print(f"Python {platform.python_version()}, {libraries}, {os.cpu_count()} cores; ", end="")

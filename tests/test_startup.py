@@ -15,12 +15,13 @@ def imported(module: str) -> set[str]:
     return set(done.stdout.decode().split())
 
 
-@pytest.mark.parametrize("module", ["study", "submit"])
-def test_commands_without_a_network_do_without_pytorch(module: str) -> None:
-    """``submit.py --help`` took seven seconds, because its form lay among the data sets."""
+@pytest.mark.parametrize("module", ["train", "predict", "submit", "study", "spikes"])
+def test_commands_read_their_arguments_before_pytorch_is_loaded(module: str) -> None:
+    """``predict.py --help`` took eight seconds. OpenMP's settings are read with PyTorch, too."""
     assert imported(module).isdisjoint({"torch", "lightning", *HEAVY})
 
 
 @pytest.mark.slow
 def test_what_a_command_may_not_need_is_imported_later() -> None:
-    assert imported("predict").isdisjoint(HEAVY)  # which imports train.py as well
+    assert imported("pipeline.cli").isdisjoint(HEAVY)
+    assert imported("pipeline.prediction").isdisjoint(HEAVY)
