@@ -56,6 +56,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--precision", help="default: as the run was trained")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options, overrides = parser.parse_known_args(join_values(args))
+    if not re.fullmatch(r"auto|-1|\d+(,\d+)*", options.devices):
+        raise UserError(f"--devices must be a number of processes, or auto, got {options.devices}.")
     if unknown := [a for a in overrides if not SETTING.match(a)]:
         raise UserError(f"unknown argument {unknown[0]}; see predict.py --help.")
     if options.output is None and len(options.runs) > 1:

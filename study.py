@@ -98,8 +98,13 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add_run(commands)
     add_report(commands)
     add_compare(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    for command in (parser, *commands.choices.values()):
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of a mistake",
+        )
     options, flags = parser.parse_known_args(args)
     if unknown := [f for f in flags if options.command != "run" or not SETTING.match(f)]:
         raise UserError(

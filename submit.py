@@ -124,9 +124,6 @@ def show(prediction: Prediction, table: sample_file.Table, message: str) -> None
     print(f"The same by hand: {shlex.join([*command, '-m', message])}")
 
 
-# ---- sending, and waiting for the score
-
-
 # ---- the list of all
 
 

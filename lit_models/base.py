@@ -41,8 +41,8 @@ class LitModel(LightningModule):
 
     Attributes:
         monitor: The metric of validation, better the higher, that tells the best epoch.
-        outputs: What ``predict_step`` returns beside the ids. One output alone can be averaged over
-            several models.
+        outputs: What ``predict_step`` returns beside the ids, if ``predict.py`` can write it. One
+            output alone can be averaged over several models.
     """
 
     monitor = "val/accuracy"
@@ -83,10 +83,7 @@ class LitModel(LightningModule):
             super().__setattr__(name, value)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        try:
-            return self.network(*inputs)
-        except ValueError as error:  # the network knows no error of this project
-            raise UserError(str(error)) from error
+        return self.network(*inputs)
 
     @property
     def data(self) -> BaseDataModule:

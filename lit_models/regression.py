@@ -23,6 +23,7 @@ class LitRegressor(LitModel):
     """
 
     monitor = "val/r2"
+    outputs = ()  # no classes
 
     def __init__(
         self,

@@ -212,9 +212,8 @@ class CLI(LightningCLI):
                 offline = logger.experiment.offline
                 place = logger.experiment.dir if offline else logger.experiment.url
                 print(f"W&B run: {Path(place).parent if offline else place}")
-        after = "predict.py" if self.config.fit.test else "train.py test --run"
         if kinds["*/*.ckpt"] in found:
-            print(f"Next: python {after} {folder}")
+            self.say_next("predict.py" if self.config.fit.test else "train.py test --run")
 
     def after_validate(self) -> None:
         self.after_test()
@@ -222,7 +221,13 @@ class CLI(LightningCLI):
     def after_test(self) -> None:
         if self.trainer.is_global_zero:
             show_metrics(self.trainer.callback_metrics)
-            print(f"Next: python predict.py {self.trainer.default_root_dir}")
+            self.say_next("predict.py")
+
+    def say_next(self, command: str) -> None:
+        """Print the command that comes after this one, if there is something to predict."""
+        predicts = type(self.datamodule).read_predict is not BaseDataModule.read_predict
+        if command != "predict.py" or (predicts and self.model.outputs):
+            print(f"Next: python {command} {self.trainer.default_root_dir}")
 
 
 def show_metrics(metrics: Mapping[str, Tensor]) -> None:
@@ -259,7 +264,10 @@ def arrange(args: list[str]) -> list[str]:
     if known.run and not known.config:
         run = Run.find(known.run, Path(known.root or ROOT))
         known.config = [str(run.config)]
-        known.root = known.root or os.path.relpath(run.folder.absolute().parents[1])
+        folder = run.folder.resolve()  # the path may be a link, or "."
+        known.root = known.root or os.path.relpath(folder.parents[1])
+        if args[0] == "fit":
+            known.run = folder.name
     if known.root:
         rest = [f"--trainer.default_root_dir={known.root}", *rest]
     configs = [f"--config={path}" for path in known.config]

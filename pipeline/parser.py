@@ -10,10 +10,12 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from core.errors import UserError
+from core.telling import of_constructor
 from pipeline.history import update
 
 SEE_HELP = "; see --help for what is known."
-UNION = "Does not validate against any of the Union subtypes"  # of jsonargparse
+# how jsonargparse passes on what a constructor raises
+WRAPPED = re.compile("Does not validate against any of the Union|Problem with given class_path")
 
 
 load_yaml = get_loader("yaml")
@@ -31,7 +33,13 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(f"{essence(message)}{SEE_HELP}")
+        raise UserError(f"{essence(message).rstrip('.')}{SEE_HELP}")
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        if args is not None:  # classes by their former paths, which the YAML loader does not see
+            pairs = [argument.partition("=") for argument in args]
+            args = [f"{update(name)}{equals}{update(value)}" for name, equals, value in pairs]
+        return super().parse_args(args, *others, **options)
 
 
 def essence(message: str) -> str:
@@ -41,6 +49,11 @@ def essence(message: str) -> str:
     """
     lines = [line.strip().removesuffix(SEE_HELP) for line in message.splitlines()]
     # what is left of "a class, or else a file, or else nothing" is the part about the class
+    lines = [
+        # the reason of an import that fails stands on a line of its own
+        f"{line} {after}" if line.startswith("- ") and line.endswith(":") else line
+        for line, after in zip(lines, [*lines[1:], ""], strict=True)
+    ]
     causes = [line.removeprefix("- ") for line in lines if line.startswith(("- ", "Expected a"))]
     causes = [cause for cause in causes if not re.search(r"NoneType|Expected a path|Union", cause)]
     key = re.match(r'Parser key "([\w.]+)"', message)
@@ -65,9 +78,9 @@ def instantiating() -> Iterator[None]:
         return
     except (TypeError, ValueError) as error:
         raised: BaseException = error
-        while UNION in str(raised) and raised.__cause__:
+        while WRAPPED.search(str(raised)) and raised.__cause__:
             raised = raised.__cause__
-        if isinstance(raised, (TypeError, ValueError)):
+        if isinstance(raised, ValueError) or of_constructor(raised):
             raise UserError(essence(str(raised))) from error
     raise raised  # out here, or it would be the context of its own context
 

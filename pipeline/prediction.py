@@ -160,6 +160,11 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
     if options.json:
         inputs["as_json"] = True
     members = [Member.load(run, options.checkpoint, overrides, **inputs) for run in options.runs]
+    if not members[0].model.outputs:
+        raise UserError(
+            f"{members[0].source} is a regression, which has no classes to write; use the outputs "
+            "of its network in Python."
+        )
     if len(members) > 1 and len(members[0].model.outputs) > 1:
         raise UserError("what these runs write has no average; give one of them.")
     if len(classes := {member.data.class_names for member in members}) > 1:

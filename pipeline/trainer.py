@@ -83,6 +83,8 @@ def quiet_libraries() -> None:
     # train.py says what follows from it
     warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_data")
     warnings.filterwarnings("ignore", ".*could not find the monitored key")
+    # a run that has moved, or goes by another path: BestCheckpoint remembers what was best
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
     # `fit --run NAME` is meant to go on in its folder
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     # a test needs none: the weights in a checkpoint are the averaged ones

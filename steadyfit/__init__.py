@@ -17,17 +17,16 @@ from .reactions import Reaction
 from .records import read_records
 
 if TYPE_CHECKING:
-    from .lightning import GradientSpikeMonitor, UpdateClipping
+    from .lightning import GradientSpikeMonitor as GradientSpikeMonitor
+    from .lightning import UpdateClipping as UpdateClipping
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GradientSpikeMonitor",
+__all__ = [  # the callbacks are left out: `import *` must do without Lightning
     "Reaction",
     "SpikeDetector",
     "SpikeMonitor",
     "StepProbe",
-    "UpdateClipping",
     "UpdateLimit",
     "clip_updates",
     "read_records",

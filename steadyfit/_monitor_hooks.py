@@ -70,9 +70,10 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         super().__init__(window, threshold, top_k)
         if weight_norm_every < 1:
             raise ValueError(f"weight_norm_every must be at least 1, got {weight_norm_every}.")
-        if isinstance(reaction, str) and reaction not in get_args(ReactionName):
+        if reaction not in get_args(ReactionName) and not isinstance(reaction, Reaction):
             raise ValueError(
-                f"reaction must be one of {', '.join(get_args(ReactionName))}, got {reaction!r}."
+                f"reaction must be one of {', '.join(get_args(ReactionName))}, or a Reaction, got "
+                f"{reaction!r}."
             )
         if isinstance(reaction, str):
             self.reaction = REACTIONS[reaction]() if reaction in REACTIONS else None

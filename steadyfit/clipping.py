@@ -27,9 +27,9 @@ class UpdateLimit:
     def __init__(self, max_rms: float | None = 1.0, max_decrease: float | None = None) -> None:
         for name, value in (("max_rms", max_rms), ("max_decrease", max_decrease)):
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}; use null for no limit.")
+                raise ValueError(f"{name} must be positive, got {value}; use None for no limit.")
         if max_rms is None and max_decrease is None:
-            raise ValueError("UpdateClipping has no limit; set max_rms, max_decrease, or both.")
+            raise ValueError("there is no limit; set max_rms, max_decrease, or both.")
         self.max_rms = max_rms
         self.max_decrease = max_decrease
         self.loss: Tensor | None = None
@@ -44,7 +44,7 @@ class UpdateLimit:
         if self.max_decrease is not None and overwrites_gradients(optimizer):
             raise ValueError(
                 "max_decrease needs the gradients behind the step, and SGD with nesterov "
-                "overwrites them; set foreach: false, or max_decrease: null."
+                "overwrites them; set foreach to False, or max_decrease to None."
             )
 
     def __call__(self, probe: StepProbe) -> Tensor:
@@ -82,6 +82,8 @@ def clip_updates(
 ) -> UpdateLimit:
     """Shorten the updates of an optimizer from now on, in any training loop.
 
+    A copy of the optimizer (``copy.deepcopy``, pickle) has no hooks, and so no limit.
+
     Example::
 
         limit = clip_updates(optimizer, max_decrease=0.5)
@@ -90,19 +92,31 @@ def clip_updates(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+    Raises:
+        ValueError: If a limit is not positive, or there is none; at a step, if ``max_decrease`` has
+            no loss.
     """
     limit = UpdateLimit(max_rms, max_decrease)
     limit.check(optimizer)
-    StepProbe.of(optimizer).limits.append(limit)
-    steps = 0
+    probe, steps = StepProbe.of(optimizer), 0
+
+    def factors(probe: StepProbe) -> Tensor:
+        if max_decrease is not None:
+            if limit.loss is None:
+                raise ValueError("max_decrease needs the loss: set limit.loss before each step.")
+            limit.loss = torch.as_tensor(limit.loss).detach()
+        found = limit(probe)
+        limit.loss = None  # that of the next step is another one
+        return found
 
     def arm(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal steps
-        if limit.loss is not None:
-            limit.loss = limit.loss.detach()
-        StepProbe.of(optimizer).arm(steps)
+        if not probe.is_armed:  # else somebody else watches this step as well
+            StepProbe.of(optimizer).arm(steps)
         steps += 1
 
+    probe.limits.append(factors)
     optimizer.register_step_pre_hook(arm)
     return limit
 

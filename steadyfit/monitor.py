@@ -198,6 +198,7 @@ class SpikeMonitor:
             "counts": self.counts,
             "open": json.dumps([r for r in self.records if r["step"] >= open_since]),
             "last_spike": self._last_spike,
+            "now": self.now,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,3 +208,4 @@ class SpikeMonitor:
         self.counts = dict(state["counts"])
         self.records = json.loads(state["open"])
         self._last_spike = state["last_spike"]
+        self.now = state.get("now", 0)  # callbacks of Lightning learn it from the trainer

@@ -82,6 +82,11 @@ class StepProbe:
             self.copy()
         return self.update
 
+    @property
+    def is_armed(self) -> bool:
+        """Whether the coming step is compared."""
+        return self._armed is not None
+
     def copy(self) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self.before, self.params)

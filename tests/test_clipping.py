@@ -518,10 +518,10 @@ def test_clipping_twice_is_a_warning(first: Callable[[], Callback], tmp_path: Pa
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (partial(UpdateClipping, 0.0), "max_rms must be positive, got 0.0; use null for no limit."),
-        (partial(UpdateClipping, 1.0, -1.0), "max_decrease must be positive, got -1.0; use null"),
+        (partial(UpdateClipping, 0.0), "max_rms must be positive, got 0.0; use None for no limit."),
+        (partial(UpdateClipping, 1.0, -1.0), "max_decrease must be positive, got -1.0; use None"),
         (partial(UpdateClipping, math.nan), "max_rms must be positive, got nan"),
-        (partial(UpdateClipping, None), "UpdateClipping has no limit; set max_rms, max_decrease"),
+        (partial(UpdateClipping, None), "there is no limit; set max_rms, max_decrease"),
         (
             partial(GradientNormClipping, "norm"),  # type: ignore[arg-type]
             "rule must be one of zclip, autoclip, got 'norm'.",
@@ -546,7 +546,7 @@ def test_wrong_argument(make: Callable[[], Callback], said: str) -> None:
 def test_an_optimizer_that_overwrites_its_gradients_is_refused(tmp_path: Path) -> None:
     """Nesterov's momentum is added to the gradients in place, where SGD works on lists of them."""
     module = Plain(partial(SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True))
-    with pytest.raises(ValueError, match="set foreach: false"):
+    with pytest.raises(ValueError, match="set foreach to False"):
         fit(tmp_path, module, UpdateClipping(max_decrease=0.1))
     kept = Plain(partial(SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=False))
     fit(tmp_path, kept, UpdateClipping(max_decrease=0.1))

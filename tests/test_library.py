@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import callbacks
 import steadyfit
@@ -166,6 +167,48 @@ def test_both_lightnings_have_the_same_callbacks() -> None:
         assert one.__doc__ == other.__doc__
         own = [set(dir(one)) - set(dir(Ours)), set(dir(other)) - set(dir(Theirs))]
         assert own[0] == own[1]
+
+
+def loop(limit_first: bool, **limits: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parameters of a short training with and without a limit of the updates."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.RMSprop([parameter], lr=0.1)
+    limit = steadyfit.clip_updates(optimizer, **limits)
+    probe = steadyfit.StepProbe.of(optimizer)
+    for step in range(3):
+        loss = parameter.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        if limits.get("max_decrease"):
+            limit.loss = loss
+        update = probe.arm(500 + step) if limit_first else None
+        optimizer.step()
+        assert update is None or update is probe.update
+    assert probe.update.factors is not None
+    return parameter.detach(), probe.update.factors
+
+
+def test_a_limit_leaves_the_probe_to_who_has_armed_it() -> None:
+    """A monitor that counts steps in its own way lost what the update did."""
+    for one, other in zip(loop(True), loop(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_promise_is_limited_only_with_its_loss() -> None:
+    """Without a loss, or with that of an earlier step, the limit did nothing or the wrong thing."""
+    _, factors = loop(False, max_rms=None, max_decrease=0.01)
+    assert factors.max() < 1
+    optimizer = torch.optim.SGD([parameter := torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    limit = steadyfit.clip_updates(optimizer, max_decrease=0.5)
+    for loss in (4.0, None):
+        parameter.grad = torch.ones(1)
+        if loss:
+            limit.loss = torch.tensor(loss)
+            optimizer.step()
+        else:
+            with pytest.raises(ValueError, match="max_decrease needs the loss"):
+                optimizer.step()
 
 
 def test_a_name_that_it_does_not_have() -> None:

@@ -61,6 +61,23 @@ def test_is_continued(old_run: Path) -> None:
     pd.testing.assert_frame_equal(kept[before.columns], before)
 
 
+def test_is_the_same_run_by_any_path(
+    old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--run LINK`` and ``--run .`` trained a new run, somewhere else."""
+    steps = load_checkpoint(old_run / "checkpoints" / "last.ckpt")["global_step"]
+    link = tmp_path / "link"
+    link.symlink_to(old_run.resolve())
+    flags = ["--trainer.max_epochs=4", "--trainer.limit_train_batches=1"]
+    before = {path for path in tmp_path.glob("**/config.yaml")}
+    train.main(["fit", "--run", str(link), *flags, "--trainer.logger=false"])
+    end_wandb()
+    monkeypatch.chdir(old_run)
+    train.main(["fit", "--run", ".", *flags, "--trainer.logger=false"])
+    assert {path for path in tmp_path.glob("**/config.yaml")} == before
+    assert load_checkpoint(Path("checkpoints", "last.ckpt"))["global_step"] > steps
+
+
 def test_predicts(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A regression of every step has no classes: a sentence (once a TypeError of a list index)."""
     if old_run.parent.name == "running_mean_rnn":

@@ -77,7 +77,7 @@ def test_what_was_learned_goes_on(monitor: SpikeMonitor) -> None:
     other = SpikeMonitor()
     other.optimizers, other.names = monitor.optimizers, monitor.names
     other.load_state_dict(monitor.state_dict())
-    other.now = monitor.now
+    assert other.now == monitor.now == 100
     for each in (monitor, other):
         watch_norms(each, [5.0, *quiet(3)])
     assert other.records == monitor.records

@@ -31,14 +31,14 @@ class Refusing(nn.Module):
         self.layer = nn.Linear(3 * 32 * 32, num_classes)
         self.where = where
         if where == "init":
-            self.fail()
+            raise self.planted()
 
-    def fail(self) -> None:
-        raise getattr(__import__("builtins"), self.error)(f"{self.error} of ours")
+    def planted(self) -> Exception:
+        return getattr(__import__("builtins"), self.error)(f"{self.error} of ours")
 
     def forward(self, images: Tensor) -> Tensor:
         if self.where == "forward":
-            self.fail()
+            raise self.planted()
         return self.layer(images.flatten(1))
 
 
@@ -71,13 +71,14 @@ RATE = "--model.optimizer.lr=0.1"
         (("--data.batch_size=0",), "batch_size must be at least 1, got 0"),
         (("--trainer.limit_val_batches=-1",), "limit_val_batches"),
         (("--trainer.callbacks+=UpdateClipping", "--trainer.callbacks.max_rms=-1"), "max_rms"),
+        (("--data=datamodules.mnist.MNISTDataModule", "--data.crop=99"), "crop must be from 0 to"),
         (
             ("--trainer.callbacks+=UpdateClipping", "--trainer.callbacks+=GradientNormClipping",
              "--trainer.callbacks+=GradientSpikeMonitor"),
             "put it first in trainer.callbacks",
         ),
     ],
-    ids=["network", "TypeError", "optimizer", "its rule", "data", "Lightning", "callback", "order"],
+    ids=[f"mistake {i}" for i in range(9)],
 )  # fmt: skip
 def test_what_is_refused_before_the_first_batch_is_a_sentence(
     flags: tuple[str, ...],
@@ -99,15 +100,16 @@ def test_what_is_refused_before_the_first_batch_is_a_sentence(
     "flags",
     [
         (*REFUSING, RATE, "--model.network.error=KeyError"),
+        (*REFUSING, RATE, "--model.network.error=AttributeError"),
         (*REFUSING, RATE, "--model.network.error=KeyError", "--model.network.where=forward"),
         (*REFUSING, RATE, "--model.network.error=TypeError", "--model.network.where=forward"),
     ],
-    ids=["while building", "while training", "a TypeError of no constructor"],
+    ids=["while building", "of an attribute", "while training", "a TypeError of no constructor"],
 )
 def test_other_errors_of_ours_keep_their_traceback(
     flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises((KeyError, TypeError), match="of ours"):
+    with pytest.raises((KeyError, AttributeError, TypeError), match="of ours"):
         fit(tmp_path, monkeypatch, *flags)
 
 
@@ -118,14 +120,31 @@ def test_from_the_first_batch_on_a_value_error_keeps_its_traceback(
         fit(tmp_path, monkeypatch, "--model.optimizer=HERE.Step", RATE)
 
 
-def test_what_a_network_says_of_a_batch_is_a_sentence(
+def test_what_a_network_says_of_its_first_images_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Networks know no UserError; that images have another size is told all the same."""
+    """Lightning validates two batches before training: there a network refuses other images."""
     flags = ("--model.network.error=ValueError", "--model.network.where=forward")
     with pytest.raises(SystemExit):
         fit(tmp_path, monkeypatch, *REFUSING, RATE, *flags)
     assert capsys.readouterr().err.splitlines()[-1] == "error: ValueError of ours"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("HERE.Nothing", "has no attribute 'Nothing'"), ("nowhere.Net", "No module named 'nowhere'")],
+)
+def test_an_import_that_fails_says_why(
+    path: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The sentence ended in a colon."""
+    with pytest.raises(SystemExit):
+        fit(tmp_path, monkeypatch, f"--model.network={path}")
+    assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

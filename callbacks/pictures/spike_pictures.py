@@ -112,6 +112,8 @@ class SpikePictures(PictureCallback):
         """The step of the largest gradient with its weights, if they were kept."""
         if self._worst is None or (step := int(self._worst[1])) < 0:
             return None
+        if not self._kept:  # nothing was left to train; the file is there from before
+            return None
         worst = WorstStep.locate(run.metrics, step, float(self._worst[0]), accumulated)
         if worst:
             worst.weights = dict(zip(self._kept, self._weights, strict=True))
