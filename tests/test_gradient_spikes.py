@@ -1073,7 +1073,10 @@ def test_the_library_is_enough(tmp_path: Path) -> None:
         ({"threshold": 0.0}, "threshold must be positive and finite, got 0.0."),
         ({"top_k": 0}, "top_k must be at least 1, got 0."),
         ({"weight_norm_every": 0}, "weight_norm_every must be at least 1, got 0."),
-        ({"reaction": "ignore"}, "reaction must be one of log, skip, rollback, stop, got 'ignore'"),
+        (
+            {"reaction": "ignore"},
+            "reaction must be one of log, skip, rollback, stop, or a Reaction, got 'ignore'",
+        ),
     ],
 )
 def test_wrong_argument(arguments: dict[str, Any], said: str) -> None:
