@@ -76,7 +76,7 @@ class Run:
                 f"{self.folder} is being trained by another program; wait for it, or choose "
                 "another name with --run."
             ) from None
-        except (OSError, NotImplementedError) as error:
+        except OSError as error:
             warnings.warn(
                 f"{self.folder} cannot be locked ({error}); do not train it by two programs at "
                 "once.",
