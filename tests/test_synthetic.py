@@ -15,6 +15,7 @@ from datamodules.base import IGNORED
 from datamodules.sequences.echo import LETTERS, echo
 from datamodules.sequences.running_mean import running_mean
 from datamodules.sequences.synthetic import SyntheticDataModule
+from datamodules.text.books import TextLoader
 
 SIZES: dict[str, Any] = {"epoch_size": 40, "batch_size": 8, "val_size": 30}
 EACH = pytest.mark.parametrize(
@@ -46,6 +47,19 @@ def test_each_epoch_of_training_is_new_and_a_function_of_the_seed(make: Any) -> 
     assert not same(epochs[0], epochs[2])
     assert not same(epochs[0], made(make, seed=1).training_batch(0, 1))
     assert not same(epochs[0], made(make).training_batch(0, 2))
+
+
+def test_an_epoch_that_is_filled_up_begins_again() -> None:
+    """Ten sentences in batches of four: twelve places, of which the last two are the first two's.
+
+    A text loader once took as many as there are samples, and an epoch had a short batch.
+    """
+    steps = torch.arange(10)[:, None].expand(10, 3)
+    loader = TextLoader([steps, torch.full((10,), 3), steps], batch_size=4, stage="train")
+    batches = [batch[0] for batch in loader]
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    seen = torch.cat(batches)[:, 0].sort().values
+    assert seen.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 @EACH
