@@ -2,22 +2,30 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
 from core.errors import UserError
+from core.runs import load_checkpoint
 from datamodules.base import BaseDataModule
 from lit_models.networks.data_dependent import asking_for_data
+from lit_models.schedules import make_schedule, wants_total_steps
 
 SEEDS = 128  # steps whose random seeds are drawn together
+
+say = rank_zero_only(print)
 
 
 class LitModel(LightningModule):
@@ -37,6 +45,7 @@ class LitModel(LightningModule):
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
             an argument ``total_steps`` that is not set is given the length of training.
+            ``ReduceLROnPlateau`` acts after each validation.
         metrics: Metrics of validation and test, updated with ``(preds, target)``.
 
     Attributes:
@@ -65,6 +74,8 @@ class LitModel(LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
         self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
         self.trained_steps = 0  # optimizer steps in the checkpoint this model was read from
+        self.continued = False  # whether training goes on from that checkpoint
+        self.has_weights = False  # of another run, see `init_from`
         self.latest: dict[str, float] = {}  # last values read, for the progress bar
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self._rows: dict[int, dict[str, float]] = {}  # what callbacks add, by optimizer step
@@ -89,9 +100,22 @@ class LitModel(LightningModule):
     def data(self) -> BaseDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
+    def init_from(self, checkpoint: Path) -> None:
+        """Begin training with the weights of a checkpoint.
+
+        Raises:
+            UserError: It cannot be read, or its network is another one.
+        """
+        try:
+            self.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
+        except RuntimeError as error:
+            lines = str(error).splitlines()
+            raise UserError(f"the weights of {checkpoint} do not fit:{lines[1]}") from error
+        self.has_weights = True
+
     def setup(self, stage: str) -> None:
         asking = list(asking_for_data(self.network))
-        if stage == "fit" and asking:
+        if stage == "fit" and asking and not self.has_weights:
             device = self.trainer.strategy.root_device  # where the network is not yet
             inputs = [x.to(device) for x in self.data.training_inputs(5000)]
             for layer in asking:
@@ -207,11 +231,23 @@ class LitModel(LightningModule):
         self.flush_records()  # what the checkpoint has seen, the loggers have seen
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
+        checkpoint["samples_per_step"] = self.samples_per_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = max(0, checkpoint["global_step"] - 1)  # steps are counted from 0
         if self.trainer.state.fn != "fit":
             return
+        self.continued = True
+        samples = checkpoint.get("samples_per_step", self.samples_per_step)
+        if samples != self.samples_per_step:
+            raise UserError(
+                f"the run takes optimizer steps of {samples} samples, not of "
+                f"{self.samples_per_step}; choose --data.batch_size and "
+                "--trainer.accumulate_grad_batches so that the product with the number of "
+                "processes stays, or begin a new run with --init_from."
+            )
+        if self.lr_scheduler is None or not wants_total_steps(self.lr_scheduler):
+            return  # its length is typed, or it has none
         for schedule in checkpoint["lr_schedulers"]:
             planned = schedule.get("total_steps", self.total_steps)
             if planned != self.total_steps:
@@ -226,49 +262,59 @@ class LitModel(LightningModule):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        length = {"total_steps": self.total_steps} if wants_total_steps(self.lr_scheduler) else {}
-        rates = {group["lr"] for group in optimizer.param_groups}
-        try:
-            scheduler = self.lr_scheduler(optimizer, **length)
-        except ZeroDivisionError:  # OneCycleLR, whose way up or down would be of no length
-            raise UserError(
-                f"the learning rate schedule cannot be laid over {self.total_steps} optimizer "
-                "steps; train longer, or set --model.lr_scheduler=null."
-            ) from None
-        peaks = {group.get("max_lr") for group in optimizer.param_groups}  # of OneCycleLR
-        if len(rates) > 1 and len(peaks) == 1 and peaks != {None}:
-            raise UserError(
-                f"{type(scheduler).__name__} gives every parameter the same learning rate, but "
-                f"{type(optimizer).__name__} has several; use lit_models.schedules.Triangle."
-            )
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        schedule = make_schedule(
+            self.lr_scheduler, optimizer, self.total_steps, recorded=self.continued
+        )
+        name = type(schedule).__name__
+        if isinstance(schedule, ReduceLROnPlateau):
+            monitor = getattr(schedule, "monitor", self.monitor)  # Lightning's class has its own
+            if monitor == self.monitor and schedule.mode == "min":
+                raise UserError(
+                    f"{name} would lower the learning rate while {monitor} gets better; set "
+                    "--model.lr_scheduler.mode=max."
+                )
+            say(f"{name} watches {monitor} of each validation, {schedule.mode}imum is best.")
+            return [optimizer], [{"scheduler": schedule, "monitor": monitor}]
+        if not hasattr(schedule, "total_steps"):
+            say(f"{name} acts with every optimizer step, {self.steps_of_epoch(0)} in an epoch.")
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training.
+        """Optimizer steps of the whole training; -1 if it has no end.
 
         ``trainer.estimated_stepping_batches`` would say the same, but it drops the loader's state
-        when a run is resumed (Lightning-AI/pytorch-lightning#20550).
+        when a run is resumed (Lightning-AI/pytorch-lightning#20550), and does not know of
+        accumulation that changes.
         """
         trainer = self.trainer
         if trainer.max_epochs in (None, -1):
             return trainer.max_steps
+        steps = sum(map(self.steps_of_epoch, range(trainer.max_epochs)))
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        trainer = self.trainer
         batches = len(self.data.train_dataloader())
         limit = trainer.limit_train_batches  # a number of batches or a share of them
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
-        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+        return -(-batches // self.accumulated(epoch))
+
+    def accumulated(self, epoch: int) -> int:
+        """Batches of an optimizer step."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                return callback.get_accumulate_grad_batches(epoch)
+        return self.trainer.accumulate_grad_batches
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of all processes in an optimizer step of the first epoch."""
+        loader = self.data.train_dataloader()
+        return loader.batch_size * self.trainer.world_size * self.accumulated(0)
 
 
 @lru_cache(maxsize=1)  # those of the steps that are being trained
 def seeds(*key: int) -> list[int]:
     """Seeds of ``SEEDS`` steps: to make one alone takes half as long."""
     return np.random.SeedSequence(key).generate_state(SEEDS).tolist()
-
-
-def wants_total_steps(lr_scheduler: LRSchedulerCallable) -> bool:
-    """Whether a schedule has an argument ``total_steps`` that is still open."""
-    bound = lr_scheduler.keywords if isinstance(lr_scheduler, partial) else {}
-    if "total_steps" in bound:  # the command line binds all arguments of the class
-        return bound["total_steps"] is None
-    return "total_steps" in signature(lr_scheduler).parameters

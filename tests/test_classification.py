@@ -14,8 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
+from lightning.pytorch.cli import LightningArgumentParser, ReduceLROnPlateau
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -26,8 +32,9 @@ from callbacks import MetricsCSV, RunRecord
 from core.errors import UserError
 from datamodules.base import BaseDataModule
 from lit_models import LitClassifier
-from lit_models.base import SEEDS, LitModel, seeds, wants_total_steps
+from lit_models.base import SEEDS, LitModel, seeds
 from lit_models.classification import TTA, mixed, views
+from lit_models.schedules import wants_total_steps
 
 NUM_CLASSES = 5
 
@@ -415,6 +422,11 @@ def test_an_unknown_tta_is_refused() -> None:
         pytest.param({"fast_dev_run": 7}, 7, id="fast_dev_run"),
         pytest.param({"max_epochs": 2, "limit_train_batches": 4}, 8, id="limited_batches"),
         pytest.param({"max_epochs": 2, "limit_train_batches": 0.5}, 10, id="limited_share"),
+        pytest.param(
+            {"max_epochs": 3, "callbacks": [GradientAccumulationScheduler({0: 4, 2: 1})]},
+            3 + 3 + 10,
+            id="changing_accumulation",
+        ),
     ],
 )
 def test_a_schedule_ends_with_the_training(
@@ -437,6 +449,11 @@ def test_a_schedule_ends_with_the_training(
         pytest.param(partial(OneCycleLR, max_lr=0.1, total_steps=99), False, id="given"),
         pytest.param(partial(StepLR, step_size=3), False, id="no_such_argument"),
         pytest.param(lambda optimizer: StepLR(optimizer, 3), False, id="function"),
+        pytest.param(
+            partial(OneCycleLR, max_lr=0.1, total_steps=None, epochs=3, steps_per_epoch=33),
+            False,
+            id="given_as_epochs",
+        ),
     ],
 )
 def test_only_an_open_total_steps_is_filled_in(
@@ -445,7 +462,9 @@ def test_only_an_open_total_steps_is_filled_in(
     assert wants_total_steps(lr_scheduler) == wanted
     lit = model(lr_scheduler=lr_scheduler)
     trainer(tmp_path, max_steps=2).fit(lit, Points())
-    expected = {True: 2, False: getattr(lr_scheduler, "keywords", {}).get("total_steps")}[wanted]
+    bound = getattr(lr_scheduler, "keywords", {})
+    given = 99 if "epochs" in bound else bound.get("total_steps")
+    expected = {True: 2, False: given}[wanted]
     assert getattr(lit.lr_schedulers(), "total_steps", None) == expected
 
 
@@ -471,6 +490,40 @@ def test_schedules_from_the_command_line(
     }
     lit = parser.instantiate(parser.parse_object({"model": settings})).model
     assert wants_total_steps(lit.lr_scheduler) == wanted
+
+
+@pytest.mark.parametrize(
+    "plateau",
+    [
+        partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max"),
+        partial(ReduceLROnPlateau, monitor="val/accuracy", mode="max"),
+    ],
+    ids=["torch", "lightning"],
+)
+def test_a_plateau_of_the_models_own_measure_lowers_the_rate(
+    plateau: partial[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lit = model(lr_scheduler=partial(plateau, patience=0, threshold=2.0, factor=0.5))
+    trainer(tmp_path, max_epochs=4).fit(lit, Points(val_size=40))
+    optimizer = lit.optimizers()
+    assert isinstance(optimizer, LightningOptimizer)
+    # the first validation is the best, and none is better by a factor of three
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+    assert "watches val/accuracy of each validation, maximum is best." in capsys.readouterr().out
+
+
+def test_a_plateau_that_would_punish_progress(tmp_path: Path) -> None:
+    lit = model(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(UserError, match=r"set --model\.lr_scheduler\.mode=max"):
+        trainer(tmp_path, max_epochs=1).fit(lit, Points(val_size=40))
+
+
+def test_a_schedule_without_length_says_how_often_it_acts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2}
+    trainer(tmp_path, **options).fit(model(lr_scheduler=partial(StepLR, step_size=2)), Points())
+    assert "StepLR acts with every optimizer step, 5 in an epoch." in capsys.readouterr().out
 
 
 # Records

@@ -130,10 +130,24 @@ class ResidentLoader:
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self._position}
+        together = self.batch_size * self.world_size
+        return {"batches": self._position, "of": len(self), "together": together}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume_at = state["batches"] % len(self)  # a finished epoch starts the next one
+        """Go on inside the epoch; one that is finished starts the next one.
+
+        Raises:
+            UserError: It was cut into other batches.
+        """
+        together = self.batch_size * self.world_size
+        mine = {"of": len(self), "together": together} | state  # earlier versions saved less
+        self._resume_at = state["batches"] % mine["of"]
+        if self._resume_at and (mine["of"], mine["together"]) != (len(self), together):
+            raise UserError(
+                f"the run stopped after {state['batches']} of {mine['of']} batches of "
+                f"{mine['together']} samples, and this epoch has {len(self)} of {together}; go on "
+                "with the same number of processes and --data.batch_size."
+            )
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         # Lightning stops at len() and never runs code behind the last yield: reset here, not there.
