@@ -12,10 +12,11 @@ from callbacks.pictures.learning_curves import LearningCurves
 from callbacks.pictures.mistakes import Mistakes
 from callbacks.pictures.sample_sheet import SampleSheet
 from callbacks.pictures.spike_pictures import SpikePictures
+from callbacks.run.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from callbacks.run.correction_table import CorrectionTable
 from callbacks.run.masked_accuracy import MaskedAccuracy
 from callbacks.run.progress import ProgressBar
-from callbacks.run.run_folder import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord
+from callbacks.run.run_folder import MetricsCSV, RunRecord
 from callbacks.run.submission_log import SubmissionLog
 from callbacks.run.termination import Termination
 from callbacks.run.wandb_logger import ResumableWandbLogger
@@ -35,6 +36,7 @@ __all__ = [
     "GradientNormClipping",
     "GradientSpikeMonitor",
     "HiddenGradients",
+    "LastCheckpoint",
     "LearningCurves",
     "Lookahead",
     "MaskedAccuracy",

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from core.errors import UserError
 
 ROOT = Path("runs")
+NAME = re.compile(r"(?!\.)[A-Za-z0-9._+=-]{1,100}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Run:
             UserError: There is no such run.
         """
         for folder in (Path(name), root / name):
-            if (folder / "config.yaml").is_file():
+            if is_file(folder / "config.yaml"):
                 return cls(folder)
         known = sorted(root.glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
         listed = ", ".join(str(path.parent.relative_to(root)) for path in known[-5:]) or "none yet"
@@ -56,6 +57,40 @@ class Run:
             return cls(parent / f"{stamp}{suffix}")
         raise UserError(f"{parent} holds a thousand runs of this second; name yours with --run.")
 
+    @classmethod
+    def name(cls, typed: str, parent: Path) -> str:
+        """The name of a run in ``parent``, typed as NAME, CONFIG/NAME or as the run's path.
+
+        Raises:
+            UserError: It cannot be the name of a folder in ``parent``.
+        """
+        before, _, name = typed.rstrip("/").rpartition("/")
+        inside = before in ("", parent.name) or Path(before).absolute() == parent.absolute()
+        exists = name not in ("", ".", "..") and is_file(parent / name / "config.yaml")
+        if not (inside and (exists or NAME.fullmatch(name))):
+            raise UserError(
+                f"--run={typed[:100]!r} cannot be the name of a run in {parent}; take up to 100 "
+                "letters, digits and ._-+=, not a dot in front."
+            )
+        return name
+
+    @contextmanager
+    def tidy(self) -> Iterator[None]:
+        """Take the folder away again if nothing was put into it."""
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty, or another program has it
+                self.folder.rmdir()
+                self.lock_file.unlink(missing_ok=True)
+                self.folder.parent.rmdir()
+
+    @property
+    def lock_file(self) -> Path:
+        folder = self.folder.resolve()
+        # beside the run, so that nothing but the run is in its folder
+        return folder.with_name(f".{folder.name}.lock")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other programs from training the same run; a program that dies lets go by itself.
@@ -66,9 +101,7 @@ class Run:
         Raises:
             UserError: Another one is at it.
         """
-        folder = self.folder.resolve()
-        # beside the run, so that nothing but the run is in its folder
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"), fallback_to_soft=False)
+        lock = FileLock(self.lock_file, fallback_to_soft=False)
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -116,9 +149,17 @@ class Run:
     def wandb_id(self) -> str | None:
         """Id of the W&B run that was started in this folder, if any."""
         for folder in sorted(self.folder.glob("wandb/*run-*-*")):
-            if match := re.fullmatch(r"(?:offline-)?run-\d+_\d+-(\w+)", folder.name):
+            if match := re.fullmatch(r"(?:offline-)?run-\d+_\d+-(.+)", folder.name):
                 return match[1]
         return None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name, which may be none that a file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a null byte
+        return False
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,27 +12,31 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 import callbacks  # noqa: F401  short class names in configs are those that were imported
 import datamodules  # noqa: F401
 import lit_models  # noqa: F401
+from callbacks.run.checkpoints import BestCheckpoint, LastCheckpoint, is_last_checkpoint
 from callbacks.run.run_folder import RunRecord
 from core.errors import UserError
 from core.provenance import provenance
-from core.runs import ROOT, Run, load_checkpoint
+from core.runs import ROOT, Run, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
+from pipeline.continuing import refuse_changes
+from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
 from pipeline.trainer import equip, quiet_libraries, settle
 
 SUBCOMMANDS = ("fit", "validate", "test")
+PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
 
 
 class CLI(LightningCLI):
@@ -60,8 +63,13 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--run",
-            type=str | None,
+            type=str,
             help="fit: name of the run, started or continued; validate, test: the run to use.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            help="fit: the run or checkpoint whose weights a new run begins with.",
         )
         parser.add_argument(
             "--test",
@@ -89,28 +97,40 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         config.ckpt_path = self.ckpt_path
         trainer = config.trainer
+        self.root = Path(trainer.default_root_dir or ROOT)
         settle(trainer)
+        schedule = config.model.init_args.get("lr_scheduler")
+        if schedule and schedule.class_path == PLATEAU:  # it follows the model's own measure
+            schedule.init_args.mode = "max"
         if self.subcommand == "fit" and config.test and trainer.enable_checkpointing is False:
             raise UserError(
                 "--test=true tests the best checkpoint, and there will be none; leave "
                 "--trainer.enable_checkpointing=false out."
             )
-        self.record = RunRecord(self.describe())
         self.study = Study.load(config.study) if config.study else None
         # once, so that a file that is edited meanwhile changes nothing
         self.point = self.study.record(self.typed[1:]) if self.study else {}
-        if trainer.fast_dev_run:
+        self.record = RunRecord(self.describe())
+        if trainer.fast_dev_run and self.subcommand == "fit":
             return
         run = self.run_folder(config)
         if self.subcommand == "fit":
             if config.ckpt_path is None and run.last_checkpoint.is_file():
                 config.ckpt_path = str(run.last_checkpoint)
+            if config.ckpt_path and is_file(Path(config.ckpt_path)):
+                self.compare(Path(config.ckpt_path), run)
         else:
             config.ckpt_path = config.ckpt_path or str(run.checkpoint())
             name = config.data.class_path.rpartition(".")[2]
             learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
             if "merges" in learned:  # subwords need no books again; classes are read and compared
                 config.data.init_args["merges"] = learned["merges"]
+        if trainer.fast_dev_run:
+            return
+        if self.study and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            point = PointRecord(run.folder)
+            if not point.is_finished(self.point):
+                point.write(self.point, finished=False)
         trainer.default_root_dir = str(run.folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else []:
             settings = logger.init_args
@@ -122,14 +142,32 @@ class CLI(LightningCLI):
                 if self.study:
                     settings.group = settings.group or self.study.name
 
+    def compare(self, checkpoint: Path, run: Run) -> None:
+        """Refuse to go on from a checkpoint with settings that make another run of it."""
+        recorded = yaml.safe_load(load_checkpoint(checkpoint)["config"])
+        whole = self.parser.parse_object({"subcommand": "fit", "fit": update(recorded)})
+        now = self.settings(self.config)
+        for warning in refuse_changes(self.settings(whole), now, str(run.folder)):
+            rank_zero_warn(warning)
+
     def instantiate_classes(self) -> None:
         with instantiating():
             super().instantiate_classes()
+        source = self.config[self.subcommand].init_from
+        if source and self.subcommand == "fit" and not self.config.fit.ckpt_path:
+            self.model.init_from(self.checkpoint_of(source))
+
+    def checkpoint_of(self, source: str) -> Path:
+        """The checkpoint of a run, or the one that is named."""
+        path = Path(source)
+        if path.suffix == ".ckpt":
+            return path
+        return Run.find(path, self.root).checkpoint()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.subcommand].trainer
-        if not trainer.fast_dev_run:  # in front, so that what it flushes reaches the pictures
-            kwargs["callbacks"] = [self.record, *(trainer.callbacks or [])]
+        if not trainer.fast_dev_run:
+            kwargs["callbacks"] = self.with_what_a_run_needs(trainer)
         made = super().instantiate_trainer(**kwargs)
         folder, written = made.default_root_dir, made.log_dir or made.default_root_dir
         if not trainer.fast_dev_run and os.path.normpath(written) != os.path.normpath(folder):
@@ -140,8 +178,18 @@ class CLI(LightningCLI):
         equip(made, self.telling, termination=not trainer.fast_dev_run)
         return made
 
+    def with_what_a_run_needs(self, trainer: Namespace) -> list[Callback]:
+        """The callbacks of a configuration, and those that it may not do without."""
+        given: list[Callback] = trainer.callbacks or []
+        # the record in front, so that what it flushes reaches the pictures; last.ckpt behind all
+        # others, so that it holds what they have learned
+        needed = [] if trainer.enable_checkpointing is False else [BestCheckpoint, LastCheckpoint]
+        kept = [callback for callback in given if not is_last_checkpoint(callback)]
+        kinds = {type(callback) for callback in kept}
+        return [self.record, *kept, *(kind() for kind in needed if kind not in kinds)]
+
     def run_folder(self, config: Namespace) -> Run:
-        root = Path(config.trainer.default_root_dir or ROOT)
+        root = self.root
         if self.subcommand != "fit":
             return Run.find(config.run, root)
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
@@ -151,27 +199,34 @@ class CLI(LightningCLI):
             name = file.resolve().parents[1].name
         else:
             name = file.stem
+        parent = root / name
+        given = config.run
+        typed = given if self.study or given is None else Run.name(given, parent)
         # rank 0 claims the folder; the others learn it from Lightning
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return Run(root / name / Path(config.run or "unknown").name)
-        run = Run.claim(root / name, config.run and Path(config.run).name)
+            return Run(parent / (typed or "unknown"))
+        run = Run.claim(parent, typed)
         self.held.enter_context(run.lock())
-        point = PointRecord(run.folder)
-        if self.study and not point.is_finished(self.point):
-            point.write(self.point, finished=False)
+        self.held.enter_context(run.tidy())  # before the lock is let go
         return run
 
     def describe(self) -> str:
         """The resolved configuration as YAML, under the command and the versions it came from."""
-        text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
-        kept = ("seed_everything", "trainer", "model", "data")
-        written = yaml.safe_load(text)[self.subcommand]
-        settings = {key: value for key, value in written.items() if key in kept}
+        settings = self.settings(self.config)
+        if not settings["init_from"]:
+            del settings["init_from"]
         origin = yaml.safe_dump(
             {"command": shlex.join(["python", *sys.argv]), **provenance()}, sort_keys=False
         )
         header = "".join(f"# {line}\n" for line in origin.splitlines())
         return header + yaml.safe_dump(settings, sort_keys=False)
+
+    def settings(self, config: Namespace) -> dict[str, Any]:
+        """What decides on a run, of a whole configuration."""
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
+        written = yaml.safe_load(text)[self.subcommand]
+        kept = ("seed_everything", "init_from", "trainer", "model", "data")
+        return {key: value for key, value in written.items() if key in kept}
 
     def before_fit(self) -> None:
         network = self.model.network
@@ -191,14 +246,13 @@ class CLI(LightningCLI):
             # loading a checkpoint, Lightning's averaging brings back the weights of training
             kept = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
             self.trainer.callbacks = kept  # type: ignore[attr-defined]
-            with warnings.catch_warnings():
-                missing = ".*callbacks used to create the checkpoint need to be provided"
-                warnings.filterwarnings("ignore", missing)
-                self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+            self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         if not self.trainer.is_global_zero:
             return
         if self.study:
             PointRecord(folder).write(self.point, finished=True)
+        if self.record.done and self.trainer.global_step == self.record.done:
+            print(f"{folder} was already finished after {self.record.done} steps.")
         show_metrics(self.trainer.callback_metrics)
         kinds = {
             "metrics.csv": "metrics.csv",
@@ -227,7 +281,7 @@ class CLI(LightningCLI):
         """Print the command that comes after this one, if there is something to predict."""
         predicts = type(self.datamodule).read_predict is not BaseDataModule.read_predict
         if command != "predict.py" or (predicts and self.model.outputs):
-            print(f"Next: python {command} {self.trainer.default_root_dir}")
+            print(f"Next: python {command} {shlex.quote(self.trainer.default_root_dir)}")
 
 
 def show_metrics(metrics: Mapping[str, Tensor]) -> None:
@@ -271,7 +325,9 @@ def arrange(args: list[str]) -> list[str]:
     if known.root:
         rest = [f"--trainer.default_root_dir={known.root}", *rest]
     configs = [f"--config={path}" for path in known.config]
-    named = [f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key]]
+    named = [
+        f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key] is not None
+    ]
     return [args[0], *configs, *named, *rest]
 
 

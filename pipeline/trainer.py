@@ -31,8 +31,9 @@ def settle(trainer: Namespace) -> None:
     """Fill in what depends on the machine, and leave out what a Trainer would refuse."""
     if trainer.precision is None:
         trainer.precision = fastest_precision(trainer.accelerator)
-    if isinstance(trainer.logger, Namespace):
-        trainer.logger = [trainer.logger]
+    for several in ("logger", "callbacks"):
+        if isinstance(trainer[several], Namespace):  # one alone, as it is typed
+            trainer[several] = [trainer[several]]
     if isinstance(trainer.logger, list) and find_spec("wandb") is None:
         kept = [x for x in trainer.logger if not x.class_path.endswith("WandbLogger")]
         if len(kept) < len(trainer.logger):
@@ -87,6 +88,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     # `fit --run NAME` is meant to go on in its folder
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    # a run goes on without those that only look or end, and is refused without others
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provid")
     # a test needs none: the weights in a checkpoint are the averaged ones
     warnings.filterwarnings("ignore", ".*The WeightAveraging state cannot be restored")
     # what is recorded is also written at the end of each epoch

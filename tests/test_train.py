@@ -124,10 +124,10 @@ def test_settings_in_a_checkpoint_do_not_override_what_is_typed(
     """LightningCLI lays a checkpoint's hyperparameters over the command line (PL#21455)."""
     monkeypatch.chdir(tmp_path)
     start = f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"
-    flags = [start, "--model.label_smoothing=0.05", "--run=x", "--trainer.logger=false"]
+    flags = [start, "--data.eval_batch_size=30", "--run=x", "--trainer.logger=false"]
     train.main(["fit", *small, *flags, "--trainer.max_epochs=6"])
     config = yaml.safe_load((tmp_path / "runs" / "cifar10_cpu" / "x" / "config.yaml").read_text())
-    assert config["model"]["init_args"]["label_smoothing"] == 0.05
+    assert config["data"]["init_args"]["eval_batch_size"] == 30
 
 
 def test_run_without_validation_says_so_and_uses_the_last_checkpoint(

@@ -1,15 +1,13 @@
-"""What keeps a run folder whole: configuration, metrics, and checkpoints safe from a crash."""
+"""What keeps a run folder whole: its configuration and its metrics."""
 
 import csv
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,51 +15,6 @@ from callbacks.run.wandb_logger import ResumableWandbLogger
 from core.files import atomic_write
 from lit_models.base import LitModel
 from steadyfit.lightning import StepCallback
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that take their name only when they are complete.
-
-    Lightning writes to the system's temporary folder and moves from there, which is a copy, and can
-    be interrupted, where that folder is another file system.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        with atomic_write(Path(path)) as file:
-            torch.save(checkpoint, file)
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keep the epoch that did best on the validation part, by the model's own measure."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            filename="best",
-            monitor=LitModel.monitor,
-            mode="max",
-            save_top_k=1,
-            enable_version_counter=False,
-        )
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(pl_module, LitModel):
-            self.monitor = pl_module.monitor
-        super().setup(trainer, pl_module, stage)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning forgets what was best when the run's folder has moved or goes by another path
-        folder = Path(self.dirpath or ".")
-        best = folder / Path(state_dict["best_model_path"]).name
-        if best.is_file():
-            state_dict = state_dict | {
-                "dirpath": self.dirpath,
-                "best_model_path": str(best),
-                "kth_best_model_path": str(best),
-                "best_k_models": {str(best): state_dict["best_model_score"]},
-            }
-        super().load_state_dict(state_dict)
 
 
 class MetricsCSV(Logger):
@@ -152,9 +105,11 @@ class RunRecord(Callback):
         self.text = text
         self.done = 0  # optimizer steps in the checkpoint that training goes on from
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def write(self, trainer: Trainer, *, only_if_missing: bool = False) -> None:
         folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
-        if stage != "fit" or not trainer.is_global_zero or folder is None:
+        if not trainer.is_global_zero or folder is None:
+            return
+        if only_if_missing and (Path(folder) / "config.yaml").exists():
             return
         with atomic_write(Path(folder) / "config.yaml", "w") as file:
             file.write(self.text)
@@ -169,6 +124,10 @@ class RunRecord(Callback):
         self.done = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer, only_if_missing=self.done > 0)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and has_stopped(callback):
+                trainer.should_stop = True  # Lightning would train one more epoch
         # not on_train_start: a run killed behind its last step has nothing left to train
         history = next((log for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
         if history is None:
@@ -178,6 +137,21 @@ class RunRecord(Callback):
             if isinstance(logger, ResumableWandbLogger):
                 for step, row in history.rows.items():
                     logger.log_metrics(row, step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.done:  # now something is left to train with these settings
+            self.write(trainer)
+        # With max_steps a resumed loop counts the epochs of its data one too far, and the steps of
+        # what is logged (Lightning-AI/pytorch-lightning#19617)
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        epochs.processed = epochs.completed
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.on_train_epoch_start(trainer)  # which an epoch that is resumed inside does not have
+        setattr(self, "on_train_batch_start", None)  # noqa: B010  Lightning passes over it then
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -192,3 +166,9 @@ class RunRecord(Callback):
                 callback.flush(alone=True)  # they add to the rows that the model writes
         if isinstance(pl_module, LitModel):
             pl_module.flush_records(alone=True)
+
+
+def has_stopped(callback: EarlyStopping) -> bool:
+    """Whether it has ended the training that it was restored from."""
+    reason = getattr(callback, "stopping_reason", None)
+    return callback.stopped_epoch > 0 if reason is None else bool(reason.value)

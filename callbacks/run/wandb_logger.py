@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class ResumableWandbLogger(WandbLogger):
         if self._held is None:
             folder = Path(self.save_dir or ".") / "wandb"
             current = Path(self.experiment.dir).parent
-            earlier = [f for f in folder.glob(f"*-{self.experiment.id}") if f != current]
+            earlier = [f for f in folder.glob(f"*-{escape(self.experiment.id)}") if f != current]
             self._held = {pair for f in earlier for pair in held_metrics(f)}
         missing = {k: v for k, v in metrics.items() if (step, k) not in self._held}
         if missing.keys() - {"epoch"}:

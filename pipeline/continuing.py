@@ -1,0 +1,104 @@
+"""What may change when a run goes on. Everything else makes it another run."""
+
+from collections import Counter
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from core.errors import UserError
+
+MAY_CHANGE = (
+    # how long: a schedule that is laid over the whole training refuses it itself
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.min_*"),
+    # where: the samples of an optimizer step are compared when the checkpoint is loaded
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy*"),
+    *("trainer.accumulate_grad_batches", "data.batch_size", "data.eval_batch_size"),
+    *("trainer.default_root_dir", "trainer.plugins*", "data.data_dir", "data.cache_dir"),
+    *("data.verify", "data.download"),
+    # what is shown and kept
+    *("trainer.logger*", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.profiler*"),
+    *("trainer.num_sanity_val_steps", "trainer.limit_test_batches", "trainer.limit_predict_*"),
+    # precision is told, see `refuse_changes`
+    "trainer.precision",
+)
+# of callbacks those that only look, keep or end
+CALLBACKS_MAY_CHANGE = (
+    *("ConfusionMatrix", "CorrectionTable", "HiddenGradients", "LearningCurves", "MaskedAccuracy"),
+    *("Mistakes", "SampleSheet", "SpikePictures", "TrainingCost"),
+    *("DeviceStatsMonitor", "LearningRateMonitor", "ModelSummary", "RichModelSummary"),
+    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
+    *("BestCheckpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer"),
+)
+SHOWN = 4  # differences in a sentence
+
+Settings = dict[str, Any]
+
+
+def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a configuration by the name of its flag; a class before its own settings."""
+    if isinstance(value, dict) and "class_path" in value:
+        yield name, value["class_path"]
+        for key, part in (value.get("init_args", {}) | value.get("dict_kwargs", {})).items():
+            yield from named(part, f"{name}.{key}")
+    elif isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from named(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        seen: Counter[str] = Counter()  # callbacks, loggers, plugins
+        for part in value:
+            short = part["class_path"].rpartition(".")[2]
+            seen[short] += 1
+            yield from named(part, f"{name}.{short}{seen[short] if seen[short] > 1 else ''}")
+    else:
+        yield name, value
+
+
+def may_change(name: str) -> bool:
+    if name.startswith("trainer.callbacks."):
+        return name.split(".")[2] in CALLBACKS_MAY_CHANGE
+    return any(fnmatchcase(name, pattern) for pattern in MAY_CHANGE)
+
+
+def differences(recorded: Settings, current: Settings) -> list[tuple[str, Any, Any]]:
+    """Settings with another value than recorded, by name; of another class no more than that."""
+    before, now = dict(named(recorded)), dict(named(current))
+    found: list[tuple[str, Any, Any]] = []
+    for name in sorted(before | now):
+        old, new = before.get(name), now.get(name)
+        below = found and name.startswith(f"{found[-1][0]}.")
+        if old != new and not below:
+            found.append((name, old, new))
+    return found
+
+
+def refuse_changes(recorded: Settings, current: Settings, run: str) -> list[str]:
+    """Compare the settings that a run was trained with and those it is to go on with.
+
+    Returns:
+        What is worth a warning.
+
+    Raises:
+        UserError: They differ in what may not change.
+    """
+    found = differences(recorded, current)
+    refused = [change for change in found if not may_change(change[0])]
+    if refused:
+        told = [f"--{name} was {shown(old)}, not {shown(new)}" for name, old, new in refused]
+        more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+        raise UserError(
+            f"{run} cannot go on with other settings: {'; '.join(told[:SHOWN])}{more}. To train a "
+            f"new run from its weights, add --init_from {run} and another --run."
+        )
+    return [
+        f"{run} goes on with --trainer.precision={new} instead of {old}; its weights will not be "
+        "those of a run without this change."
+        for name, old, new in found
+        if name == "trainer.precision"
+    ]
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed, a class without its package."""
+    if isinstance(value, str) and value.replace(".", "").replace("_", "").isidentifier():
+        return value.rpartition(".")[2]
+    return "none" if value is None else str(value)

@@ -1,0 +1,323 @@
+"""A run goes on as what it is, or is refused and left as it was."""
+
+import hashlib
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS, end_wandb
+from test_train import rows, sentence
+
+import train
+from callbacks.run.wandb_logger import held_metrics
+from core.runs import load_checkpoint
+from lit_models import LitClassifier
+from pipeline.continuing import differences
+
+# three epochs of ten steps
+BASE = [
+    f"--config={CONFIGS / 'mnist_lenet.yaml'}",
+    "--data=DigitsDataModule",
+    "--data.batch_size=50",
+    "--data.train_fraction=0.5",
+    "--model.optimizer=torch.optim.Adam",
+    "--model.optimizer.lr=0.003",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.callbacks=LearningRateMonitor",
+    "--trainer.logger=callbacks.MetricsCSV",
+    "--trainer.enable_progress_bar=false",
+]
+FOLDER = Path("runs/mnist_lenet")
+
+
+class Killed(BaseException):
+    """As if the process were not there any more."""
+
+
+def fit(*args: str, run: str = "r") -> Path:
+    train.main(["fit", *BASE, f"--run={run}", *args])
+    return FOLDER / run
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return load_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+def digest(folder: Path) -> str:
+    """Of the names and bytes of all files below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = (str(f.relative_to(folder)).encode() + f.read_bytes() for f in files)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def trained(folder: Path) -> list[dict[str, str]]:
+    """The records of the training steps alone."""
+    return [{k: v for k, v in row.items() if not k.startswith("val/")} for row in rows(folder)]
+
+
+def assert_same(a: Path, b: Path, *, metrics: bool = True) -> None:
+    """Weights, optimizer, steps and metrics of two runs are equal bit for bit."""
+    one, other = last(a), last(b)
+    assert one["global_step"] == other["global_step"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
+    assert (rows(a) if metrics else trained(a)) == (rows(b) if metrics else trained(b))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def killed_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[str]], None]:
+    """Train until a process would be killed in front of one of its batches, counted from 0."""
+
+    def killed(batch: int, args: list[str]) -> None:
+        batches = count()
+
+        def dying(self: LitClassifier, *args: Any) -> Any:
+            if next(batches) == batch:
+                raise Killed
+            return step(self, *args)
+
+        step = LitClassifier.training_step
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(LitClassifier, "training_step", dying)
+            fit(*args)
+
+    return killed
+
+
+# What may not change
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--model.network.channels=[8,16]", "--model.network.channels was [6, 16], not [8, 16]"),
+        ("--model.network=lit_models.networks.ResNet", "--model.network was LeNet5, not ResNet"),
+        ("--model.optimizer.lr=0.1", "--model.optimizer.lr was 0.003, not 0.1"),
+        ("--model.optimizer=torch.optim.SGD", "--model.optimizer was Adam, not SGD"),
+        ("--seed_everything=3", "--seed_everything was 0, not 3"),
+        ("--data.train_fraction=0.25", "--data.train_fraction was 0.5, not 0.25"),
+        ("--data.epoch_size=300", "--data.epoch_size was none, not 300"),
+        ("--data.batch_size=25", "optimizer steps of 50 samples, not of 25"),
+        ("--trainer.accumulate_grad_batches=2", "optimizer steps of 50 samples, not of 100"),
+        ("--trainer.gradient_clip_val=1", "--trainer.gradient_clip_val was none, not 1"),
+        (
+            "--trainer.callbacks+=Freeze --trainer.callbacks.parameters=[network] "
+            "--trainer.callbacks.from_epoch=1",
+            "--trainer.callbacks.Freeze was none, not Freeze",
+        ),
+    ],
+)
+def test_another_run_is_refused_and_nothing_changes(
+    flag: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was written into the config.yaml of the good run, which then could not be tested."""
+    run = fit("--trainer.max_epochs=1")
+    before = digest(home)
+    args = ["fit", *BASE, "--run=r", "--trainer.max_epochs=2", *flag.split()]
+    assert said in sentence(args, capsys)
+    assert digest(home) == before
+    train.main(["validate", f"--run={run}", "--trainer.logger=callbacks.MetricsCSV"])
+
+
+def test_a_refused_run_leaves_no_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", *BASE, "--run=new", "--trainer.max_epochs=1", "--data.val_size=99999"]
+    assert "val_size is 99999" in sentence(args, capsys)
+    assert list(home.iterdir()) == [home / "runs"]
+    assert list((home / "runs").iterdir()) == []
+
+
+def test_places_and_lengths_may_change(capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_epochs=1")
+    fit("--trainer.max_epochs=2", "--data.eval_batch_size=99")
+    whole = fit("--trainer.max_epochs=2", run="whole")
+    assert_same(FOLDER / "r", whole, metrics=False)  # other batches have other sums of the loss
+    recorded = yaml.safe_load((FOLDER / "r" / "config.yaml").read_text())
+    assert recorded["data"]["init_args"]["eval_batch_size"] == 99
+    capsys.readouterr()
+    fit("--trainer.max_epochs=2")
+    assert "runs/mnist_lenet/r was already finished after 20 steps." in capsys.readouterr().out
+
+
+def test_another_precision_is_told() -> None:
+    fit("--trainer.max_epochs=1", "--trainer.precision=32-true")
+    with pytest.warns(UserWarning, match="goes on with --trainer.precision=bf16-mixed instead of"):
+        fit("--trainer.max_epochs=2", "--trainer.precision=bf16-mixed")
+
+
+def test_smaller_batches_that_make_up_the_same_steps_go_on() -> None:
+    fit("--trainer.max_epochs=1")
+    fit("--trainer.max_epochs=2", "--data.batch_size=25", "--trainer.accumulate_grad_batches=2")
+    assert [row["step"] for row in rows(FOLDER / "r")] == [str(step) for step in range(20)]
+
+
+def test_other_batches_inside_an_epoch_are_refused(
+    killed_in: Callable[[int, list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The epoch went on with whatever came behind the same number of batches."""
+    fit("--trainer.max_epochs=3", "--trainer.max_steps=14")
+    flags = ["--data.batch_size=25", "--trainer.accumulate_grad_batches=2"]
+    said = sentence(["fit", *BASE, "--run=r", "--trainer.max_epochs=3", *flags], capsys)
+    assert "the run stopped after 4 of 10 batches of 50 samples, and this epoch has 20 of" in said
+
+
+def test_a_new_run_begins_with_the_weights_of_another() -> None:
+    source = fit("--trainer.max_epochs=1")
+    flags = [f"--init_from={source}", "--model.optimizer.lr=1e-30"]
+    new = fit("--trainer.max_epochs=1", *flags, run="new")
+    weights, origin = last(new)["state_dict"], load_checkpoint(source / "checkpoints/best.ckpt")
+    torch.testing.assert_close(weights, origin["state_dict"])
+    recorded = yaml.safe_load((new / "config.yaml").read_text())
+    assert recorded["init_from"] == str(source)
+    fit("--trainer.max_epochs=2", *flags, run="new")  # goes on, instead of beginning again
+    assert last(new)["global_step"] == 20
+
+
+def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    source = fit("--trainer.max_epochs=1")
+    flags = ["--run=new", f"--init_from={source}", "--model.network.channels=[8,16]"]
+    said = sentence(["fit", *BASE, "--trainer.max_epochs=1", *flags], capsys)
+    assert "best.ckpt do not fit" in said
+
+
+def test_differences_go_no_deeper_than_the_class() -> None:
+    def setting(name: str, **options: Any) -> dict[str, Any]:
+        return {"model": {"class_path": "m.Lit", "init_args": {"network": named(name, options)}}}
+
+    def named(name: str, options: dict[str, Any]) -> dict[str, Any]:
+        return {"class_path": f"m.{name}", "init_args": options}
+
+    assert differences(setting("A", width=1), setting("A", width=1)) == []
+    assert differences(setting("A", width=1), setting("A", width=2)) == [
+        ("model.network.width", 1, 2)
+    ]
+    assert differences(setting("A", width=1), setting("B", depth=2)) == [
+        ("model.network", "m.A", "m.B")
+    ]
+
+
+# As if it had not been interrupted
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trainer.max_steps=27", "--trainer.max_epochs=-1"],
+        ["--trainer.max_epochs=3"],
+        ["--trainer.max_steps=25", "--trainer.max_epochs=3", "--data.flip=random"],
+    ],
+    ids=["max_steps", "max_epochs", "both"],
+)
+def test_a_killed_run_ends_with_the_same_bits(
+    args: list[str], killed_in: Callable[[int, list[str]], None]
+) -> None:
+    """With max_steps every restart moved the data by one epoch."""
+    killed_in(13, args)
+    killed_in(7, args)  # in the third epoch
+    assert_same(fit(*args), fit(*args, run="whole"))
+
+
+def test_more_steps_go_on_in_the_midst_of_an_epoch() -> None:
+    fit("--trainer.max_epochs=-1", "--trainer.max_steps=14")
+    fit("--trainer.max_epochs=-1", "--trainer.max_steps=26")
+    whole = fit("--trainer.max_epochs=-1", "--trainer.max_steps=26", run="whole")
+    assert_same(FOLDER / "r", whole)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_that_a_time_limit_stopped_goes_on_inside_the_epoch(
+    accumulated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the epoch was lost."""
+    steps = f"--trainer.accumulate_grad_batches={accumulated}"
+    args = ["--trainer.max_epochs=3", steps]
+    with monkeypatch.context() as patch:
+        seconds = count()
+        elapsed = "lightning.pytorch.callbacks.timer.Timer.time_elapsed"
+        patch.setattr(elapsed, lambda *_: next(seconds))
+        fit(*args, "--trainer.max_time=00:00:00:15")
+    stopped = last(FOLDER / "r")
+    assert 0 < stopped["global_step"] * accumulated < 20
+    assert stopped["global_step"] * accumulated % 10
+    fit(*args)
+    # where it stopped it was validated as well
+    assert_same(FOLDER / "r", fit(*args, run="whole"), metrics=False)
+
+
+def test_a_run_that_stopped_early_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each repetition of the command trained one more epoch."""
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    args = [*stop, "--trainer.callbacks.stopping_threshold=9", "--trainer.max_epochs=5"]
+    run = fit(*args)
+    before = digest(run / "checkpoints")
+    assert last(run)["global_step"] == 10
+    capsys.readouterr()
+    fit(*args)
+    assert digest(run / "checkpoints") == before
+    assert "was already finished after 10 steps" in capsys.readouterr().out
+
+
+def test_last_checkpoint_holds_what_the_others_learned() -> None:
+    own = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
+    run = fit(*own, "--trainer.callbacks.filename=own", "--trainer.max_epochs=2")
+    states = last(run)["callbacks"]
+    [state] = [s for key, s in states.items() if key.startswith("ModelCheckpoint")]
+    losses = [float(row["val/loss"]) for row in rows(run) if row["val/loss"]]
+    assert float(state["best_model_score"]) == pytest.approx(min(losses))
+
+
+def test_a_plain_list_of_callbacks_leaves_the_run_whole() -> None:
+    """``--trainer.callbacks=X`` dropped the checkpoints, and the run could not be resumed."""
+    run = fit("--trainer.callbacks=LearningRateMonitor", "--trainer.max_epochs=1")
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["best.ckpt", "last.ckpt"]
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["..", ".x", "a/b", "x/../y", "#1 2", "ä", "n" * 101, "x\0y", ""])
+def test_names_that_no_run_can_have(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = sentence(["fit", *BASE, f"--run={name}", "--trainer.max_epochs=1"], capsys)
+    assert "cannot be the name of a run in runs/mnist_lenet" in said
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["lr=0.003", "mnist_lenet/r", "runs/mnist_lenet/r", "null", "7"])
+def test_names_of_runs(name: str) -> None:
+    fit("--trainer.max_epochs=1", run=name)
+    assert (FOLDER / name.rpartition("/")[2] / "config.yaml").is_file()
+
+
+def test_runs_of_the_same_last_name_are_two(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--run=lr0.003/s7`` and ``--run=lr0.5/s7`` were one folder."""
+    for name in ("lr0.003/s7", "lr0.5/s7"):
+        said = sentence(["fit", *BASE, f"--run={name}", "--trainer.max_epochs=1"], capsys)
+        assert f"--run='{name}' cannot be the name" in said
+
+
+def test_any_id_of_wandb_is_found_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``WANDB_RUN_ID=exp-1`` at the start and absent at the resume made two W&B runs."""
+    wandb = "--trainer.logger=[callbacks.MetricsCSV,callbacks.ResumableWandbLogger]"
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_RUN_ID", "exp-1.b [c]")
+        fit(wandb, "--trainer.max_epochs=1")
+        end_wandb()
+    fit(wandb, "--trainer.max_epochs=2")
+    end_wandb()
+    folders = sorted(home.glob("runs/mnist_lenet/r/wandb/offline-run-*"))
+    assert [folder.name.partition("_")[2][7:] for folder in folders] == ["exp-1.b [c]"] * 2
+    steps = [step for f in folders for step, name in held_metrics(f) if name == "train/loss"]
+    assert steps == list(range(20))
