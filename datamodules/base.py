@@ -148,6 +148,8 @@ class BaseDataModule(LightningDataModule):
     def train_dataloader(self) -> ResidentLoader:
         if self._train_loader is None:  # one copy on the device, however often it is asked for
             self._train_loader = self.resident("train", "train")
+            overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
+            self._train_loader.always_the_same = bool(overfitting)
         return self._train_loader
 
     def val_dataloader(self) -> ResidentLoader:

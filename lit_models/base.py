@@ -210,7 +210,9 @@ class LitModel(LightningModule):
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.computed(self.val_metrics))
+        # outside of training there is nothing to record: what it was then is in the records
+        in_training = self.trainer.state.fn == "fit"
+        self.log_dict(self.computed(self.val_metrics), logger=in_training)
 
     def on_test_epoch_end(self) -> None:
         values = self.computed(self.test_metrics)

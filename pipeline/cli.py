@@ -23,6 +23,7 @@ import datamodules  # noqa: F401
 import lit_models  # noqa: F401
 from callbacks.run.checkpoints import BestCheckpoint, LastCheckpoint, is_last_checkpoint
 from callbacks.run.run_folder import RunRecord
+from callbacks.training.averaging import CurrentUntilAveraged
 from core.errors import UserError
 from core.provenance import provenance
 from core.runs import ROOT, Run, is_file, load_checkpoint
@@ -125,6 +126,12 @@ class CLI(LightningCLI):
             learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
             if "merges" in learned:  # subwords need no books again; classes are read and compared
                 config.data.init_args["merges"] = learned["merges"]
+            limit = trainer[f"limit_{'val' if self.subcommand == 'validate' else 'test'}_batches"]
+            if limit not in (None, 1.0) or isinstance(limit, int):  # 1 is one batch
+                rank_zero_only(print)("A part of the data: nothing of it is recorded.")
+                trainer.logger = False
+                kept = [c for c in trainer.callbacks or [] if c.class_path.endswith("ProgressBar")]
+                trainer.callbacks = kept
         if trainer.fast_dev_run:
             return
         if self.study and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -186,7 +193,8 @@ class CLI(LightningCLI):
         needed = [] if trainer.enable_checkpointing is False else [BestCheckpoint, LastCheckpoint]
         kept = [callback for callback in given if not is_last_checkpoint(callback)]
         kinds = {type(callback) for callback in kept}
-        return [self.record, *kept, *(kind() for kind in needed if kind not in kinds)]
+        before = [CurrentUntilAveraged(c) for c in kept if isinstance(c, WeightAveraging)]
+        return [self.record, *before, *kept, *(kind() for kind in needed if kind not in kinds)]
 
     def run_folder(self, config: Namespace) -> Run:
         root = self.root

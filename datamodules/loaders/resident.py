@@ -83,6 +83,7 @@ class ResidentLoader:
             self.batch_size = min(batch_size, self.epoch_size // world_size)
         self.sampler = self
         self.epoch = 0
+        self.always_the_same = False  # every epoch is the first again
         self._position = 0  # batches handed out in this epoch
         self._resume_at = 0
         self.copies_to: torch.device | None = None  # where batches go from tensors on the host
@@ -127,7 +128,7 @@ class ResidentLoader:
         return len(range(self.rank, -(-self.samples // self.batch_size), self.world_size))
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = 0 if self.always_the_same else epoch
 
     def state_dict(self) -> dict[str, int]:
         together = self.batch_size * self.world_size
