@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
@@ -65,6 +66,11 @@ class LitModel(LightningModule):
         metrics: MetricCollection,
     ) -> None:
         super().__init__()
+        if any(isinstance(p, UninitializedParameter) for p in network.parameters()):
+            raise UserError(
+                f"--model.network: {type(network).__name__} has lazy layers, whose sizes are not "
+                "known before the first batch; give their sizes."
+            )
         # image batches arrive in channels_last, the faster layout on CPUs and tensor cores
         self.network = network.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
@@ -114,12 +120,43 @@ class LitModel(LightningModule):
         self.has_weights = True
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.try_out()
+
+    def init_from_data(self) -> None:
+        """Show a few thousand training inputs to the layers that ask for them."""
         asking = list(asking_for_data(self.network))
-        if stage == "fit" and asking and not self.has_weights:
+        if asking and not self.has_weights:
             device = self.trainer.strategy.root_device  # where the network is not yet
             inputs = [x.to(device) for x in self.data.training_inputs(5000)]
             for layer in asking:
                 layer.init_from_data(*inputs)
+
+    def try_out(self) -> None:
+        """Compute the loss of a few samples, so that a pair that does not fit is told at once.
+
+        Raises:
+            UserError: The network cannot read what the data module gives.
+        """
+        data, trained = self.data, self.training
+        few = max(4, self.trainer.world_size)
+        batch = next(iter(data.make_loader(tuple(t[:few] for t in data.splits["train"]), "train")))
+        try:
+            self.init_from_data()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.eval().training_step(batch, 0)
+        except UserError:
+            raise
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in batch)
+            raise UserError(
+                f"{type(self).__name__} with {type(self.network).__name__} cannot be trained on "
+                f"{type(data).__name__}, whose batches are {shapes}: {str(error).splitlines()[0]}; "
+                "--debug shows where."
+            ) from error
+        finally:
+            self.train(trained)
+            self._pending.clear()
 
     # Training
 
@@ -210,9 +247,7 @@ class LitModel(LightningModule):
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        # outside of training there is nothing to record: what it was then is in the records
-        in_training = self.trainer.state.fn == "fit"
-        self.log_dict(self.computed(self.val_metrics), logger=in_training)
+        self.log_dict(self.computed(self.val_metrics))
 
     def on_test_epoch_end(self) -> None:
         values = self.computed(self.test_metrics)
@@ -261,7 +296,10 @@ class LitModel(LightningModule):
     # Optimizer
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:  # as torch's Muon, which takes matrices alone
+            raise UserError(f"--model.optimizer: {error}") from error
         if self.lr_scheduler is None:
             return optimizer
         schedule = make_schedule(

@@ -33,6 +33,7 @@ from lit_models.base import LitModel
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
+from pipeline.refusals import KnownMonitors, refuse_settings
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
 from pipeline.trainer import equip, quiet_libraries, settle
 
@@ -100,6 +101,7 @@ class CLI(LightningCLI):
         trainer = config.trainer
         self.root = Path(trainer.default_root_dir or ROOT)
         settle(trainer)
+        refuse_settings(trainer, self.subcommand)
         schedule = config.model.init_args.get("lr_scheduler")
         if schedule and schedule.class_path == PLATEAU:  # it follows the model's own measure
             schedule.init_args.mode = "max"
@@ -126,7 +128,10 @@ class CLI(LightningCLI):
             learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
             if "merges" in learned:  # subwords need no books again; classes are read and compared
                 config.data.init_args["merges"] = learned["merges"]
-            limit = trainer[f"limit_{'val' if self.subcommand == 'validate' else 'test'}_batches"]
+            validating = self.subcommand == "validate"
+            if validating:  # what training measured stays recorded
+                trainer.logger = False
+            limit = trainer.limit_val_batches if validating else trainer.limit_test_batches
             if limit not in (None, 1.0) or isinstance(limit, int):  # 1 is one batch
                 rank_zero_only(print)("A part of the data: nothing of it is recorded.")
                 trainer.logger = False
@@ -141,7 +146,8 @@ class CLI(LightningCLI):
         trainer.default_root_dir = str(run.folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else []:
             settings = logger.init_args
-            settings.save_dir = str(run.folder)
+            if settings.get("save_dir") in (None, "."):
+                settings.save_dir = str(run.folder)
             if logger.class_path.endswith("WandbLogger"):
                 if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
                     settings.id = settings.id or run.wandb_id
@@ -176,12 +182,6 @@ class CLI(LightningCLI):
         if not trainer.fast_dev_run:
             kwargs["callbacks"] = self.with_what_a_run_needs(trainer)
         made = super().instantiate_trainer(**kwargs)
-        folder, written = made.default_root_dir, made.log_dir or made.default_root_dir
-        if not trainer.fast_dev_run and os.path.normpath(written) != os.path.normpath(folder):
-            raise UserError(
-                f"the first logger would have the run in {written}; put one in front that writes "
-                "into the run's folder, as callbacks.MetricsCSV does."
-            )
         equip(made, self.telling, termination=not trainer.fast_dev_run)
         return made
 
@@ -194,7 +194,8 @@ class CLI(LightningCLI):
         kept = [callback for callback in given if not is_last_checkpoint(callback)]
         kinds = {type(callback) for callback in kept}
         before = [CurrentUntilAveraged(c) for c in kept if isinstance(c, WeightAveraging)]
-        return [self.record, *before, *kept, *(kind() for kind in needed if kind not in kinds)]
+        added = [KnownMonitors(), *(kind() for kind in needed if kind not in kinds)]
+        return [self.record, *before, *kept, *added]
 
     def run_folder(self, config: Namespace) -> Run:
         root = self.root
@@ -277,8 +278,9 @@ class CLI(LightningCLI):
         if kinds["*/*.ckpt"] in found:
             self.say_next("predict.py" if self.config.fit.test else "train.py test --run")
 
-    def after_validate(self) -> None:
-        self.after_test()
+    def after_validate(self) -> None:  # Lightning has shown the metrics
+        if self.trainer.is_global_zero:
+            self.say_next("predict.py")
 
     def after_test(self) -> None:
         if self.trainer.is_global_zero:

@@ -1,5 +1,6 @@
 """The parser of the command line, whose complaints are one sentence."""
 
+import enum
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ WRAPPED = re.compile("Does not validate against any of the Union|Problem with gi
 
 
 load_yaml = get_loader("yaml")
+yaml.SafeDumper.add_multi_representer(  # Lightning's Timer has one among its defaults
+    enum.Enum, lambda dumper, member: dumper.represent_data(member.value)
+)
 set_loader("yaml", lambda text: update(load_yaml(text)), (yaml.YAMLError,))
 
 
@@ -39,7 +43,17 @@ class Parser(LightningArgumentParser):
         if args is not None:  # classes by their former paths, which the YAML loader does not see
             pairs = [argument.partition("=") for argument in args]
             args = [f"{update(name)}{equals}{update(value)}" for name, equals, value in pairs]
+            args = [part for argument in args for part in with_folder(argument)]
         return super().parse_args(args, *others, **options)
+
+
+def with_folder(argument: str) -> list[str]:
+    """A logger of Lightning's with the folder that it asks for, which is the run's."""
+    name, _, value = argument.partition("=")
+    asking = value.endswith(("CSVLogger", "TensorBoardLogger"))
+    if name.rstrip("+") == "--trainer.logger" and asking:
+        return [argument, "--trainer.logger.save_dir=."]
+    return [argument]
 
 
 def essence(message: str) -> str:

@@ -14,6 +14,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.telling import Telling
@@ -24,6 +25,7 @@ NEEDS = {
     "enable_progress_bar": "ProgressBar",
     "enable_checkpointing": "Checkpoint",
 }
+METRICS = ("callbacks.MetricsCSV", f"{MetricsCSV.__module__}.MetricsCSV")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -38,7 +40,11 @@ def settle(trainer: Namespace) -> None:
         kept = [x for x in trainer.logger if not x.class_path.endswith("WandbLogger")]
         if len(kept) < len(trainer.logger):
             rank_zero_only(print)("wandb is not installed, so there will be no W&B run.")
-        trainer.logger = kept or False
+        trainer.logger = kept
+    loggers = trainer.logger
+    if isinstance(loggers, list) and not any(x.class_path in METRICS for x in loggers):
+        settings = Namespace(class_path=METRICS[0], init_args=Namespace(save_dir="."))
+        loggers.insert(0, settings)  # what a run keeps is not asked of the list
     idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
     if idle and trainer.callbacks:
         kept = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
@@ -90,6 +96,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     # a run goes on without those that only look or end, and is refused without others
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provid")
+    # datamodules/base.py does it itself
+    warnings.filterwarnings("ignore", "You requested to overfit but enabled .* shuffling")
     # a test needs none: the weights in a checkpoint are the averaged ones
     warnings.filterwarnings("ignore", ".*The WeightAveraging state cannot be restored")
     # what is recorded is also written at the end of each epoch

@@ -235,7 +235,7 @@ def test_the_sheet_disturbs_neither_random_numbers_nor_the_loader() -> None:
     state = torch.get_rng_state()
     seen_by_network(data, torch.arange(6).reshape(3, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert data.train_dataloader().state_dict() == {"batches": len(first)}
+    assert data.train_dataloader().state_dict()["batches"] == len(first)
     assert all(map(torch.equal, first, (images for images, _ in data.train_dataloader())))
 
 

@@ -206,7 +206,9 @@ def test_processes_share_the_batches_of_one(stream: Stream) -> None:
     for rank in range(2):
         data = TemporalOrderDataModule(stream=stream, batch_size=16)
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        trainer: Any = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy)
+        trainer: Any = SimpleNamespace(
+            global_rank=rank, world_size=2, overfit_batches=0, strategy=strategy
+        )
         data.seed, data.trainer = 1, trainer
         data.setup("fit")
         shares.append([*data.train_dataloader()])

@@ -124,7 +124,6 @@ class RunRecord(Callback):
         self.done = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.write(trainer, only_if_missing=self.done > 0)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping) and has_stopped(callback):
                 trainer.should_stop = True  # Lightning would train one more epoch
@@ -139,8 +138,7 @@ class RunRecord(Callback):
                     logger.log_metrics(row, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.done:  # now something is left to train with these settings
-            self.write(trainer)
+        self.write(trainer)  # now something is trained with these settings
         # With max_steps a resumed loop counts the epochs of its data one too far, and the steps of
         # what is logged (Lightning-AI/pytorch-lightning#19617)
         epochs: Any = trainer.fit_loop.epoch_progress.current
@@ -152,6 +150,9 @@ class RunRecord(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.on_train_epoch_start(trainer)  # which an epoch that is resumed inside does not have
         setattr(self, "on_train_batch_start", None)  # noqa: B010  Lightning passes over it then
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer, only_if_missing=True)  # nothing was left to train
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -19,9 +19,14 @@ class CurrentUntilAveraged(Callback):
     def __init__(self, averaging: WeightAveraging) -> None:
         self.averaging = averaging
 
-    def copy(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def copy(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self.averaging._average_model
         if average is not None and average.n_averaged == 0:
             average.module.load_state_dict(pl_module.state_dict())
 
-    on_validation_epoch_start = on_save_checkpoint = on_train_end = copy
+    on_validation_epoch_start = on_train_end = copy
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.copy(trainer, pl_module)

@@ -1,0 +1,79 @@
+"""What a Trainer can be told that would do nothing here, or not what its name says."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from callbacks.run.checkpoints import BestCheckpoint
+from core.errors import UserError
+
+CALLBACKS = {
+    "BatchSizeFinder": "needs a loader that is made anew for each size, and the data lie on the "
+    "device; try sizes with --data.batch_size",
+    "LearningRateFinder": "moves one rate, and an optimizer may have several; try some with "
+    "a study",
+    "StochasticWeightAveraging": "keeps its average in no checkpoint; EMAWeightAveraging does",
+}
+ENDS = ("EarlyStopping", "Timer")
+
+
+def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
+    """Refuse settings of a Trainer that cannot act.
+
+    Raises:
+        UserError: There is such a setting.
+    """
+    if trainer.barebones:
+        raise UserError(
+            "--trainer.barebones=true leaves nothing of a run; for one without records use "
+            "--trainer.logger=false --trainer.enable_checkpointing=false."
+        )
+    names = [c.class_path.rpartition(".")[2] for c in trainer.callbacks or []]
+    for name in names:
+        if name in CALLBACKS:
+            raise UserError(f"{name} {CALLBACKS[name]}.")
+    loggers = trainer.logger if isinstance(trainer.logger, list) else []
+    if any(x.class_path.endswith("TensorBoardLogger") for x in loggers) and not (
+        find_spec("tensorboard") or find_spec("tensorboardX")
+    ):
+        raise UserError("TensorBoardLogger needs tensorboard: pip install tensorboard")
+    if subcommand != "fit" or trainer.fast_dev_run:
+        return
+    for setting in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer[setting] == 0:
+            raise UserError(f"with --trainer.{setting}=0 there is nothing to train.")
+    endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.max_time is None
+    if endless and not set(names) & set(ENDS):
+        raise UserError(
+            "training would not end; set --trainer.max_epochs, --trainer.max_steps or "
+            "--trainer.max_time."
+        )
+
+
+class KnownMonitors(Callback):
+    """A metric that nothing measures is refused before training, not after its first epoch."""
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check(trainer, set(trainer.callback_metrics))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.datamodule.val_size == 0:  # type: ignore[attr-defined]
+            self.check(trainer, set())
+
+    def check(self, trainer: Trainer, measured: set[str]) -> None:
+        watching: list[tuple[Any, Any]] = [
+            (callback, getattr(callback, "monitor", None))
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if not isinstance(callback, BestCheckpoint)
+        ]
+        watching += [(c.scheduler, c.monitor) for c in trainer.lr_scheduler_configs]
+        for watcher, monitor in watching:
+            if monitor and monitor not in measured and not monitor.startswith("lr-"):
+                there = f"there are {', '.join(sorted(measured))}" if measured else "nothing is"
+                raise UserError(
+                    f"{type(watcher).__name__} watches {monitor}, which is not measured in "
+                    f"validation; {there}."
+                )

@@ -1,0 +1,222 @@
+"""What can be told to a Trainer acts, by a number that changes, or is refused in one sentence."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_continuing import BASE, FOLDER, fit, last
+from test_train import rows, sentence
+
+import train
+from lit_models import LitClassifier
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def steps() -> int:
+    return int(last(FOLDER / "r")["global_step"])
+
+
+def validations() -> list[int]:
+    """The steps whose rows have a result of validation."""
+    return [int(row["step"]) for row in rows(FOLDER / "r") if row.get("val/loss")]
+
+
+def has(pattern: str) -> int:
+    return len(list((FOLDER / "r").glob(pattern)))
+
+
+def csv_steps() -> int:
+    [path] = (FOLDER / "r").glob("lightning_logs/*/metrics.csv")
+    with path.open(newline="") as file:
+        return len({row["step"] for row in csv.DictReader(file) if row["train/loss"]})
+
+
+CALLBACKS = "--trainer.callbacks"
+EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured, what it is
+    ("", steps, 20),
+    ("--trainer.max_steps=7", steps, 7),
+    ("--trainer.max_epochs=1", steps, 10),
+    ("--trainer.min_epochs=2 --trainer.max_time=00:00:00:00", steps, 20),
+    ("--trainer.min_steps=13 --trainer.max_time=00:00:00:00", steps, 13),
+    ("--trainer.limit_train_batches=3", steps, 6),
+    ("--trainer.limit_train_batches=0.5", steps, 10),
+    ("--trainer.overfit_batches=2", steps, 4),
+    ("--trainer.accumulate_grad_batches=5", steps, 4),
+    ("--trainer.limit_val_batches=0", validations, []),
+    ("", validations, [9, 19]),
+    ("--trainer.val_check_interval=0.5", validations, [4, 9, 14, 19]),
+    ("--trainer.val_check_interval=4", validations, [3, 7, 13, 17]),
+    ("--trainer.check_val_every_n_epoch=2", validations, [19]),
+    ("--trainer.enable_checkpointing=false", lambda: has("checkpoints/*"), 0),
+    ("--trainer.logger=false", lambda: has("metrics.csv"), 0),
+    ("--trainer.logger=CSVLogger", csv_steps, 20),
+    ("--trainer.profiler=simple", lambda: has("fit-*.txt"), 0),
+    (
+        "--trainer.profiler=SimpleProfiler --trainer.profiler.filename=times "
+        "--trainer.profiler.dirpath=.",
+        lambda: len(Path("fit-times.txt").read_text().splitlines()) > 10,
+        True,
+    ),
+    (
+        "--trainer.profiler=AdvancedProfiler --trainer.profiler.filename=calls "
+        "--trainer.profiler.dirpath=.",
+        lambda: "function calls" in Path("fit-calls.txt").read_text(),
+        True,
+    ),
+    (
+        f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/loss {CALLBACKS}.stopping_threshold=9",
+        steps,
+        10,
+    ),
+    (
+        f"{CALLBACKS}+=ModelCheckpoint {CALLBACKS}.every_n_train_steps=5 {CALLBACKS}.save_top_k=-1",
+        lambda: has("checkpoints/*.ckpt"),
+        4 + 2,
+    ),
+    (f"{CALLBACKS}+=Timer {CALLBACKS}.duration=00:00:00:00", lambda: has("checkpoints/*"), 0),
+    (
+        f'{CALLBACKS}+=GradientAccumulationScheduler {CALLBACKS}.scheduling={{"0":5,"1":2}}',
+        steps,
+        2 + 5,
+    ),
+    (f"{CALLBACKS}+=EMAWeightAveraging", lambda: "averaging_state" in last(FOLDER / "r"), True),
+]
+
+
+@pytest.mark.parametrize(("flags", "measure", "expected"), EFFECTS, ids=[x[0] for x in EFFECTS])
+def test_a_setting_acts(flags: str, measure: Callable[[], Any], expected: Any) -> None:
+    typed = ["--trainer.max_epochs=2", *flags.split()]
+    fit(*typed)
+    assert measure() == expected
+
+
+REFUSED = [
+    ("--trainer.barebones=true", "--trainer.barebones=true leaves nothing of a run"),
+    ("--trainer.max_epochs=0", "with --trainer.max_epochs=0 there is nothing to train"),
+    ("--trainer.max_steps=0", "with --trainer.max_steps=0 there is nothing to train"),
+    ("--trainer.limit_train_batches=0", "with --trainer.limit_train_batches=0 there is nothing"),
+    ("--trainer.max_epochs=-1", "training would not end"),
+    (
+        "--trainer.max_epochs=-1 --trainer.max_time=00:00:01:00 "
+        "--model.lr_scheduler=lit_models.schedules.OneCycle",
+        "laid over the whole training, which has no end",
+    ),
+    (f"{CALLBACKS}+=BatchSizeFinder", "BatchSizeFinder needs a loader that is made anew"),
+    (f"{CALLBACKS}+=LearningRateFinder", "LearningRateFinder moves one rate"),
+    (
+        f"{CALLBACKS}+=StochasticWeightAveraging {CALLBACKS}.swa_lrs=0.1",
+        "StochasticWeightAveraging keeps its average in no checkpoint",
+    ),
+    (
+        f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/acc",
+        "EarlyStopping watches val/acc, which is not measured in validation; there are val/accur",
+    ),
+    (
+        f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/loss --data.val_size=0",
+        "EarlyStopping watches val/loss, which is not measured in validation; nothing is",
+    ),
+    (
+        "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau "
+        "--model.lr_scheduler.monitor=val/acc",
+        "ReduceLROnPlateau watches val/acc, which is not measured",
+    ),
+    ("--trainer.logger=TensorBoardLogger", "pip install tensorboard"),
+    ("--trainer.strategy=fsdp", "The strategy `fsdp` requires a GPU accelerator"),
+    ("--model.optimizer=torch.optim.Muon", "--model.optimizer: Muon only supports 2D parameters"),
+    (
+        "--model.network=torch.nn.LazyLinear --model.network.out_features=10",
+        "--model.network: LazyLinear has lazy layers",
+    ),
+    (
+        "--model.network=lit_models.networks.ResNet --model.network.in_channels=3",
+        "LitClassifier with ResNet cannot be trained on DigitsDataModule, whose batches are "
+        "(4, 1, 28, 28) float32, (4,) int64",
+    ),
+    (
+        "--data=RunningMeanDataModule",
+        "LitClassifier with LeNet5 cannot be trained on RunningMeanDataModule",
+    ),
+    (
+        "--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR --model.lr_scheduler.max_lr=0.1",
+        "OneCycleLR trains with its own max_lr=0.1, so that lr=0.003 of Adam would not be used",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_a_setting_is_refused_in_one_sentence(
+    flags: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = BASE
+    if "--data=" in flags:
+        base = [x for x in BASE if not x.startswith(("--data.", "--data="))]
+    args = ["fit", *base, "--trainer.max_epochs=2", *flags.split()]
+    assert said in sentence(args, capsys)
+    assert not list(home.rglob("config.yaml"))
+
+
+def test_a_validation_leaves_the_records_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was recorded at step 0, and the steps to an accuracy became 1."""
+    run = fit("--trainer.max_epochs=2")
+    before = rows(run)
+    for limit in ("", "--trainer.limit_val_batches=1"):
+        train.main(["validate", f"--run={run}", *limit.split()])
+        assert rows(run) == before
+    assert "A part of the data: nothing of it is recorded." in capsys.readouterr().out
+
+
+def test_a_part_of_a_test_does_not_take_the_place_of_the_whole() -> None:
+    run = fit("--trainer.max_epochs=1", "--test=true", "--data.eval_batch_size=50")
+    before = rows(run)
+    matrix = (run / "confusion_matrix_test.csv").exists()
+    train.main(["test", f"--run={run}", "--trainer.limit_test_batches=1"])
+    assert rows(run) == before
+    assert (run / "confusion_matrix_test.csv").exists() == matrix
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_quick_look_is_at_the_trained_network(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``fast_dev_run`` evaluated the initial weights."""
+    run = fit("--trainer.max_epochs=3")
+    capsys.readouterr()
+    flags = ["--trainer.fast_dev_run=1", "--data.eval_batch_size=1000"]
+    train.main([command, f"--run={run}", *flags])
+    [line] = [x for x in capsys.readouterr().out.splitlines() if "/accuracy" in x]
+    assert float(line.replace("│", " ").split()[1]) > 0.5
+
+
+def test_an_average_that_has_not_begun_is_the_current_weights() -> None:
+    """The initial ones were validated, saved and tested (Lightning-AI/pytorch-lightning#21724)."""
+    average = f"{CALLBACKS}+=EMAWeightAveraging {CALLBACKS}.update_starting_at_step=1000"
+    flags = ["--trainer.max_epochs=3", "--test=true"]
+    averaged, plain = fit(*flags, *average.split()), fit(*flags, run="plain")
+    assert float(rows(averaged)[-1]["val/accuracy"]) > 0.5
+    for a, b in zip(rows(averaged), rows(plain), strict=True):
+        assert {k: v for k, v in a.items() if "/" in k} == {k: v for k, v in b.items() if "/" in k}
+    torch.testing.assert_close(last(averaged)["state_dict"], last(plain)["state_dict"])
+
+
+def test_overfitting_takes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def seeing(self: LitClassifier, batch: list[torch.Tensor], *args: Any) -> Any:
+        seen.append(batch[0])
+        return step(self, batch, *args)
+
+    step = LitClassifier.training_step
+    monkeypatch.setattr(LitClassifier, "training_step", seeing)
+    fit("--trainer.max_epochs=3", "--trainer.overfit_batches=2", "--data.crop=2")
+    _, *batches = seen  # the first one tries whether network and data fit
+    assert len(batches) == 6
+    assert all(torch.equal(batch, batches[i % 2]) for i, batch in enumerate(batches))
+    assert not torch.equal(batches[0], batches[1])
