@@ -144,8 +144,8 @@ def test_places_and_lengths_may_change(capsys: pytest.CaptureFixture[str]) -> No
     assert_same(FOLDER / "r", whole, metrics=False)  # other batches have other sums of the loss
     recorded = yaml.safe_load((FOLDER / "r" / "config.yaml").read_text())
     assert recorded["data"]["init_args"]["eval_batch_size"] == 99
-    capsys.readouterr()
-    fit("--trainer.max_epochs=2")
+    assert "already finished" not in capsys.readouterr().out
+    fit("--trainer.max_epochs=2", "--test=true")
     assert "runs/mnist_lenet/r was already finished after 20 steps." in capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_continuing import BASE, FOLDER, fit, last
 from test_train import rows, sentence
 
@@ -39,6 +40,13 @@ def csv_steps() -> int:
         return len({row["step"] for row in csv.DictReader(file) if row["train/loss"]})
 
 
+def tensorboard_steps() -> int:
+    [folder] = (FOLDER / "r").glob("lightning_logs/*")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return len(events.Scalars("train/loss"))
+
+
 CALLBACKS = "--trainer.callbacks"
 EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured, what it is
     ("", steps, 20),
@@ -58,6 +66,7 @@ EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured
     ("--trainer.enable_checkpointing=false", lambda: has("checkpoints/*"), 0),
     ("--trainer.logger=false", lambda: has("metrics.csv"), 0),
     ("--trainer.logger=CSVLogger", csv_steps, 20),
+    ("--trainer.logger=TensorBoardLogger", tensorboard_steps, 20),
     ("--trainer.profiler=simple", lambda: has("fit-*.txt"), 0),
     (
         "--trainer.profiler=SimpleProfiler --trainer.profiler.filename=times "
@@ -128,7 +137,6 @@ REFUSED = [
         "--model.lr_scheduler.monitor=val/acc",
         "ReduceLROnPlateau watches val/acc, which is not measured",
     ),
-    ("--trainer.logger=TensorBoardLogger", "pip install tensorboard"),
     ("--trainer.strategy=fsdp", "The strategy `fsdp` requires a GPU accelerator"),
     ("--model.optimizer=torch.optim.Muon", "--model.optimizer: Muon only supports 2D parameters"),
     (
@@ -161,6 +169,14 @@ def test_a_setting_is_refused_in_one_sentence(
     args = ["fit", *base, "--trainer.max_epochs=2", *flags.split()]
     assert said in sentence(args, capsys)
     assert not list(home.rglob("config.yaml"))
+
+
+def test_a_logger_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.refusals.find_spec", lambda name: None)
+    said = sentence(["fit", *BASE, "--trainer.logger=TensorBoardLogger"], capsys)
+    assert said == "error: TensorBoardLogger needs tensorboard: pip install tensorboard"
 
 
 def test_a_validation_leaves_the_records_alone(capsys: pytest.CaptureFixture[str]) -> None:
