@@ -54,6 +54,11 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", default="auto", help="number of processes (default: auto)")
     parser.add_argument("--precision", help="default: as the run was trained")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="import whatever the run names: only for runs of people you trust",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options, overrides = parser.parse_known_args(join_values(args))
     if not re.fullmatch(r"auto|-1|\d+(,\d+)*", options.devices):

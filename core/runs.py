@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from core.errors import UserError
 
 ROOT = Path("runs")
+CHECKPOINT = {"state_dict": dict, "metrics": dict, "epoch": int, "global_step": int}
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._+=-]{1,100}")
 
 
@@ -166,7 +167,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without executing anything in it.
 
     Raises:
-        UserError: The file is missing, damaged, or not one of this project's checkpoints.
+        UserError: The file is missing, damaged, or not one of this project's checkpoints, or its
+            weights are not finite.
     """
     import torch  # two seconds, for which study.py and submit.py need not wait
 
@@ -174,9 +176,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a run folder or a .ckpt file.") from None
-    except Exception as error:  # torch raises many types on damaged or unsafe files
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+    except Exception as error:  # torch raises many types, and advises to load unsafe files unsafely
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and "
+            "plain values."
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path} carries no configuration; only runs of train.py can be used.")
+    for name, kind in CHECKPOINT.items():
+        if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is True:
+            raise UserError(f"{path} is not whole: its {name} is missing or of another kind.")
+    if min(checkpoint["epoch"], checkpoint["global_step"]) < 0:
+        raise UserError(f"{path} is not whole: its epoch or step is negative.")
+    for name, weight in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+            raise UserError(f"{path} is not whole: {name!r} among its weights is no tensor.")
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: the weights {name} are not finite; the run has diverged.")
+    for name, value in checkpoint["metrics"].items():
+        if not isinstance(name, str) or not isinstance(value, float):
+            raise UserError(f"{path} is not whole: the metric {name!r} is no number.")
     return checkpoint

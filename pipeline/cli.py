@@ -30,6 +30,7 @@ from core.runs import ROOT, Run, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
+from pipeline.admission import admit, plain_trainer, read_config
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
@@ -83,6 +84,11 @@ class CLI(LightningCLI):
             "--study",
             type=str | None,
             help="fit: the study this run is a point of; its folder is runs/STUDY/POINT/.",
+        )
+        parser.add_argument(
+            "--trust",
+            action="store_true",
+            help="import whatever a run names: only for runs of people you trust.",
         )
         parser.add_argument(
             "--debug", action="store_true", help="show the traceback of a mistake as well."
@@ -157,8 +163,10 @@ class CLI(LightningCLI):
 
     def compare(self, checkpoint: Path, run: Run) -> None:
         """Refuse to go on from a checkpoint with settings that make another run of it."""
-        recorded = yaml.safe_load(load_checkpoint(checkpoint)["config"])
-        whole = self.parser.parse_object({"subcommand": "fit", "fit": update(recorded)})
+        recorded = update(read_config(load_checkpoint(checkpoint)["config"], checkpoint))
+        if not self.config.fit.trust:
+            admit(recorded, checkpoint)
+        whole = self.parser.parse_object({"subcommand": "fit", "fit": recorded})
         now = self.settings(self.config)
         for warning in refuse_changes(self.settings(whole), now, str(run.folder)):
             rank_zero_warn(warning)
@@ -314,6 +322,7 @@ def arrange(args: list[str]) -> list[str]:
     parser.add_argument("--run")
     parser.add_argument("--study")
     parser.add_argument("--trainer.default_root_dir", dest="root")
+    parser.add_argument("--trust", action="store_true")
     known, rest = parser.parse_known_args(args[1:])
     if known.study:
         study = Study.load(known.study)
@@ -332,6 +341,9 @@ def arrange(args: list[str]) -> list[str]:
         known.root = known.root or os.path.relpath(folder.parents[1])
         if args[0] == "fit":
             known.run = folder.name
+    known.config = [admitted(path, args[0], known.trust) for path in known.config]
+    if known.trust:
+        rest = ["--trust", *rest]
     if known.root:
         rest = [f"--trainer.default_root_dir={known.root}", *rest]
     configs = [f"--config={path}" for path in known.config]
@@ -339,6 +351,21 @@ def arrange(args: list[str]) -> list[str]:
         f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key] is not None
     ]
     return [args[0], *configs, *named, *rest]
+
+
+def admitted(path: str, subcommand: str, trust: bool) -> str:
+    """A configuration for ``--config``; that of a run names nothing foreign unless trusted.
+
+    A test takes of a run's trainer what is left of it by :func:`plain_trainer`.
+    """
+    if Path(path).name != "config.yaml" or not is_file(Path(path)):
+        return path
+    config = update(read_config(Path(path).read_text(), path))
+    if subcommand != "fit":
+        config["trainer"] = plain_trainer(config["trainer"])
+    if not trust:
+        admit(config, path)
+    return path if subcommand == "fit" else yaml.safe_dump(config)
 
 
 def run(args: list[str]) -> None:

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from core.errors import UserError
 from core.files import sha256
 from core.runs import Run, load_checkpoint
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
+from pipeline.admission import admit, read_config
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
 
@@ -30,15 +29,18 @@ class Member:
     data: BaseDataModule
 
     @classmethod
-    def load(cls, source: str, which: str, overrides: list[str], **inputs: Any) -> "Member":
+    def load(
+        cls, source: str, which: str, overrides: list[str], *, trust: bool = False, **inputs: Any
+    ) -> "Member":
         """Read a run or a .ckpt file and build its model and data.
 
-        Only a LitModel and a BaseDataModule are built, and nothing in the file is executed.
+        Nothing in the file is executed, and what it names is admitted before it is imported.
 
         Args:
             source: Run folder or checkpoint.
             which: The ``best`` or the ``last`` checkpoint of a run.
             overrides: Settings as on the command line.
+            trust: Import whatever it names.
             inputs: Settings of the data that are what is to be predicted.
 
         Raises:
@@ -48,9 +50,11 @@ class Member:
         is_file = Path(source).suffix == ".ckpt"
         path = Path(source) if is_file else Run.find(source).checkpoint(which)
         checkpoint = load_checkpoint(path)
-        config = update(yaml.safe_load(checkpoint["config"]))
+        config = update(read_config(checkpoint["config"], path))
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
         data = config["data"]
+        if not trust:
+            admit({"model": model, "data": data, "trainer": {}}, path)
         known = checkpoint.get(data["class_path"].rpartition(".")[2], {})  # the data's state_dict
         data = data | {"init_args": data.get("init_args", {}) | known | inputs}
         parser = Parser()

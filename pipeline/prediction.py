@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -159,7 +160,12 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
     inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
     if options.json:
         inputs["as_json"] = True
-    members = [Member.load(run, options.checkpoint, overrides, **inputs) for run in options.runs]
+    if options.trust:
+        sys.path.append(os.getcwd())  # where an own network may be
+    members = [
+        Member.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
+        for run in options.runs
+    ]
     if not members[0].model.outputs:
         raise UserError(
             f"{members[0].source} is a regression, which has no classes to write; use the outputs "

@@ -1,0 +1,226 @@
+"""What the files of a run may name. They may come from anybody, and a name is an import."""
+
+import collections.abc
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any, ForwardRef, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from core.errors import UserError
+from datamodules.base import BaseDataModule
+from lit_models.base import LitModel
+
+OURS = ("callbacks", "datamodules", "lit_models", "steadyfit")
+PACKAGES = (*OURS, "lightning", "torch", "torchmetrics", "torchvision")
+SECTIONS = {"seed_everything", "init_from", "trainer", "model", "data"}
+MADE_BY = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}  # what a Callable is to make
+CALLS = ("LambdaCallback", "LambdaLR", "MultiplicativeLR")  # made of functions of anybody
+PLACES = {"dirpath", "save_dir", "root_dir", "cache_dir"}  # where an object writes
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+LARGEST = 20_000  # values of a configuration, its aliases followed; ours have 300
+
+Config = dict[str, Any]
+
+
+def read_config(text: str, source: str | Path) -> Config:
+    """The configuration of a run, before any class of it is looked up.
+
+    Raises:
+        UserError: It is not a mapping with a model and a data module, or it is a YAML bomb.
+    """
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None and expanded(node, {}, set()) > LARGEST:
+            raise UserError(f"{source}: the configuration grows beyond {LARGEST:,} values.")
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source}: the configuration is not valid YAML.") from error
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys() <= SECTIONS:
+        raise UserError(f"{source}: the configuration is not one of a run.")
+    for section in ("model", "data"):
+        entry = config[section]
+        options = entry.get("init_args", {}) if isinstance(entry, dict) else None
+        if not isinstance(options, dict) or not isinstance(entry.get("class_path"), str):
+            raise UserError(f"{source}: {section} is not a class with its settings.")
+        entry.setdefault("init_args", {})
+    if not isinstance(config.setdefault("trainer", {}), dict):
+        raise UserError(f"{source}: trainer is not a mapping.")
+    return config
+
+
+def expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """Values below a YAML node, those behind an alias counted each time."""
+    if id(node) in above:
+        raise ValueError("it contains itself")
+    if id(node) not in sizes:
+        above.add(id(node))
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            below = node.value
+        elif isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(expanded(part, sizes, above) for part in below)
+        above.remove(id(node))
+    return sizes[id(node)]
+
+
+def admit(config: Config, source: str | Path) -> None:
+    """Make sure that a run's configuration imports and calls nothing of somebody else's.
+
+    Admitted are classes of this project, torch, torchvision, torchmetrics and lightning that are
+    what their place asks for, and functions of ``torchvision.models``. Values that are imported
+    because a constructor wants a callable are held to the same; places to write are refused.
+
+    Raises:
+        UserError: It names something else.
+    """
+    check = Admission(source)
+    check.entry(config["model"], (LitModel,), "model")
+    check.entry(config["data"], (BaseDataModule,), "data")
+    check.options(config["trainer"], hints_of(Trainer), "trainer")
+
+
+def plain_trainer(trainer: Config) -> Config:
+    """What a test takes of a run's trainer: plain values, and callbacks of this project."""
+    kept = {name: value for name, value in trainer.items() if not isinstance(value, dict | list)}
+    callbacks = trainer.get("callbacks")
+    own = [
+        entry
+        for entry in (callbacks if isinstance(callbacks, list) else [])
+        if isinstance(entry, dict) and str(entry.get("class_path")).partition(".")[0] == OURS[0]
+    ]
+    return kept | ({"callbacks": own} if own else {})
+
+
+class Admission:
+    """The check of one configuration."""
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = source
+
+    def refuse(self, name: str, value: Any, reason: str) -> None:
+        raise UserError(
+            f"{self.source}: {name} is {str(value)[:100]}, {reason}; if you trust whoever made "
+            "this run, add --trust."
+        )
+
+    def entry(self, value: Any, bases: tuple[type, ...], name: str) -> None:
+        """A class with its settings, or its name alone."""
+        if isinstance(value, str):
+            value = {"class_path": value}
+        if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+            self.refuse(name, value, "which is no class with its settings")
+        found = self.look_up(value["class_path"], bases, name)
+        hints = {} if found is None else hints_of(found)
+        for part in ("init_args", "dict_kwargs"):
+            self.options(value.get(part) or {}, hints, name)
+        if unknown := value.keys() - {"class_path", "init_args", "dict_kwargs"}:
+            self.refuse(name, sorted(map(str, unknown)), "which belong to no class")
+
+    def options(self, options: Any, hints: dict[str, Any], name: str) -> None:
+        if not isinstance(options, dict):
+            self.refuse(name, options, "which is no mapping")
+        for key, value in options.items():
+            if not isinstance(key, str) or not key.rstrip("+").isidentifier():
+                self.refuse(name, key, "which is no name of a setting")
+            self.option(key.rstrip("+"), value, hints, f"{name}.{key}")
+
+    def option(self, key: str, value: Any, hints: dict[str, Any], name: str) -> None:
+        if key in PLACES and value not in (None, "."):
+            self.refuse(name, value, "a place outside the run's folder")
+        hint = hints.get(key)
+        bases, called = classes_in(hint)
+        if key in MADE_BY:
+            bases, called = (MADE_BY[key],), True
+        if isinstance(value, str):
+            kept_inside = name.startswith("trainer.") and key != "default_root_dir"
+            path = PurePosixPath(value)
+            if kept_inside and (path.is_absolute() or ".." in path.parts):
+                self.refuse(name, value, "a place outside the run's folder")
+            dotted = PATH.fullmatch(value) is not None
+            text = str in parts_of(hint)
+            if (called or bases) and (dotted or not text):
+                self.entry(value, bases or (nn.Module,), name)
+            elif hint is None and dotted:
+                self.refuse(name, value, "which may be imported")
+        elif isinstance(value, dict) and "class_path" in value:
+            self.entry(value, bases or (nn.Module,), name)
+        elif isinstance(value, dict):
+            self.options(value, {}, name)
+        elif isinstance(value, list):
+            for part in value:
+                self.option(key, part, hints, name)
+
+    def look_up(self, path: str, bases: tuple[type, ...], name: str) -> Any:
+        """The class or function at an import path, if it may be there; None for a short name."""
+        if path.isidentifier():
+            return None  # one of the classes that are loaded already, or a complaint of the parser
+        root = path.partition(".")[0]
+        if not PATH.fullmatch(path) or root not in PACKAGES:
+            known = "this project, torch, torchvision, torchmetrics or lightning"
+            self.refuse(name, path, f"which is not of {known}")
+        found: Any = import_module(root)
+        for part in path.split(".")[1:]:
+            # what torch has not loaded itself compiles, downloads or profiles
+            if root != "torch" and not hasattr(found, part) and inspect.ismodule(found):
+                try:
+                    import_module(f"{found.__name__}.{part}")
+                except ImportError:
+                    self.refuse(name, path, "which there is not")
+            found = getattr(found, part, None)
+        wanted = " or ".join(base.__name__ for base in bases)
+        if inspect.isfunction(found):
+            if not found.__module__.startswith("torchvision.models") or nn.Module not in bases:
+                self.refuse(name, path, f"a function, where a {wanted} belongs")
+        elif not isinstance(found, type) or not issubclass(found, bases):
+            self.refuse(name, path, f"which is no {wanted}")
+        elif found.__name__ in CALLS:
+            self.refuse(name, path, "which calls what it is given")
+        return found
+
+
+def hints_of(found: Any) -> dict[str, Any]:
+    """Annotations of the parameters of a function, or of the constructors of a class."""
+    makers = [found] if inspect.isfunction(found) else [c.__init__ for c in found.__mro__[::-1]]
+    hints: dict[str, Any] = {}
+    for maker in makers:
+        try:
+            hints |= get_type_hints(maker)
+        except (NameError, TypeError):  # names that exist for type checkers alone
+            hints |= getattr(maker, "__annotations__", {})
+    return hints
+
+
+def parts_of(hint: Any) -> set[Any]:
+    """All types that an annotation is made of; one that cannot be read is as if there were none."""
+    if isinstance(hint, str | ForwardRef | TypeVar):
+        return {collections.abc.Callable}
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return {str}
+    if origin in (collections.abc.Callable, type):
+        return {origin}
+    if origin is not None and parts:
+        return set().union(*(parts_of(part) for part in parts if part is not Ellipsis))
+    return {hint}
+
+
+PLAIN = (str, int, float, bool, bytes, complex, type(None), Path, Tensor)
+
+
+def classes_in(hint: Any) -> tuple[tuple[type, ...], bool]:
+    """Classes that a value may be an object of, and whether it may be a callable."""
+    parts = parts_of(hint)
+    called = bool(parts & {collections.abc.Callable, type}) or hint is Any
+    classes = [p for p in parts if isinstance(p, type) and p not in (*PLAIN, type)]
+    classes = [p for p in classes if p.__module__.partition(".")[0] in PACKAGES]
+    return tuple(classes), called and hint is not Any
