@@ -1,5 +1,6 @@
 """What a run is on disk: one folder with its configuration, checkpoints, metrics and results."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -194,6 +195,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not weight.isfinite().all():
             raise UserError(f"{path}: the weights {name} are not finite; the run has diverged.")
     for name, value in checkpoint["metrics"].items():
-        if not isinstance(name, str) or not isinstance(value, float):
-            raise UserError(f"{path} is not whole: the metric {name!r} is no number.")
+        if not isinstance(name, str) or not isinstance(value, float) or not math.isfinite(value):
+            raise UserError(f"{path} is not whole: the metric {name!r} is no finite number.")
     return checkpoint

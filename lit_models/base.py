@@ -112,12 +112,21 @@ class LitModel(LightningModule):
         Raises:
             UserError: It cannot be read, or its network is another one.
         """
-        try:
-            self.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
-        except RuntimeError as error:
-            lines = str(error).splitlines()
-            raise UserError(f"the weights of {checkpoint} do not fit:{lines[1]}") from error
+        self.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
         self.has_weights = True
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """What torch does.
+
+        Raises:
+            UserError: The weights are those of another network.
+        """
+        try:
+            return super().load_state_dict(*args, **options)
+        except RuntimeError as error:
+            _, first, *_ = [*str(error).splitlines(), str(error)]
+            reason = first.strip()
+            raise UserError(f"the weights are those of another network: {reason}") from error
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -2,7 +2,9 @@
 
 import collections.abc
 import inspect
+import math
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, ForwardRef, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -44,6 +46,10 @@ def read_config(text: str, source: str | Path) -> Config:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{source}: the configuration is not valid YAML.") from error
+    for value in values(config):
+        unusable = isinstance(value, str) and "\0" in value
+        if unusable or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{source}: the configuration holds {value!r}.")
     if not isinstance(config, dict) or not {"model", "data"} <= config.keys() <= SECTIONS:
         raise UserError(f"{source}: the configuration is not one of a run.")
     for section in ("model", "data"):
@@ -71,6 +77,15 @@ def expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
         sizes[id(node)] = 1 + sum(expanded(part, sizes, above) for part in below)
         above.remove(id(node))
     return sizes[id(node)]
+
+
+def values(part: Any) -> Iterator[Any]:
+    """All that is in a configuration and is neither a mapping nor a list."""
+    if isinstance(part, dict | list):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from values(inner)
+    else:
+        yield part
 
 
 def admit(config: Config, source: str | Path) -> None:

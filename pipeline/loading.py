@@ -66,9 +66,8 @@ class Member:
             built = parser.instantiate(parser.parse_args(overrides, settings))
         try:
             built.model.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as error:
-            detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise UserError(f"{path} holds the weights of another network: {detail}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         return cls(
             path if is_file else path.parents[1], path, checkpoint, config, built.model, built.data
         )

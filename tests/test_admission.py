@@ -68,7 +68,7 @@ FOREIGN = [
     (
         "model.init_args.network",
         setting("torch.utils.cpp_extension.load_inline", name="x"),
-        "torch.utils.cpp_extension.load_inline, which is no Module",
+        "torch.utils.cpp_extension.load_inline, ",
     ),
     ("model.init_args.network", setting("torch.optim.SGD"), "which is no Module"),
     ("model.init_args.network", setting("torch.os.system"), "which is no Module"),
@@ -193,6 +193,7 @@ def test_a_test_takes_plain_values_and_callbacks_of_ours() -> None:
     [
         ("a: [", "not valid YAML"),
         ("[1, 2]", "not one of a run"),
+        ("model: 3\ndata: .nan", "the configuration holds nan"),
         ("model: 3\ndata: 4", "model is not a class with its settings"),
         ("a: &a [*a]", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),
@@ -223,9 +224,9 @@ def changed(checkpoint: dict[str, Any], **parts: Any) -> dict[str, Any]:
         ({"state_dict": []}, "its state_dict is missing or of another kind"),
         ({"state_dict": {"network.x": 3}}, "'network.x' among its weights is no tensor"),
         ({"state_dict": {"network.x": torch.tensor(torch.nan)}}, "the run has diverged"),
-        ({"state_dict": {"network.x": torch.zeros(3)}}, "holds the weights of another network"),
+        ({"state_dict": {"network.x": torch.zeros(3)}}, "the weights are those of another network"),
         ({"metrics": ...}, "its metrics is missing"),
-        ({"metrics": {"val/accuracy": "good"}}, "the metric 'val/accuracy' is no number"),
+        ({"metrics": {"val/accuracy": "good"}}, "the metric 'val/accuracy' is no finite number"),
         ({"epoch": "3"}, "its epoch is missing or of another kind"),
         ({"epoch": -1}, "its epoch or step is negative"),
         ({"global_step": None}, "its global_step is missing or of another kind"),

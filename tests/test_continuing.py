@@ -187,7 +187,7 @@ def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     source = fit("--trainer.max_epochs=1")
     flags = ["--run=new", f"--init_from={source}", "--model.network.channels=[8,16]"]
     said = sentence(["fit", *BASE, "--trainer.max_epochs=1", *flags], capsys)
-    assert "best.ckpt do not fit" in said
+    assert "the weights are those of another network: size mismatch for network.conv1" in said
 
 
 def test_differences_go_no_deeper_than_the_class() -> None:

@@ -757,3 +757,12 @@ def test_real_cats_are_told_from_dogs(
     with Path("runs/image_folder/a/metrics.csv").open(newline="") as file:
         values = [float(r["val/accuracy"]) for r in csv.DictReader(file) if r["val/accuracy"]]
     assert max(values) > 0.58  # chance gives 0.5 with a standard deviation of 0.03
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """One of 420 kB took 1.7 GB."""
+    path = tmp_path / "large.png"
+    Image.new("1", (9000, 8000)).save(path)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(ValueError, match="9000 x 8000 pixels are too many"):
+        decode_photo(path, (8, 8))

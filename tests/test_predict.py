@@ -238,7 +238,7 @@ def test_weights_of_another_network(run: Path, capsys: pytest.CaptureFixture[str
     predict_csv(run)
     before = (run / "submission.csv").read_bytes()
     said = sentence(capsys, run, "--model.network.widths=[8,8,16]")
-    assert "holds the weights of another network" in said
+    assert "the weights are those of another network" in said
     assert (run / "submission.csv").read_bytes() == before
 
 

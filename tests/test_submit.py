@@ -388,6 +388,35 @@ def test_file_must_be_the_one_that_was_made(refusal: Refusal) -> None:
     assert "submission.json is not whole; run predict.py again" in refusal(RUN)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sha256": 3},
+        {"labels": "cat"},
+        {"labels": ["cat", None]},
+        {"labels": 5},
+        {"sendable": "no"},
+        {"competition": ["cifar-10"]},
+        {"sample": 7},
+        {"sample": "a\0b"},
+        {"runs": {}},
+        {"runs": None},
+        {"runs": ["first"]},
+        {"runs": [{"run": 1, "validation_accuracy": 0.5, "validation_samples": 9}]},
+        {"runs": [{"run": "x", "validation_accuracy": "0.5", "validation_samples": 9}]},
+        {"runs": [{"run": "x", "validation_accuracy": 1.5, "validation_samples": 9}]},
+        {"runs": [{"run": "x", "validation_accuracy": float("nan"), "validation_samples": 9}]},
+        {"runs": [{"run": "x", "validation_accuracy": 0.5, "validation_samples": 0}]},
+        {"runs": [{"run": "x", "validation_accuracy": 0.5, "validation_samples": None}]},
+        {"runs": [{"run": "x", "validation_accuracy": 0.5, "validation_samples": True}]},
+    ],
+)
+def test_a_changed_record_is_told_in_a_sentence(changes: dict[str, Any], refusal: Refusal) -> None:
+    """Nine of twenty-two ended in a traceback, or were taken as they were."""
+    make_run(**changes)
+    assert "submission.json is not whole; run predict.py again" in refusal(RUN)
+
+
 def test_what_is_not_known_is_asked_for(refusal: Refusal) -> None:
     Path("mine.csv").write_text(GOOD)
     assert "say which with --competition NAME and --sample FILE" in refusal("mine.csv")

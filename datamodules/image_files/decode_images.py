@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow clips the others to white
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MOST_PIXELS = 64_000_000  # that are decoded: with transparency they take 0.8 GB, a PNG of 0.2 MB
 # What Pillow raises at files that are not whole; SyntaxError is its word for a broken PNG.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -52,6 +53,8 @@ def decode_photo(path: Path, size: tuple[int, int]) -> bytes:
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             image.draft("RGB", (2 * width, 2 * height))  # a JPEG can be decoded at half, a quarter
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
             return ImageOps.fit(opaque(upright(image)), (width, height)).tobytes()
     except BROKEN as error:
         raise ValueError(reason(error)) from error

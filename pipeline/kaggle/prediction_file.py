@@ -90,24 +90,20 @@ def read_prediction(
     labels: list[str] | None = None
     members: list[Member] = []
     if origin.is_file():
-        try:
-            made: dict[str, Any] = json.loads(origin.read_text())
-            recorded, labels = made["sha256"], made["labels"]
-            sendable = made.get("sendable", True)
-            competition = competition or made["competition"]
-            sample = sample or (Path(made["sample"]) if made["sample"] else None)
-            members = [
-                Member(run["run"], run["validation_accuracy"], run["validation_samples"])
-                for run in made["runs"]
-            ]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{origin} is not whole; run predict.py again.") from None
-        if not sendable:
+        made = read_origin(origin)
+        labels = made["labels"]
+        competition = competition or made["competition"]
+        sample = sample or (Path(made["sample"]) if made["sample"] else None)
+        members = [
+            Member(run["run"], run["validation_accuracy"], run["validation_samples"])
+            for run in made["runs"]
+        ]
+        if not made.get("sendable", True):
             raise UserError(
                 f"{path} is a table of photos and their labels, which no competition asks for; "
                 "submit.py sends the predictions for a competition's own data set."
             )
-        if digest != recorded:
+        if digest != made["sha256"]:
             raise UserError(
                 f"{path} is not the file that {origin} records, its SHA-256 differs; "
                 "run predict.py again, or rename the file to send it as your own."
@@ -122,6 +118,32 @@ def read_prediction(
     if not sample.is_file():
         raise UserError(f"{sample} does not exist; name the competition's file: --sample FILE.")
     return Prediction(path, digest, competition, sample, labels, members)
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """What ``predict.py`` recorded beside its predictions.
+
+    Raises:
+        UserError: Something is missing, of another type or out of range.
+    """
+    try:
+        made = json.loads(path.read_text())
+        texts = [made["sha256"], *made["labels"], *(run["run"] for run in made["runs"])]
+        texts += [text for text in (made["competition"], made["sample"]) if text is not None]
+        whole = all(isinstance(text, str) and "\0" not in text for text in texts)
+        sendable = made.get("sendable", True)
+        whole &= isinstance(made["labels"], list) and isinstance(made["runs"], list)
+        whole &= isinstance(sendable, bool)
+        for run in made["runs"]:
+            samples, accuracy = run["validation_samples"], run["validation_accuracy"]
+            if sendable and accuracy is not None:
+                whole &= type(samples) is int and samples > 0
+                whole &= type(accuracy) is float and 0 <= accuracy <= 1
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not whole; run predict.py again.")
+    return made
 
 
 def oddities(path: Path) -> list[str]:
