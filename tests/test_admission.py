@@ -206,7 +206,7 @@ def test_a_test_takes_plain_values_and_callbacks_of_ours() -> None:
             "grows beyond 20,000 values",
         ),
     ],
-    ids=["broken", "list", "numbers", "cycle", "deep", "bomb"],
+    ids=["broken", "list", "not finite", "numbers", "cycle", "deep", "bomb"],
 )
 def test_texts_that_are_no_configuration(text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
