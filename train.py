@@ -1,15 +1,22 @@
 """Train, validate and test:  python train.py fit --config configs/demo.yaml"""
 
 import sys
+from pathlib import Path
 
 from core.threads import limit_spinning
 
+HELP = Path(__file__).parent / "pipeline" / "help.txt"  # needs no parser, which takes seconds
+
 
 def main(args: list[str] | None = None) -> None:
+    args = sys.argv[1:] if args is None else args
+    if not {"-h", "--help"}.isdisjoint(args):
+        print(HELP.read_text(), end="")
+        return
     limit_spinning()
     from pipeline.cli import run
 
-    run(sys.argv[1:] if args is None else args)
+    run(args)
 
 
 if __name__ == "__main__":

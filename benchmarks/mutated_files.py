@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ import torch
 import yaml
 from rich.progress import track
 
-import predict
-import submit
-import train
-
+# in this process, since each of their own would take seconds to begin
+MAIN = {name: import_module(name).main for name in ("predict", "submit", "train")}
 RUN = Path(__file__).parents[1] / "tests" / "old_runs" / "mnist_lenet" / "old"
 FORGED: list[Any] = [
     {"class_path": "evil.Net"},
@@ -147,12 +146,12 @@ def outcome(command: str, run: Path) -> tuple[str, str]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             if command == "predict":
-                predict.main([str(run), *flags, "--accelerator=cpu"])
+                MAIN["predict"]([str(run), *flags, "--accelerator=cpu"])
             elif command == "submit":
-                submit.main([str(run), "--dry_run"])
+                MAIN["submit"]([str(run), "--dry_run"])
             else:
                 quick = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
-                train.main([command, f"--run={run}", *flags, *quick])
+                MAIN["train"]([command, f"--run={run}", *flags, *quick])
         except SystemExit as stop:
             last = said.getvalue().strip().splitlines()[-1]
             one = stop.code == 1 and last.startswith("error: ")

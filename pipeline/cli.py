@@ -317,6 +317,8 @@ def arrange(args: list[str]) -> list[str]:
     """
     if not args or args[0] not in SUBCOMMANDS:
         return args
+    if "--settings" in args:
+        return [args[0], "--help"]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--run")
@@ -331,8 +333,7 @@ def arrange(args: list[str]) -> list[str]:
         if known.run:
             raise UserError("a run of a study is named by its point; leave --run out.")
         known.run = study.name_of(arguments.point)
-    asks_for_help = {"-h", "--help"} & set(rest)
-    if known.run is None and args[0] != "fit" and not asks_for_help:
+    if known.run is None and args[0] != "fit":
         raise UserError(f"{args[0]} needs a trained run: add --run RUN.")
     if known.run and not known.config:
         run = Run.find(known.run, Path(known.root or ROOT))
@@ -372,6 +373,8 @@ def run(args: list[str]) -> None:
     """Do what the arguments say."""
     with told_in_one_sentence(debug="--debug" in args) as telling, ExitStack() as held:
         telling.values = True  # until the first batch
+        if os.getcwd() not in sys.path:  # where an own network may be, which a flag names
+            sys.path.append(os.getcwd())
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
         os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()

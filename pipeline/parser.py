@@ -2,8 +2,10 @@
 
 import enum
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -13,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from core.errors import UserError
 from core.telling import of_constructor
 from pipeline.history import update
+from pipeline.names import in_full, nearest, own_classes, tell_other
 
 SEE_HELP = "; see --help for what is known."
 # how jsonargparse passes on what a constructor raises
@@ -23,7 +26,7 @@ load_yaml = get_loader("yaml")
 yaml.SafeDumper.add_multi_representer(  # Lightning's Timer has one among its defaults
     enum.Enum, lambda dumper, member: dumper.represent_data(member.value)
 )
-set_loader("yaml", lambda text: update(load_yaml(text)), (yaml.YAMLError,))
+set_loader("yaml", lambda text: in_full(update(load_yaml(text))), (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
@@ -37,12 +40,26 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(f"{essence(message).rstrip('.')}{SEE_HELP}")
+        said = in_words(essence(message).rstrip("."), list(self._option_string_actions))
+        raise UserError(said if said.endswith("?") else f"{said}{SEE_HELP}")
+
+    def add_function_arguments(
+        self, function: Any, *args: Any, linked_targets: Any = None, **options: Any
+    ) -> Any:
+        # as a network may be a function of torchvision.models, which jsonargparse 4.53 links to
+        # nothing; who calls this makes what is linked no longer required
+        return super().add_function_arguments(function, *args, **options)
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         if args is not None:  # classes by their former paths, which the YAML loader does not see
             pairs = [argument.partition("=") for argument in args]
-            args = [f"{update(name)}{equals}{update(value)}" for name, equals, value in pairs]
+            for name, _, value in pairs:
+                if in_full(value, name) != value:
+                    tell_other(value)
+            args = [
+                f"{update(name)}{equals}{in_full(update(value), name)}"
+                for name, equals, value in pairs
+            ]
             args = [part for argument in args for part in with_folder(argument)]
         return super().parse_args(args, *others, **options)
 
@@ -62,6 +79,11 @@ def essence(message: str) -> str:
     The errors of nested classes arrive inside those of the outer ones, already shortened.
     """
     lines = [line.strip().removesuffix(SEE_HELP) for line in message.splitlines()]
+    allowed = [
+        x for line in lines for x in re.findall(r"^- Expected a typing.Literal\[(.*)\]", line)
+    ]
+    if allowed and (given := re.search(r"Given value: (.*)", message)):
+        lines = [lines[0], f"- {given[1]} is none of {', '.join(allowed)}".replace("'", "")]
     # what is left of "a class, or else a file, or else nothing" is the part about the class
     lines = [
         # the reason of an import that fails stands on a line of its own
@@ -78,6 +100,39 @@ def essence(message: str) -> str:
         r"\1 is neither a class of this project nor an import path",
         sentence,
     )
+
+
+def in_words(said: str, options: list[str]) -> str:
+    """jsonargparse's words for what users do most, in ours, with the name that was meant."""
+    names = [option.removeprefix("--") for option in options]
+    if said.endswith("?"):  # of an inner parser
+        return said
+    if match := re.search(r"((?:\w+: )*).*module '([\w.]+)' has no attribute '(\w+)'", said):
+        near = nearest(match[3], dir(sys.modules.get(match[2]))).replace(
+            "mean ", f"mean {match[2]}."
+        )
+        return f"{match[1]}there is no {match[2]}.{match[3]}{near}"
+    if match := re.search(r"(.*)Option '([\w.]+)' is not accepted$", said):
+        near = nearest(match[2], names)
+        return f"{match[1]}there is no {match[2]}{near}"
+    if match := re.match(r"unrecognized arguments: --([\w.]+)", said):
+        near = nearest(match[1], names).replace("mean ", "mean --")
+        return f"there is no --{match[1]}{near}"
+    if match := re.search(r"(\w+) is neither a class", said):
+        return f"{said}{nearest(match[1], own_classes())}"
+    if match := re.search(r"(.*)Expected a typing.Literal\[(.*)\]. Got value: (.*)", said):
+        return f"{match[1]}{match[3]} is none of {match[2]}".replace("'", "")
+    if match := re.search(r"(.*)Expected a <class '(\w+)'>. Got value: (.*)", said):
+        return f"{match[1]}{match[3]} is no {match[2]}"
+    if "the following arguments are required: " in said and "fit.model" in said:
+        names_of = {path.stem for path in Path("configs").glob("*.yaml")} - {"defaults"}
+        known = ", ".join(sorted(names_of))
+        there = f"; in configs/ there are {known}" if known else ""
+        return f"say what to train: --config FILE, or --model CLASS and --data CLASS{there}"
+    if match := re.search(r"File does not exist: '(.*)'", said):
+        near = nearest(Path(match[1]).name, [path.name for path in Path("configs").glob("*.yaml")])
+        return f"{match[1]} does not exist{near.replace('mean ', 'mean configs/')}"
+    return said
 
 
 @contextmanager

@@ -79,6 +79,10 @@ def equip(trainer: Trainer, telling: Telling, *, termination: bool = True) -> No
     if termination:  # now, since Lightning would take it for a ModelCheckpoint
         trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
     pass_over_idle_hooks(trainer)
+    # With max_steps Lightning takes every resumed epoch for one that is not finished, and counts
+    # epochs and logged steps one too far (Lightning-AI/pytorch-lightning#19617).
+    if hasattr(loop := trainer.fit_loop, "_iteration_based_training"):
+        setattr(loop, "_iteration_based_training", lambda: False)  # noqa: B010
 
 
 def quiet_libraries() -> None:

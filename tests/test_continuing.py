@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 from conftest import CONFIGS, end_wandb
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from test_train import rows, sentence
 
 import train
@@ -281,6 +283,67 @@ def test_a_plain_list_of_callbacks_leaves_the_run_whole() -> None:
     run = fit("--trainer.callbacks=LearningRateMonitor", "--trainer.max_epochs=1")
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == ["best.ckpt", "last.ckpt"]
+
+
+# Any pair of settings
+
+SETTINGS: dict[str, list[str]] = {
+    "--model.optimizer.lr": ["0.003", "0.01"],
+    "--model.optimizer": ["torch.optim.Adam", "torch.optim.AdamW"],
+    "--model.lr_scheduler": ["null", "OneCycle", "InverseSquareRoot"],
+    "--model.network.dropout": ["0.0", "0.3"],
+    "--model.label_smoothing": ["0.0", "0.1"],
+    "--data.crop": ["0", "2"],
+    "--data.epoch_size": ["null", "300"],
+    "--data.eval_batch_size": ["1000", "77"],
+    "--seed_everything": ["0", "1"],
+    "--trainer.max_epochs": ["3", "4"],
+    "--trainer.max_steps": ["-1", "25"],
+    "--trainer.log_every_n_steps": ["50", "3"],
+    "--trainer.gradient_clip_val": ["null", "0.5"],
+    "--trainer.check_val_every_n_epoch": ["1", "2"],
+    "--trainer.num_sanity_val_steps": ["2", "0"],
+}
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # shrinking would train for minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_any_run_goes_on_exactly_or_is_left_as_it_was(
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+    killed_in: Callable[[int, list[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = tmp_path_factory.mktemp("pair")
+    monkeypatch.chdir(home)
+    names = sorted(SETTINGS)
+    before = {name: data.draw(st.sampled_from(SETTINGS[name]), label=name) for name in names}
+    changed = data.draw(st.lists(st.sampled_from(names), max_size=2, unique=True), label="changed")
+    after = before | {name: data.draw(st.sampled_from(SETTINGS[name])) for name in changed}
+    first, second = ([f"{k}={v}" for k, v in flags.items()] for flags in (before, after))
+    # the optimizer first, whose class decides on its settings
+    first, second = (sorted(flags, key=len) for flags in (first, second))
+    killed_in(data.draw(st.integers(7, 17), label="batch"), first)
+    if not (FOLDER / "r" / "checkpoints" / "last.ckpt").is_file():
+        return  # killed in its first epoch
+    kept = digest(home)
+    try:
+        fit(*second)
+    except SystemExit:
+        assert digest(home) == kept
+        assert before != after
+        return
+    whole = fit(*second, run="whole")
+    one, other = last(FOLDER / "r"), last(whole)
+    for part in ("global_step", "state_dict", "optimizer_states"):
+        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
 
 
 # Names

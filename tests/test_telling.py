@@ -135,7 +135,10 @@ def test_what_a_network_says_of_its_first_images_is_a_sentence(
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("HERE.Nothing", "has no attribute 'Nothing'"), ("nowhere.Net", "No module named 'nowhere'")],
+    [
+        ("HERE.Nothing", "there is no test_telling.Nothing"),
+        ("nowhere.Net", "No module named 'nowhere'"),
+    ],
 )
 def test_an_import_that_fails_says_why(
     path: str,

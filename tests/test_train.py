@@ -167,16 +167,26 @@ def test_run_without_bar_checkpoints_and_wandb(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--model.lrr=3"], "Option 'lrr' is not accepted"),
-        (["--trainer.max_epoch=3"], "unrecognized arguments: --trainer.max_epoch=3"),
+        (["--model.lrr=3"], "there is no lrr"),
+        (
+            ["--trainer.max_epoch=3"],
+            "there is no --trainer.max_epoch; did you mean --trainer.max_epochs?",
+        ),
         (["--data=NoSuch"], "NoSuch is neither a class of this project nor an import path"),
         (["--model.network=NoNet"], "NoNet is neither a class"),
-        (["--data.batch_size=many"], "batch_size: Expected a <class 'int'>. Got value: many"),
+        (["--data.batch_size=many"], "batch_size: many is no int"),
         (["--data.batch_size=0"], "batch_size must be at least 1, got 0."),
         (["--data.val_size=-1"], "val_size must not be negative, got -1; 0 trains on all."),
         (["--data.val_size=200"], "val_size is 200, but there are 200 samples in all."),
         (["--data.data_dir=nowhere"], "nowhere"),
-        (["--config=nope.yaml"], "File does not exist"),
+        (["--trainer.precision=fp16"], "trainer.precision: fp16 is none of transformer-engine, "),
+        (["--model.tta=x"], "model: tta: x is none of none, mirror, translate, mirror_translate;"),
+        (["--model.optimizer.lrr=3"], "model: optimizer: there is no lrr; did you mean lr?"),
+        (["--data.batchsize=3"], "data: there is no batchsize; did you mean batch_size?"),
+        (["--model.optimizer=MuonSDG"], "did you mean MuonSGD?"),
+        (["--model.optimizer=torch.optim.Adm"], "optimizer: there is no torch.optim.Adm; did you"),
+        (["--model.network=my_module.MyNet"], "'my_module.MyNet': No module named 'my_module'"),
+        (["--config=nope.yaml"], "nope.yaml does not exist"),
     ],
 )
 def test_mistake_is_told_in_one_sentence(
@@ -206,11 +216,72 @@ def test_commands_that_need_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing is not a run folder" in sentence(["validate", "--run=nothing"], capsys)
 
 
+def test_what_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    said = sentence(["fit"], capsys)
+    assert said.startswith("error: say what to train: --config FILE, or --model CLASS and --data")
+    assert "in configs/ there are cifar10_96, " in said
+    said = sentence(["fit", "--config=configs/mnist_lenett.yaml"], capsys)
+    assert said.endswith("does not exist; did you mean configs/mnist_lenet.yaml?")
+
+
+@pytest.mark.parametrize(
+    ("flags", "path"),
+    [
+        ("--model.optimizer=MuonSGD", "lit_models.optimizers.MuonSGD"),
+        ("--model.optimizer=BiasScaledSGD", "lit_models.optimizers.BiasScaledSGD"),
+        ("--model.lr_scheduler=Triangle", "lit_models.schedules.Triangle"),
+        ("--model.network=ResNet", "lit_models.networks.ResNet"),
+        ("--model.network=torchvision.models.resnet18", "torchvision.models.resnet18"),
+    ],
+)
+def test_names_that_people_type(
+    flags: str,
+    path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo = [f"--config={CONFIGS / 'demo.yaml'}", "--data.train_fraction=0.05", "--run=x"]
+    quick = ["--trainer.max_steps=2", "--trainer.logger=false", "--trainer.precision=32-true"]
+    train.main(["fit", *demo, flags, *quick])
+    recorded = (tmp_path / "runs/demo/x/config.yaml").read_text()
+    assert f"class_path: {path}\n" in recorded
+    told = "ResNet is lit_models.networks.ResNet; the other is torchvision.models.ResNet."
+    assert (told in capsys.readouterr().out) == flags.endswith("ResNet")
+
+
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["--help"], ["fit", "-h"], ["test", "--help"]):
+        train.main(args)
+        assert capsys.readouterr().out == train.HELP.read_text()
     with pytest.raises(SystemExit) as stop:
-        train.main(["fit", "--help"])
+        train.main(["fit", "--settings"])
     assert not stop.value.code
     assert "name of the run, started or continued" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_the_help_names_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page is a file, which no parser writes."""
+    typed = re.findall(r"^  (--.*?)(?:   .*)?$", train.HELP.read_text(), re.MULTILINE)
+    assert len(typed) > 20
+    values = {"FILE": str(CONFIGS / "demo.yaml"), "RUN": "x", "NAME": "x"}
+    other = {"--model CLASS": "--model=LitClassifier", "--data CLASS": "--data=DemoDataModule"}
+    left_out = {"--settings", "--study FILE"}  # no flag of the parser; a run of a study has no name
+    base = [f"--config={CONFIGS / 'mnist_lenet.yaml'}"]
+    for line in typed:
+        if line in left_out:
+            continue
+        flag, _, value = other.get(line, line).partition(" ")
+        flags = [flag, *([values.get(value, value)] if value else [])]
+        ends = [] if "help" in line or "print_config" in line else ["--print_config"]
+        with pytest.raises(SystemExit) as stop:
+            # of callbacks two flags stand in one line
+            train.main(["fit", *base, *" ".join(flags).split(), *ends])
+        assert not stop.value.code, (line, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -141,17 +141,6 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer)  # now something is trained with these settings
-        # With max_steps a resumed loop counts the epochs of its data one too far, and the steps of
-        # what is logged (Lightning-AI/pytorch-lightning#19617)
-        epochs: Any = trainer.fit_loop.epoch_progress.current
-        epochs.processed = epochs.completed
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.on_train_epoch_start(trainer)  # which an epoch that is resumed inside does not have
-        setattr(self, "on_train_batch_start", None)  # noqa: B010  Lightning passes over it then
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer, only_if_missing=True)  # nothing was left to train

@@ -20,6 +20,7 @@ from core.files import atomic_write
 DEFAULTS = Path(__file__).parents[2] / "configs" / "defaults.yaml"
 KEYS = {"program", "method", "name", "description", "project", "metric", "parameters", "command"}
 RECORD = "point.json"
+FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 # where a run finds its data and leaves its folder, which changes nothing in it
 PLACES = ("--data.data_dir=", "--data.download=", "--trainer.default_root_dir=")
 BARE = ("-h", "--help", "--print_config", "--debug")  # what is typed without a value
@@ -174,7 +175,7 @@ class Study:
         Raises:
             UserError: The grid has no such value.
         """
-        typed = yaml.safe_load(text)  # W&B may write 1.0 as 1
+        typed = number(yaml.safe_load(text))  # W&B may write 1.0 as 1
         for value in self.parameters[key]:
             if value == typed or str(value) == text:
                 return value
@@ -293,11 +294,16 @@ def values_of(path: Path, name: str, parameter: Any) -> list[Any]:
         if parameter.keys() == {"values"} and isinstance(values, list) and None in values:
             raise UserError(f"{path}: {name} has the value null, which cannot be typed; leave it.")
         if parameter.keys() == {"values"} and isinstance(values, list) and values:
-            return values
+            return [number(value) for value in values]
     raise UserError(
         f"{path}: {name} needs `values` with a list that is not empty, or one `value`, "
         f"got {parameter!r}."
     )
+
+
+def number(value: Any) -> Any:
+    """A value of a grid; YAML 1.1 takes 1e-3 for a text."""
+    return float(value) if isinstance(value, str) and FLOAT.fullmatch(value) else value
 
 
 def short(key: str) -> str:
