@@ -8,7 +8,7 @@ NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN := runs/demo/$(NAME)
 # core/threads.py says why
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 5000
+export GOMP_SPINCOUNT ?= 20000
 endif
 
 .PHONY: demo test check

@@ -2,7 +2,7 @@
 
 import os
 
-SPINS = 5000  # what it costs and gives: docs/speed.md, benchmarks/spinning_threads.py
+SPINS = 20_000  # what it costs and gives: docs/speed.md, benchmarks/spinning_threads.py
 
 
 def limit_spinning() -> None:

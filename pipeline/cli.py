@@ -124,37 +124,54 @@ class CLI(LightningCLI):
             return
         run = self.run_folder(config)
         if self.subcommand == "fit":
-            if config.ckpt_path is None and run.last_checkpoint.is_file():
-                config.ckpt_path = str(run.last_checkpoint)
-            if config.ckpt_path and is_file(Path(config.ckpt_path)):
-                self.compare(Path(config.ckpt_path), run)
+            self.go_on(config, run)
         else:
-            config.ckpt_path = config.ckpt_path or str(run.checkpoint())
-            name = config.data.class_path.rpartition(".")[2]
-            learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
-            if "merges" in learned:  # subwords need no books again; classes are read and compared
-                config.data.init_args["merges"] = learned["merges"]
-            validating = self.subcommand == "validate"
-            if validating:  # what training measured stays recorded
-                trainer.logger = False
-            limit = trainer.limit_val_batches if validating else trainer.limit_test_batches
-            if limit not in (None, 1.0) or isinstance(limit, int):  # 1 is one batch
-                rank_zero_only(print)("A part of the data: nothing of it is recorded.")
-                trainer.logger = False
-                kept = [c for c in trainer.callbacks or [] if c.class_path.endswith("ProgressBar")]
-                trainer.callbacks = kept
-        if trainer.fast_dev_run:
-            return
+            self.evaluate(config, run)
+        if not trainer.fast_dev_run:
+            self.settle_in(config, run)
+
+    def go_on(self, config: Namespace, run: Run) -> None:
+        """Train from the run's last checkpoint, if there is one."""
+        if config.ckpt_path is None and run.last_checkpoint.is_file():
+            config.ckpt_path = str(run.last_checkpoint)
+        if config.ckpt_path and is_file(Path(config.ckpt_path)):
+            self.compare(Path(config.ckpt_path), run)
         if self.study and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             point = PointRecord(run.folder)
             if not point.is_finished(self.point):
                 point.write(self.point, finished=False)
-        trainer.default_root_dir = str(run.folder)
-        for logger in trainer.logger if isinstance(trainer.logger, list) else []:
+
+    def evaluate(self, config: Namespace, run: Run) -> None:
+        """Validate or test the run's best checkpoint; what training measured stays recorded."""
+        config.ckpt_path = config.ckpt_path or str(run.checkpoint())
+        name = config.data.class_path.rpartition(".")[2]
+        learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
+        if "merges" in learned:  # subwords need no books again; classes are read and compared
+            config.data.init_args["merges"] = learned["merges"]
+        trainer, validating = config.trainer, self.subcommand == "validate"
+        limit = trainer.limit_val_batches if validating else trainer.limit_test_batches
+        partly = limit not in (None, 1.0) or isinstance(limit, int)  # 1 is one batch
+        if validating or partly:
+            trainer.logger = False
+        if partly:
+            rank_zero_only(print)("A part of the data: nothing of it is recorded.")
+            kept = [c for c in trainer.callbacks or [] if c.class_path.endswith("ProgressBar")]
+            trainer.callbacks = kept
+
+    def settle_in(self, config: Namespace, run: Run) -> None:
+        """Let everything be written into the run's folder."""
+        config.trainer.default_root_dir = str(run.folder)
+        for logger in config.trainer.logger or []:
             settings = logger.init_args
-            if settings.get("save_dir") in (None, "."):
+            ours = settings.get("save_dir") in (None, ".")
+            if ours:
                 settings.save_dir = str(run.folder)
             if logger.class_path.endswith("WandbLogger"):
+                if not ours:
+                    raise UserError(
+                        f"the W&B run is kept in {run.folder}, where the next start looks for it; "
+                        "leave its save_dir out."
+                    )
                 if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
                     settings.id = settings.id or run.wandb_id
                 settings.name = settings.name or "/".join(run.folder.parts[-2:])

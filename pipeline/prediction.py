@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -208,7 +209,7 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
                 print(f"{count:,} predictions in {output}")
             if submission.sendable:
                 target = single if single.is_dir() and options.output is None else output
-                print(f"Next: python submit.py {target} --dry_run")
+                print(f"Next: python submit.py {shlex.quote(str(target))} --dry_run")
     finally:
         if trainer.is_global_zero:
             shutil.rmtree(parts, ignore_errors=True)

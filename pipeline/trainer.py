@@ -36,6 +36,8 @@ def settle(trainer: Namespace) -> None:
     for several in ("logger", "callbacks"):
         if isinstance(trainer[several], Namespace):  # one alone, as it is typed
             trainer[several] = [trainer[several]]
+    if trainer.logger in (True, None):  # to Lightning a logger of its own choice
+        trainer.logger = []
     if isinstance(trainer.logger, list) and find_spec("wandb") is None:
         kept = [x for x in trainer.logger if not x.class_path.endswith("WandbLogger")]
         if len(kept) < len(trainer.logger):

@@ -185,6 +185,28 @@ def test_a_new_run_begins_with_the_weights_of_another() -> None:
     assert last(new)["global_step"] == 20
 
 
+def test_a_recorded_rate_that_was_never_used_stays(
+    killed_in: Callable[[int, list[str]], None],
+) -> None:
+    """Ten configs had a rate of the optimizer beside a ``max_lr``; a user could type another."""
+    cycle = "--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR"
+    args = [cycle, "--model.lr_scheduler.max_lr=0.003", "--trainer.max_epochs=2"]
+    killed_in(14, args)
+    run = FOLDER / "r"
+    old = (
+        (run / "config.yaml")
+        .read_text()
+        .replace("lr: 0.003\n        betas", "lr: 0.1\n        betas")
+    )
+    assert "lr: 0.1\n" in old
+    (run / "config.yaml").write_text(old)
+    for path in run.glob("checkpoints/*.ckpt"):
+        torch.save(torch.load(path, weights_only=True) | {"config": old}, path)
+    train.main(["fit", f"--run={run}"])
+    assert_same(run, fit(*args, run="whole"))
+    assert "lr: 0.1\n" in (run / "config.yaml").read_text()
+
+
 def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     source = fit("--trainer.max_epochs=1")
     flags = ["--run=new", f"--init_from={source}", "--model.network.channels=[8,16]"]

@@ -65,6 +65,7 @@ EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured
     ("--trainer.check_val_every_n_epoch=2", validations, [19]),
     ("--trainer.enable_checkpointing=false", lambda: has("checkpoints/*"), 0),
     ("--trainer.logger=false", lambda: has("metrics.csv"), 0),
+    ("--trainer.logger=true", lambda: has("metrics.csv"), 1),
     ("--trainer.logger=CSVLogger", csv_steps, 20),
     ("--trainer.logger=TensorBoardLogger", tensorboard_steps, 20),
     ("--trainer.profiler=simple", lambda: has("fit-*.txt"), 0),
@@ -136,6 +137,10 @@ REFUSED = [
         "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau "
         "--model.lr_scheduler.monitor=val/acc",
         "ReduceLROnPlateau watches val/acc, which is not measured",
+    ),
+    (
+        "--trainer.logger=callbacks.ResumableWandbLogger --trainer.logger.save_dir=x",
+        "leave its save_dir out",
     ),
     ("--trainer.strategy=fsdp", "The strategy `fsdp` requires a GPU accelerator"),
     ("--model.optimizer=torch.optim.Muon", "--model.optimizer: Muon only supports 2D parameters"),

@@ -1,5 +1,6 @@
 """A run that is told to end keeps what it has learned."""
 
+import shlex
 import signal
 import sys
 import threading
@@ -121,7 +122,7 @@ class Termination(Checkpoint):
         if trainer.is_global_zero:
             print(
                 f"\nStopped by SIGTERM after step {trainer.global_step}; the same command with "
-                f"--run={run.folder.name} goes on from {run.last_checkpoint}",
+                f"--run={shlex.quote(run.folder.name)} goes on from {run.last_checkpoint}",
                 file=sys.stderr,
             )
         # Lightning's launcher kills the first process of a node when another one fails
