@@ -95,15 +95,20 @@ class OneCycle(LambdaLR):
             )
         super().__init__(optimizer, self.share)
 
+    @property
+    def top(self) -> float:
+        """The step of the peak, which may lie between two of them."""
+        return self.peak * self.total_steps - 1
+
     def height(self, step: int) -> float:
         """0 at the first and the last step, 1 at the peak."""
-        top, last = self.peak * self.total_steps - 1, self.total_steps - 1
+        top, last = self.top, self.total_steps - 1
         way = step / top if step < top else (last - step) / (last - top) if last > top else 1.0
         return SHAPES[self.shape](max(0.0, way))
 
     def share(self, step: int) -> float:
         """Of the highest learning rate, at a step counted from 0."""
-        floor = self.start if step < self.peak * self.total_steps - 1 else self.end
+        floor = self.start if step < self.top else self.end
         return floor + (1 - floor) * self.height(step)
 
     def get_lr(self) -> list[float | Tensor]:

@@ -271,3 +271,12 @@ def test_arguments_outside_the_grid_are_told() -> None:
     }
     with pytest.raises(UserError, match="has no single parameter color"):
         study.where(["color=red"])
+
+
+def test_numbers_that_yaml_takes_for_text(folder: Path) -> None:
+    """``1e-3`` was a text, and ``0.001`` no such value."""
+    rates = {"model.optimizer.lr": {"values": ["1e-3", 0.01, "2E+1"]}}
+    study = load(sweep(parameters=rates))
+    assert study.parameters["model.optimizer.lr"] == [0.001, 0.01, 20.0]
+    for text in ("0.001", "1e-3", "1e-03"):
+        assert study.value("model.optimizer.lr", text) == 0.001
