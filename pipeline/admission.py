@@ -88,17 +88,22 @@ def values(part: Any) -> Iterator[Any]:
         yield part
 
 
-def admit(config: Config, source: str | Path) -> None:
+def admit(config: Config, source: str | Path, typed: Config | None = None) -> None:
     """Make sure that a run's configuration imports and calls nothing of somebody else's.
 
     Admitted are classes of this project, torch, torchvision, torchmetrics and lightning that are
     what their place asks for, and functions of ``torchvision.models``. Values that are imported
     because a constructor wants a callable are held to the same; places to write are refused.
 
+    Args:
+        config: As :func:`read_config` gives it.
+        source: The file that it is from.
+        typed: What the user has said; a name that is there as well is the user's own.
+
     Raises:
         UserError: It names something else.
     """
-    check = Admission(source)
+    check = Admission(source, typed or {})
     check.entry(config["model"], (LitModel,), "model")
     check.entry(config["data"], (BaseDataModule,), "data")
     check.options(config["trainer"], hints_of(Trainer), "trainer")
@@ -119,8 +124,9 @@ def plain_trainer(trainer: Config) -> Config:
 class Admission:
     """The check of one configuration."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, typed: Config) -> None:
         self.source = source
+        self.typed = {value for value in values(typed) if isinstance(value, str)}
 
     def refuse(self, name: str, value: Any, reason: str) -> None:
         raise UserError(
@@ -150,13 +156,13 @@ class Admission:
             self.option(key.rstrip("+"), value, hints, f"{name}.{key}")
 
     def option(self, key: str, value: Any, hints: dict[str, Any], name: str) -> None:
-        if key in PLACES and value not in (None, "."):
+        if key in PLACES and value not in (None, ".", *self.typed):
             self.refuse(name, value, "a place outside the run's folder")
         hint = hints.get(key)
         bases, called = classes_in(hint)
         if key in MADE_BY:
             bases, called = (MADE_BY[key],), True
-        if isinstance(value, str):
+        if isinstance(value, str) and value not in self.typed:
             kept_inside = name.startswith("trainer.") and key != "default_root_dir"
             path = PurePosixPath(value)
             if kept_inside and (path.is_absolute() or ".." in path.parts):
@@ -177,7 +183,7 @@ class Admission:
 
     def look_up(self, path: str, bases: tuple[type, ...], name: str) -> Any:
         """The class or function at an import path, if it may be there; None for a short name."""
-        if path.isidentifier():
+        if path.isidentifier() or path in self.typed:
             return None  # one of the classes that are loaded already, or a complaint of the parser
         root = path.partition(".")[0]
         if not PATH.fullmatch(path) or root not in PACKAGES:

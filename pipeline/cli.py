@@ -143,6 +143,7 @@ class CLI(LightningCLI):
 
     def evaluate(self, config: Namespace, run: Run) -> None:
         """Validate or test the run's best checkpoint; what training measured stays recorded."""
+        self.shows_metrics, config.verbose = config.verbose, False  # a line each, not as a table
         config.ckpt_path = config.ckpt_path or str(run.checkpoint())
         name = config.data.class_path.rpartition(".")[2]
         learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
@@ -181,10 +182,10 @@ class CLI(LightningCLI):
     def compare(self, checkpoint: Path, run: Run) -> None:
         """Refuse to go on from a checkpoint with settings that make another run of it."""
         recorded = update(read_config(load_checkpoint(checkpoint)["config"], checkpoint))
-        if not self.config.fit.trust:
-            admit(recorded, checkpoint)
-        whole = self.parser.parse_object({"subcommand": "fit", "fit": recorded})
         now = self.settings(self.config)
+        if not self.config.fit.trust:
+            admit(recorded, checkpoint, typed=now)
+        whole = self.parser.parse_object({"subcommand": "fit", "fit": recorded})
         for warning in refuse_changes(self.settings(whole), now, str(run.folder)):
             rank_zero_warn(warning)
 
@@ -303,13 +304,13 @@ class CLI(LightningCLI):
         if kinds["*/*.ckpt"] in found:
             self.say_next("predict.py" if self.config.fit.test else "train.py test --run")
 
-    def after_validate(self) -> None:  # Lightning has shown the metrics
-        if self.trainer.is_global_zero:
-            self.say_next("predict.py")
+    def after_validate(self) -> None:
+        self.after_test()
 
     def after_test(self) -> None:
         if self.trainer.is_global_zero:
-            show_metrics(self.trainer.callback_metrics)
+            if self.shows_metrics:
+                show_metrics(self.trainer.callback_metrics)
             self.say_next("predict.py")
 
     def say_next(self, command: str) -> None:

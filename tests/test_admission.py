@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,23 @@ def test_what_is_trusted_is_imported(
     assert "if you trust whoever made this run, add --trust" in capsys.readouterr().err
     predict.main([str(stranger), "--data=DigitsDataModule", "--trust", "--accelerator=cpu"])
     assert (stranger / "submission.csv").is_file()
+
+
+def test_an_own_class_that_is_typed_again_needs_no_trust(tmp_path: Path) -> None:
+    """The same command goes on; ``fit --run`` alone takes the name from the run's file."""
+    (tmp_path / "typed_nets.py").write_text(
+        "from lit_models.networks import LeNet5\nclass OwnNet(LeNet5): pass\n"
+    )
+    command = [sys.executable, train.__file__, "fit"]
+    base = [f"--config={CONFIGS / 'mnist_lenet.yaml'}", "--data=DigitsDataModule", "--run=x"]
+    own = ["--model.network=typed_nets.OwnNet", "--trainer.logger=callbacks.MetricsCSV"]
+    quick: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    for epochs in (1, 2):
+        args = [*base, *own, f"--trainer.max_epochs={epochs}"]
+        done = subprocess.run([*command, *args], **quick)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([*command, "--run=mnist_lenet/x", "--trainer.max_epochs=3"], **quick)
+    assert done.stderr.endswith("if you trust whoever made this run, add --trust.\n")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
