@@ -15,7 +15,18 @@ from filelock import FileLock, Timeout
 from core.errors import UserError
 
 ROOT = Path("runs")
-CHECKPOINT = {"state_dict": dict, "metrics": dict, "epoch": int, "global_step": int}
+CHECKPOINT: dict[str, type] = {
+    "state_dict": dict,
+    "metrics": dict,
+    "epoch": int,
+    "global_step": int,
+}
+OF_TRAINING: dict[str, type] = {
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._+=-]{1,100}")
 
 
@@ -156,6 +167,18 @@ class Run:
         return None
 
 
+def data_state(checkpoint: dict[str, Any], class_path: str) -> dict[str, Any]:
+    """What a data module has put into a checkpoint.
+
+    Raises:
+        UserError: It is not whole.
+    """
+    state = checkpoint.get(class_path.rpartition(".")[2], {})
+    if not isinstance(state, dict):
+        raise UserError("the checkpoint is not whole: the state of its data is of another kind.")
+    return state
+
+
 def is_file(path: Path) -> bool:
     """Whether there is a file of that name, which may be none that a file can have."""
     try:
@@ -184,6 +207,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path} carries no configuration; only runs of train.py can be used.")
+    for name, kind in OF_TRAINING.items():
+        if not isinstance(checkpoint.get(name, kind()), kind):
+            raise UserError(f"{path} is not whole: its {name} is of another kind.")
+    if not all(isinstance(state, dict) for state in checkpoint.get("callbacks", {}).values()):
+        raise UserError(f"{path} is not whole: the state of a callback is of another kind.")
     for name, kind in CHECKPOINT.items():
         if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is True:
             raise UserError(f"{path} is not whole: its {name} is missing or of another kind.")

@@ -256,7 +256,13 @@ class LitModel(LightningModule):
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.computed(self.val_metrics))
+        values = self.computed(self.val_metrics)
+        self.log_dict(values)
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor in values:
+                config.scheduler.step(values[config.monitor])
 
     def on_test_epoch_end(self) -> None:
         values = self.computed(self.test_metrics)
@@ -323,7 +329,9 @@ class LitModel(LightningModule):
                     "--model.lr_scheduler.mode=max."
                 )
             say(f"{name} watches {monitor} of each validation, {schedule.mode}imum is best.")
-            return [optimizer], [{"scheduler": schedule, "monitor": monitor}]
+            # Lightning's turn would come behind last.ckpt, and a resumed run would miss it
+            turn = {"monitor": monitor, "frequency": 10**9}
+            return [optimizer], [{"scheduler": schedule, **turn}]
         if not hasattr(schedule, "total_steps"):
             say(f"{name} acts with every optimizer step, {self.steps_of_epoch(0)} in an epoch.")
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from core.errors import UserError
 
@@ -192,18 +192,27 @@ def make_schedule(
             f"the learning rate schedule cannot be laid over {total_steps} optimizer steps; train "
             "longer, or set --model.lr_scheduler=null."
         ) from None
+    name, other = type(schedule).__name__, type(optimizer).__name__
+    for setting in ("step_size", "T_max", "T_0"):
+        if getattr(schedule, setting, 1) == 0:
+            raise UserError(f"{name} divides by {setting}, which must not be 0.")
+    if isinstance(schedule, OneCycleLR) and schedule.total_steps < total_steps:
+        raise UserError(
+            f"{name} is over after {schedule.total_steps} of {total_steps} optimizer steps; leave "
+            "its length out."
+        )
     groups = zip(optimizer.param_groups, rates, strict=True)
-    own = [group.get("max_lr", rate) for group, rate in groups]  # of OneCycleLR
-    own = getattr(schedule, "max_lrs", own)  # of CyclicLR
+    # of OneCycleLR and SWALR; CyclicLR has a list
+    own = [group.get("max_lr", group.get("swa_lr", rate)) for group, rate in groups]
+    own = getattr(schedule, "max_lrs", own)
     if own != rates and not recorded:
-        name, other = type(schedule).__name__, type(optimizer).__name__
         if len(set(own)) < len(set(rates)):
             raise UserError(
                 f"{name} gives every parameter the same learning rate, but {other} has several; "
                 "use lit_models.schedules.OneCycle or Triangle, which multiply them."
             )
         raise UserError(
-            f"{name} trains with its own max_lr={own[0]:g}, so that lr={rates[0]:g} of {other} "
+            f"{name} trains with a rate of its own, {own[0]:g}, so that lr={rates[0]:g} of {other} "
             "would not be used; give both the same value, or use lit_models.schedules.OneCycle, "
             "which multiplies the optimizer's."
         )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from core.errors import UserError
+from core.runs import is_file
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 
@@ -25,7 +26,8 @@ SECTIONS = {"seed_everything", "init_from", "trainer", "model", "data"}
 MADE_BY = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}  # what a Callable is to make
 CALLS = ("LambdaCallback", "LambdaLR", "MultiplicativeLR")  # made of functions of anybody
 PLACES = {"dirpath", "save_dir", "root_dir", "cache_dir"}  # where an object writes
-PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
+WORD = re.compile(r"[\w+ -]*", re.ASCII)  # no path of a file or a module
 LARGEST = 20_000  # values of a configuration, its aliases followed; ours have 300
 
 Config = dict[str, Any]
@@ -167,12 +169,12 @@ class Admission:
             path = PurePosixPath(value)
             if kept_inside and (path.is_absolute() or ".." in path.parts):
                 self.refuse(name, value, "a place outside the run's folder")
-            dotted = PATH.fullmatch(value) is not None
+            word = WORD.fullmatch(value) is not None and not is_file(Path(value))
             text = str in parts_of(hint)
-            if (called or bases) and (dotted or not text):
+            if (called or bases) and not (word and text):
                 self.entry(value, bases or (nn.Module,), name)
-            elif hint is None and dotted:
-                self.refuse(name, value, "which may be imported")
+            elif hint is None and not word:
+                self.refuse(name, value, "which may be imported or read")
         elif isinstance(value, dict) and "class_path" in value:
             self.entry(value, bases or (nn.Module,), name)
         elif isinstance(value, dict):
@@ -183,7 +185,9 @@ class Admission:
 
     def look_up(self, path: str, bases: tuple[type, ...], name: str) -> Any:
         """The class or function at an import path, if it may be there; None for a short name."""
-        if path.isidentifier() or path in self.typed:
+        if path.rpartition(".")[2] in CALLS:
+            self.refuse(name, path, "which calls what it is given")
+        if (path.isidentifier() and not is_file(Path(path))) or path in self.typed:
             return None  # one of the classes that are loaded already, or a complaint of the parser
         root = path.partition(".")[0]
         if not PATH.fullmatch(path) or root not in PACKAGES:
@@ -204,8 +208,6 @@ class Admission:
                 self.refuse(name, path, f"a function, where a {wanted} belongs")
         elif not isinstance(found, type) or not issubclass(found, bases):
             self.refuse(name, path, f"which is no {wanted}")
-        elif found.__name__ in CALLS:
-            self.refuse(name, path, "which calls what it is given")
         return found
 
 

@@ -26,7 +26,7 @@ from callbacks.run.run_folder import RunRecord
 from callbacks.training.averaging import CurrentUntilAveraged
 from core.errors import UserError
 from core.provenance import provenance
-from core.runs import ROOT, Run, is_file, load_checkpoint
+from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
@@ -132,10 +132,19 @@ class CLI(LightningCLI):
 
     def go_on(self, config: Namespace, run: Run) -> None:
         """Train from the run's last checkpoint, if there is one."""
-        if config.ckpt_path is None and run.last_checkpoint.is_file():
-            config.ckpt_path = str(run.last_checkpoint)
-        if config.ckpt_path and is_file(Path(config.ckpt_path)):
-            self.compare(Path(config.ckpt_path), run)
+        last = run.last_checkpoint
+        if config.ckpt_path is None and last.is_file():
+            config.ckpt_path = str(last)
+        if config.ckpt_path:
+            checkpoint = Path(config.ckpt_path)
+            if last.is_file() and not (
+                is_file(checkpoint) and checkpoint.parent.samefile(last.parent)
+            ):
+                raise UserError(
+                    f"{run.folder} goes on from its own checkpoints; to go on from {checkpoint}, "
+                    "choose another name with --run."
+                )
+            self.compare(checkpoint, run)
         if self.study and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             point = PointRecord(run.folder)
             if not point.is_finished(self.point):
@@ -145,8 +154,7 @@ class CLI(LightningCLI):
         """Validate or test the run's best checkpoint; what training measured stays recorded."""
         self.shows_metrics, config.verbose = config.verbose, False  # a line each, not as a table
         config.ckpt_path = config.ckpt_path or str(run.checkpoint())
-        name = config.data.class_path.rpartition(".")[2]
-        learned = load_checkpoint(Path(config.ckpt_path)).get(name, {})
+        learned = data_state(load_checkpoint(Path(config.ckpt_path)), config.data.class_path)
         if "merges" in learned:  # subwords need no books again; classes are read and compared
             config.data.init_args["merges"] = learned["merges"]
         trainer, validating = config.trainer, self.subcommand == "validate"
@@ -181,7 +189,10 @@ class CLI(LightningCLI):
 
     def compare(self, checkpoint: Path, run: Run) -> None:
         """Refuse to go on from a checkpoint with settings that make another run of it."""
-        recorded = update(read_config(load_checkpoint(checkpoint)["config"], checkpoint))
+        held = load_checkpoint(checkpoint)
+        if missing := [name for name in OF_TRAINING if name not in held]:
+            raise UserError(f"{checkpoint} is not whole: it has no {missing[0]} to go on with.")
+        recorded = update(read_config(held["config"], checkpoint))
         now = self.settings(self.config)
         if not self.config.fit.trust:
             admit(recorded, checkpoint, typed=now)
@@ -207,7 +218,11 @@ class CLI(LightningCLI):
         trainer = self.config_init[self.subcommand].trainer
         if not trainer.fast_dev_run:
             kwargs["callbacks"] = self.with_what_a_run_needs(trainer)
-        made = super().instantiate_trainer(**kwargs)
+        try:
+            made = super().instantiate_trainer(**kwargs)
+        except (AttributeError, ImportError, OSError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]  # Lightning, of what its arguments may be together
+            raise UserError(f"the trainer cannot be made: {reason}") from error
         equip(made, self.telling, termination=not trainer.fast_dev_run)
         return made
 

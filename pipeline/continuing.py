@@ -16,7 +16,8 @@ MAY_CHANGE = (
     *("trainer.default_root_dir", "trainer.plugins*", "data.data_dir", "data.cache_dir"),
     *("data.verify", "data.download"),
     # what is shown and kept
-    *("trainer.logger*", "trainer.log_every_n_steps", "trainer.enable_*", "trainer.profiler*"),
+    *("trainer.logger*", "trainer.log_every_n_steps", "trainer.profiler*"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.num_sanity_val_steps", "trainer.limit_test_batches", "trainer.limit_predict_*"),
     # precision is told, see `refuse_changes`
     "trainer.precision",

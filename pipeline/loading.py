@@ -6,7 +6,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import sha256
-from core.runs import Run, load_checkpoint
+from core.runs import Run, data_state, load_checkpoint
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 from pipeline.admission import admit, read_config
@@ -53,10 +53,11 @@ class Member:
         config = update(read_config(checkpoint["config"], path))
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
         data = config["data"]
+        known = data_state(checkpoint, data["class_path"])
+        data = data | {"init_args": data.get("init_args", {}) | known}
         if not trust:
             admit({"model": model, "data": data, "trainer": {}}, path)
-        known = checkpoint.get(data["class_path"].rpartition(".")[2], {})  # the data's state_dict
-        data = data | {"init_args": data.get("init_args", {}) | known | inputs}
+        data["init_args"] |= inputs
         parser = Parser()
         parser.add_subclass_arguments(LitModel, "model")
         parser.add_subclass_arguments(BaseDataModule, "data")

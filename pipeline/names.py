@@ -22,7 +22,8 @@ CLASSES = ("class_path", "model", "data", "network", "optimizer", "lr_scheduler"
 @cache
 def own_classes() -> dict[str, str]:
     """The import path of each class of this project that a configuration may name."""
-    return {
+    plateau = "torch.optim.lr_scheduler.ReduceLROnPlateau"  # Lightning has one of that name, too
+    return {"ReduceLROnPlateau": plateau} | {
         name: f"{module.__name__}.{name}"
         for module in OURS
         for name, found in vars(module).items()

@@ -43,12 +43,16 @@ class Parser(LightningArgumentParser):
         said = in_words(essence(message).rstrip("."), list(self._option_string_actions))
         raise UserError(said if said.endswith("?") else f"{said}{SEE_HELP}")
 
+    def add_class_arguments(self, *args: Any, **options: Any) -> Any:
+        # else a value for a class may be the path of a file, which nobody admits
+        return super().add_class_arguments(*args, **options | {"sub_configs": False})
+
     def add_function_arguments(
         self, function: Any, *args: Any, linked_targets: Any = None, **options: Any
     ) -> Any:
         # as a network may be a function of torchvision.models, which jsonargparse 4.53 links to
         # nothing; who calls this makes what is linked no longer required
-        return super().add_function_arguments(function, *args, **options)
+        return super().add_function_arguments(function, *args, **options | {"sub_configs": False})
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         if args is not None:  # classes by their former paths, which the YAML loader does not see

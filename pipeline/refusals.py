@@ -6,6 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.run.checkpoints import BestCheckpoint
 from core.errors import UserError
@@ -40,8 +41,17 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
         find_spec("tensorboard") or find_spec("tensorboardX")
     ):
         raise UserError("TensorBoardLogger needs tensorboard: pip install tensorboard")
+    for setting in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches"):
+        if trainer[setting] == 0:
+            raise UserError(f"--trainer.{setting} must not be 0.")
+    if trainer.gradient_clip_val is None and trainer.gradient_clip_algorithm:
+        raise UserError("--trainer.gradient_clip_algorithm needs --trainer.gradient_clip_val.")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UserError("--trainer.gradient_clip_val must not be negative.")
     if subcommand != "fit" or trainer.fast_dev_run:
         return
+    if trainer.min_epochs and -1 < (trainer.max_epochs or -1) < trainer.min_epochs:
+        raise UserError(f"--trainer.min_epochs={trainer.min_epochs} is more than max_epochs.")
     for setting in ("max_epochs", "max_steps", "limit_train_batches"):
         if trainer[setting] == 0:
             raise UserError(f"with --trainer.{setting}=0 there is nothing to train.")
@@ -56,8 +66,9 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
 class KnownMonitors(Callback):
     """A metric that nothing measures is refused before training, not after its first epoch."""
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check(trainer, set(trainer.callback_metrics))
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # mostly the sanity check's two batches
+            self.check(trainer, set(trainer.callback_metrics))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.datamodule.val_size == 0:  # type: ignore[attr-defined]

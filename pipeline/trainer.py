@@ -23,7 +23,7 @@ from core.telling import Telling
 NEEDS = {
     "logger": "LearningRateMonitor",
     "enable_progress_bar": "ProgressBar",
-    "enable_checkpointing": "Checkpoint",
+    "enable_checkpointing": "BestCheckpoint",
 }
 METRICS = ("callbacks.MetricsCSV", f"{MetricsCSV.__module__}.MetricsCSV")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

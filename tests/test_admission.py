@@ -36,6 +36,8 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(OLD, run)
     for folder in (tmp_path, run, run / "checkpoints"):
         (folder / "evil.py").write_text(EVIL)
+        for name in ("evil", "evil.yaml"):
+            (folder / name).write_text("class_path: evil.Net\n")
         monkeypatch.syspath_prepend(folder)
     return run
 
@@ -80,6 +82,21 @@ FOREIGN = [
     ),
     (
         "model.init_args.network",
+        setting("torchvision.models.resnet18", norm_layer="evil.yaml"),
+        "evil.yaml, which may be imported or read",
+    ),
+    (
+        "model.init_args.network",
+        setting("torchvision.models.resnet18", norm_layer="./evil"),
+        "./evil, which may be imported or read",
+    ),
+    (
+        "model.init_args.network",
+        setting("torchvision.models.resnet18", norm_layer="this.\u00f1"),
+        "which may be imported or read",
+    ),
+    (
+        "model.init_args.network",
         setting("lit_models.networks.LeNet5", extra={"class_path": "evil.Net"}),
         "evil.Net, which is not of this project",
     ),
@@ -112,6 +129,14 @@ FOREIGN_TO_FIT = [
         "trainer.logger",
         [setting("lightning.pytorch.loggers.CSVLogger", save_dir="elsewhere")],
         "elsewhere, a place outside the run's folder",
+    ),
+    ("trainer.accelerator", "runs/evil.yaml", "runs/evil.yaml, which is not of this project"),
+    ("trainer.strategy", "evil.\u00f1et", "which is not of this project"),
+    ("trainer.profiler", "evil", "evil, which is not of this project"),
+    (
+        "trainer.callbacks",
+        [setting("LambdaCallback", setup="os.system")],
+        "LambdaCallback, which calls what it is given",
     ),
     ("trainer.profiler", setting("evil.Net"), "evil.Net, which is not of this project"),
     ("trainer.strategy", "evil.Net", "evil.Net, which is not of this project"),
@@ -246,6 +271,9 @@ def changed(checkpoint: dict[str, Any], **parts: Any) -> dict[str, Any]:
         ({"metrics": ...}, "its metrics is missing"),
         ({"metrics": {"val/accuracy": "good"}}, "the metric 'val/accuracy' is no finite number"),
         ({"epoch": "3"}, "its epoch is missing or of another kind"),
+        ({"loops": 5}, "its loops is of another kind"),
+        ({"callbacks": {"x": 5}}, "the state of a callback is of another kind"),
+        ({"DigitsDataModule": 5}, "the state of its data is of another kind"),
         ({"epoch": -1}, "its epoch or step is negative"),
         ({"global_step": None}, "its global_step is missing or of another kind"),
         ({"config": 3}, "carries no configuration"),

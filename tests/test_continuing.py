@@ -174,6 +174,15 @@ def test_other_batches_inside_an_epoch_are_refused(
     assert "the run stopped after 4 of 10 batches of 50 samples, and this epoch has 20 of" in said
 
 
+def test_a_run_goes_on_from_its_own_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    other = fit("--trainer.max_epochs=1", run="other") / "checkpoints" / "last.ckpt"
+    fit("--trainer.max_epochs=1")
+    said = sentence(
+        ["fit", *BASE, "--run=r", "--trainer.max_epochs=1", f"--ckpt_path={other}"], capsys
+    )
+    assert "runs/mnist_lenet/r goes on from its own checkpoints" in said
+
+
 def test_a_new_run_begins_with_the_weights_of_another() -> None:
     source = fit("--trainer.max_epochs=1")
     flags = [f"--init_from={source}", "--model.optimizer.lr=1e-30"]
@@ -250,6 +259,17 @@ def test_a_killed_run_ends_with_the_same_bits(
     killed_in(13, args)
     killed_in(7, args)  # in the third epoch
     assert_same(fit(*args), fit(*args, run="whole"))
+
+
+def test_a_plateau_goes_on_exactly(killed_in: Callable[[int, list[str]], None]) -> None:
+    """Lightning's turn came behind ``last.ckpt``, and a resumed run never lowered its rate."""
+    plateau = "--model.lr_scheduler=ReduceLROnPlateau"
+    options = ["--model.lr_scheduler.patience=0", "--model.lr_scheduler.threshold=0.5"]
+    args = [plateau, *options, "--trainer.max_epochs=4"]
+    killed_in(26, args)
+    run, whole = fit(*args), fit(*args, run="whole")
+    assert last(whole)["optimizer_states"][0]["param_groups"][0]["lr"] < 0.003
+    assert_same(run, whole)
 
 
 def test_more_steps_go_on_in_the_midst_of_an_epoch() -> None:

@@ -228,7 +228,7 @@ def test_a_rate_of_the_schedules_own_is_refused_unless_recorded(make: partial[An
     def optimizer(lr: float) -> Optimizer:
         return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
 
-    with pytest.raises(UserError, match=r"with its own max_lr=0.2, so that lr=0.001 of SGD"):
+    with pytest.raises(UserError, match=r"with a rate of its own, 0.2, so that lr=0.001 of SGD"):
         make_schedule(make, optimizer(0.001), 10)
     make_schedule(make, optimizer(0.2), 10)
     make_schedule(make, optimizer(0.001), 10, recorded=True)
