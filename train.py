@@ -12,7 +12,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     if not {"-h", "--help"}.isdisjoint(args):
         print(HELP.read_text(), end="")
-        return
+        sys.exit()
     limit_spinning()
     from pipeline.cli import run
 

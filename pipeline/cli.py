@@ -1,6 +1,5 @@
 """The command line of training: every run gets a folder, and explains itself."""
 
-import argparse
 import os
 import shlex
 import sys
@@ -30,7 +29,8 @@ from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoi
 from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
-from pipeline.admission import admit, plain_trainer, read_config
+from pipeline.admission import admit, read_config
+from pipeline.arguments import SUBCOMMANDS, arrange
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
@@ -38,7 +38,6 @@ from pipeline.refusals import KnownMonitors, refuse_settings
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
 from pipeline.trainer import equip, quiet_libraries, settle
 
-SUBCOMMANDS = ("fit", "validate", "test")
 PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
 
 
@@ -339,67 +338,6 @@ def show_metrics(metrics: Mapping[str, Tensor]) -> None:
     """Print metrics a line each, those of the training batches left out."""
     for name, value in sorted(metrics.items()):
         print(f"{name:>24}  {value.item():.4f}")
-
-
-def arrange(args: list[str]) -> list[str]:
-    """Put the configuration files in front, so that every typed flag wins over every file.
-
-    ``--run RUN`` brings the configuration of a run that exists, unless another one is given; the
-    run is looked for where ``--trainer.default_root_dir`` says. With ``--study FILE`` the run is
-    named by its point, and groups become the flags they stand for.
-    """
-    if not args or args[0] not in SUBCOMMANDS:
-        return args
-    if "--settings" in args:
-        return [args[0], "--help"]
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    parser.add_argument("--run")
-    parser.add_argument("--study")
-    parser.add_argument("--trainer.default_root_dir", dest="root")
-    parser.add_argument("--trust", action="store_true")
-    known, rest = parser.parse_known_args(args[1:])
-    if known.study:
-        study = Study.load(known.study)
-        arguments = study.read(args[1:])
-        known, rest = parser.parse_known_args(arguments.all)
-        if known.run:
-            raise UserError("a run of a study is named by its point; leave --run out.")
-        known.run = study.name_of(arguments.point)
-    if known.run is None and args[0] != "fit":
-        raise UserError(f"{args[0]} needs a trained run: add --run RUN.")
-    if known.run and not known.config:
-        run = Run.find(known.run, Path(known.root or ROOT))
-        known.config = [str(run.config)]
-        folder = run.folder.resolve()  # the path may be a link, or "."
-        known.root = known.root or os.path.relpath(folder.parents[1])
-        if args[0] == "fit":
-            known.run = folder.name
-    known.config = [admitted(path, args[0], known.trust) for path in known.config]
-    if known.trust:
-        rest = ["--trust", *rest]
-    if known.root:
-        rest = [f"--trainer.default_root_dir={known.root}", *rest]
-    configs = [f"--config={path}" for path in known.config]
-    named = [
-        f"--{key}={vars(known)[key]}" for key in ("run", "study") if vars(known)[key] is not None
-    ]
-    return [args[0], *configs, *named, *rest]
-
-
-def admitted(path: str, subcommand: str, trust: bool) -> str:
-    """A configuration for ``--config``; that of a run names nothing foreign unless trusted.
-
-    A test takes of a run's trainer what is left of it by :func:`plain_trainer`.
-    """
-    if Path(path).name != "config.yaml" or not is_file(Path(path)):
-        return path
-    config = update(read_config(Path(path).read_text(), path))
-    if subcommand != "fit":
-        config["trainer"] = plain_trainer(config["trainer"])
-    if not trust:
-        admit(config, path)
-    return path if subcommand == "fit" else yaml.safe_dump(config)
 
 
 def run(args: list[str]) -> None:

@@ -197,6 +197,7 @@ def test_what_is_trusted_is_imported(
     assert (stranger / "submission.csv").is_file()
 
 
+@pytest.mark.slow
 def test_an_own_class_that_is_typed_again_needs_no_trust(tmp_path: Path) -> None:
     """The same command goes on; ``fit --run`` alone takes the name from the run's file."""
     (tmp_path / "typed_nets.py").write_text(

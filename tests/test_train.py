@@ -16,7 +16,7 @@ from conftest import CONFIGS, end_wandb, faults_of_large_tensors, read_wandb
 
 import train
 from core.runs import Run, load_checkpoint
-from pipeline.cli import arrange
+from pipeline.arguments import arrange
 from pipeline.trainer import fastest_precision, keep_freed_memory
 
 
@@ -256,7 +256,9 @@ def test_names_that_people_type(
 
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     for args in (["--help"], ["fit", "-h"], ["test", "--help"]):
-        train.main(args)
+        with pytest.raises(SystemExit) as stop:
+            train.main(args)
+        assert not stop.value.code
         assert capsys.readouterr().out == train.HELP.read_text()
     with pytest.raises(SystemExit) as stop:
         train.main(["fit", "--settings"])
