@@ -48,9 +48,17 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
         raise UserError("--trainer.gradient_clip_algorithm needs --trainer.gradient_clip_val.")
     if (trainer.gradient_clip_val or 0) < 0:
         raise UserError("--trainer.gradient_clip_val must not be negative.")
+    if subcommand != "fit" and trainer.overfit_batches:
+        raise UserError("--trainer.overfit_batches is for fit; leave it out.")
     if subcommand != "fit" or trainer.fast_dev_run:
         return
-    if trainer.min_epochs and -1 < (trainer.max_epochs or -1) < trainer.min_epochs:
+    every, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs or -1
+    if -1 < epochs < every:
+        raise UserError(
+            f"with --trainer.check_val_every_n_epoch={every} nothing is validated in {epochs} "
+            "epochs."
+        )
+    if trainer.min_epochs and -1 < epochs < trainer.min_epochs:
         raise UserError(f"--trainer.min_epochs={trainer.min_epochs} is more than max_epochs.")
     for setting in ("max_epochs", "max_steps", "limit_train_batches"):
         if trainer[setting] == 0:

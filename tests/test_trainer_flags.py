@@ -119,6 +119,7 @@ REFUSED = [
     ("--trainer.gradient_clip_val=-1", "--trainer.gradient_clip_val must not be negative"),
     ("--trainer.gradient_clip_algorithm=value", "needs --trainer.gradient_clip_val"),
     ("--trainer.min_epochs=5", "--trainer.min_epochs=5 is more than max_epochs"),
+    ("--trainer.check_val_every_n_epoch=5", "nothing is validated in 2 epochs"),
     ("--trainer.devices=abc", "the trainer cannot be made: "),
     ("--trainer.enable_checkpointing=false --trainer.callbacks+=ModelCheckpoint", "ModelCheckpoin"),
     (f"{CALLBACKS}+=EMAWeightAveraging {CALLBACKS}+=EMAWeightAveraging", "cannot be made: "),
