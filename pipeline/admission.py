@@ -4,6 +4,7 @@ import collections.abc
 import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -48,7 +49,7 @@ def read_config(text: str, source: str | Path) -> Config:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{source}: the configuration is not valid YAML.") from error
-    for value in values(config):
+    for _, value in leaves(config):
         unusable = isinstance(value, str) and "\0" in value
         if unusable or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{source}: the configuration holds {value!r}.")
@@ -81,13 +82,16 @@ def expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
     return sizes[id(node)]
 
 
-def values(part: Any) -> Iterator[Any]:
-    """All that is in a configuration and is neither a mapping nor a list."""
-    if isinstance(part, dict | list):
-        for inner in part.values() if isinstance(part, dict) else part:
-            yield from values(inner)
+def leaves(part: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """All that is in a configuration and is neither a mapping nor a list, behind its key."""
+    if isinstance(part, dict):
+        for name, inner in part.items():
+            yield from leaves(inner, name)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from leaves(inner, key)
     else:
-        yield part
+        yield key, part
 
 
 def admit(config: Config, source: str | Path, typed: Config | None = None) -> None:
@@ -100,7 +104,8 @@ def admit(config: Config, source: str | Path, typed: Config | None = None) -> No
     Args:
         config: As :func:`read_config` gives it.
         source: The file that it is from.
-        typed: What the user has said; a name that is there as well is the user's own.
+        typed: Settings that are admitted, or the user's own; a class or a place of theirs may come
+            again.
 
     Raises:
         UserError: It names something else.
@@ -128,7 +133,9 @@ class Admission:
 
     def __init__(self, source: str | Path, typed: Config) -> None:
         self.source = source
-        self.typed = {value for value in values(typed) if isinstance(value, str)}
+        # of other texts nobody knows that they name a class
+        self.classes = {path for key, path in leaves(typed) if key == "class_path"}
+        self.places = {place for key, place in leaves(typed) if key in PLACES}
 
     def refuse(self, name: str, value: Any, reason: str) -> None:
         raise UserError(
@@ -158,13 +165,13 @@ class Admission:
             self.option(key.rstrip("+"), value, hints, f"{name}.{key}")
 
     def option(self, key: str, value: Any, hints: dict[str, Any], name: str) -> None:
-        if key in PLACES and value not in (None, ".", *self.typed):
+        if key in PLACES and value not in (None, ".", *self.places):
             self.refuse(name, value, "a place outside the run's folder")
         hint = hints.get(key)
         bases, called = classes_in(hint)
         if key in MADE_BY:
             bases, called = (MADE_BY[key],), True
-        if isinstance(value, str) and value not in self.typed:
+        if isinstance(value, str) and not (key in PLACES and value in self.places):
             kept_inside = name.startswith("trainer.") and key != "default_root_dir"
             path = PurePosixPath(value)
             if kept_inside and (path.is_absolute() or ".." in path.parts):
@@ -187,8 +194,11 @@ class Admission:
         """The class or function at an import path, if it may be there; None for a short name."""
         if path.rpartition(".")[2] in CALLS:
             self.refuse(name, path, "which calls what it is given")
-        if (path.isidentifier() and not is_file(Path(path))) or path in self.typed:
+        if path.isidentifier() and not is_file(Path(path)):
             return None  # one of the classes that are loaded already, or a complaint of the parser
+        module, _, last = path.rpartition(".")
+        if path in self.classes and module in sys.modules:  # the user's own has been imported
+            return getattr(sys.modules[module], last, None)
         root = path.partition(".")[0]
         if not PATH.fullmatch(path) or root not in PACKAGES:
             known = "this project, torch, torchvision, torchmetrics or lightning"

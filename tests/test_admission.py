@@ -197,6 +197,22 @@ def test_what_is_trusted_is_imported(
     assert (stranger / "submission.csv").is_file()
 
 
+def test_a_text_of_the_configuration_admits_no_class_of_the_checkpoint(
+    stranger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that is a mere text in ``config.yaml`` was taken for one that the user had typed."""
+    kept = (stranger / "config.yaml").read_text()
+    rewrite(stranger, "model.init_args.network", setting("evil.Net"))
+    (stranger / "config.yaml").write_text(kept)
+    text = read_config(kept, "x")
+    text["data"]["init_args"]["data_dir"] = "evil.Net"
+    (stranger / "config.yaml").write_text(yaml.safe_dump(text))
+    said = sentence(["fit", f"--run={stranger}", "--trainer.max_epochs=9"], capsys)
+    assert "evil.Net, which is not of this project" in said
+    assert "evil" not in sys.modules
+    assert not Path("trapped").exists()
+
+
 @pytest.mark.slow
 def test_an_own_class_that_is_typed_again_needs_no_trust(tmp_path: Path) -> None:
     """The same command goes on; ``fit --run`` alone takes the name from the run's file."""

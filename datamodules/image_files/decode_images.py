@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow clips the others to white
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MOST_PIXELS = 64_000_000  # that are decoded: with transparency they take 0.8 GB, a PNG of 0.2 MB
+MOST_PIXELS = 64_000_000  # that are decoded, each in up to three copies of four bytes
 # What Pillow raises at files that are not whole; SyntaxError is its word for a broken PNG.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
