@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import spike_detectors as bench
+from benchmarks import spike_streams as streams
 from steadyfit.detector import EVIDENCE, SpikeDetector
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -360,11 +361,26 @@ def test_beats_the_best_public_rules() -> None:
         assert ours > theirs + 0.02, name
 
 
-@pytest.mark.parametrize("family", [*bench.SPIKY, *bench.QUIET], ids=lambda f: f.__name__)
-def test_streams_are_reproducible(family: bench.Family) -> None:
-    first, second = bench.make(family, 5), bench.make(family, 5)
-    assert repr(first) == repr(second) != repr(bench.make(family, 6))
-    assert any(first.spikes) == (family in bench.SPIKY)
+FAMILIES = [*streams.SPIKY, *streams.QUIET, *streams.TUNED, *streams.HELD_OUT]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+def test_streams_are_reproducible(family: streams.Family) -> None:
+    first, second = streams.make(family, 5), streams.make(family, 5)
+    assert repr(first) == repr(second) != repr(streams.make(family, 6))
+    assert any(first.spikes) != family.__name__.startswith("quiet_")
+    assert {len(part) for part in first} == {streams.STEPS}
+    assert not any(spike and out for spike, out in zip(first.spikes, first.ignored, strict=True))
+
+
+def test_the_tail_of_a_spike_is_neither_found_nor_a_false_alarm() -> None:
+    class Always:
+        def update(self, value: float) -> bool:
+            return True
+
+    stream = streams.marked(np.zeros(streams.STEPS), np.array([500]), np.arange(501, 531))
+    counts = bench.count(Always(), stream)
+    assert (counts.hits, counts.false_alarms, counts.steps) == (1, 1969, 1970)
 
 
 @pytest.mark.parametrize("make", bench.RULES.values(), ids=bench.RULES)
