@@ -23,7 +23,7 @@ from benchmarks.spike_streams import (
     quiet_stationary,
     quiet_variance_shift,
 )
-from steadyfit.drift import DriftDetector
+from steadyfit.detector import DriftDetector
 
 GROWTH, NOISE = 0.01, 0.1
 DOUBLED = math.ceil(math.log(2) / math.log(1 + GROWTH))  # steps

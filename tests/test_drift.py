@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.slow_drift import growing, main, warnings
-from steadyfit.drift import DriftDetector
+from steadyfit.detector import DriftDetector
 
 
 def noise(steps: int, seed: int = 0, sigma: float = 0.1) -> list[float]:
