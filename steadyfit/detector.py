@@ -62,12 +62,13 @@ class SpikeDetector:
     in proportion, by 40 % at most: the mean excess of their outer 5 %, both sides averaged, is
     extrapolated to one value in 10 000 (peaks over threshold, as in Siffer et al., KDD 2017).
 
-    Spikes are kept out of all these statistics, and drops as large, and the 15 steps after a spike
-    as well, out of scale and tails. Raised values in a row, the first of them a spike, are a new
-    level when there are ten, or six as close together as ordinary noise: the last of them is a
-    ``level_shift``. If the signal falls back towards its old level within ``window`` steps, level
-    and scale are again those before the shift. What comes often is ordinary: after ten spikes in
-    128 steps, a row of raised values counted once, no other is called one.
+    Spikes are kept out of these statistics, but for the height of the first of a row, and drops as
+    large, and the 15 steps after a spike as well, out of scale and tails. Raised values in a row,
+    the first of them a spike, are a new level when there are ten, or six as close together as
+    ordinary noise: the last of them is a ``level_shift``. If the signal falls back towards its old
+    level within ``window`` steps, level and scale are again those before the shift; if not, the
+    score of the shift counts. What comes often is ordinary: after ten spikes in 128 steps, a row of
+    raised values counted once, no other is called one.
 
     These attributes tell how the last value was judged; one that is not finite or not positive
     sets only ``kind`` and ``score``:
@@ -125,6 +126,7 @@ class SpikeDetector:
         self._events: deque[int] = deque(maxlen=OFTEN)  # steps on which a spike began
         self._before: tuple[list[float], list[float]] = ([], [])  # levels, heights before a shift
         self._trial_until = 0  # the step from which a shift is for good
+        self._shift_scores: list[float] = []  # of the shifts on trial
         self._rate_steps = 0  # for which the scale stays inflated
 
     @property
@@ -163,9 +165,14 @@ class SpikeDetector:
             self._hold_until = self._steps + HOLD
             if self.kind == "level_shift":
                 self._shift_level()
+            elif self.raised == 1:  # else a second mode of the noise would be spikes for ever
+                self._heights.push(height)
             return self.kind == "spike"
         dropped = self.score < -self.limit
-        if dropped and self._steps < self._trial_until:
+        if self._steps >= self._trial_until:
+            while self._shift_scores:  # such shifts belong to the signal
+                self._scores.push(self._shift_scores.pop())
+        elif dropped:
             self._return_from_shift(log, level)
         # a drop, as a recovery, moves the level and says nothing about the noise
         if not dropped and self._steps > self._hold_until:
@@ -235,7 +242,8 @@ class SpikeDetector:
         """Take the raised values for the level, and keep what was there in case it comes back."""
         if self._steps >= self._trial_until:
             self._before = (list(self._levels.values), list(self._heights.values))
-        self._trial_until = self._steps + self.window
+            self._trial_until = self._steps + self.window
+        self._shift_scores.append(self.score)
         self._levels = SortedWindow(self.window // 4, self._run)
         self._run = []
         level = self._levels.median()  # of the new one, as center and threshold are
@@ -248,6 +256,7 @@ class SpikeDetector:
         if 2 * log < before.median() + level:
             self._levels, self._heights = before, SortedWindow(self.window, heights)
             self._trial_until = 0
+            self._shift_scores = []
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned from the signal, in lists, numbers and strings."""
@@ -261,6 +270,7 @@ class SpikeDetector:
             "events": list(self._events),
             "before": [list(values) for values in self._before],
             "trial_until": self._trial_until,
+            "shift_scores": list(self._shift_scores),
             "rate_steps": self._rate_steps,
         }
 
@@ -281,6 +291,7 @@ class SpikeDetector:
         levels, heights = state.get("before", ([], []))
         self._before = (list(levels), list(heights))
         self._trial_until = state.get("trial_until", 0)
+        self._shift_scores = list(state.get("shift_scores", ()))
         self._rate_steps = state["rate_steps"]
 
 

@@ -403,7 +403,7 @@ def test_a_state_of_the_detector_before_this_one_is_taken() -> None:
     detector = SpikeDetector(window=64)
     feed(detector, noise(400))
     state = detector.state_dict()
-    for name in ("hold_until", "events", "before", "trial_until"):
+    for name in ("hold_until", "events", "before", "trial_until", "shift_scores"):
         del state[name]
     state |= {"levels": np.log(noise(24)).tolist(), "exceeded": [120, 300]}
     resumed = SpikeDetector()
