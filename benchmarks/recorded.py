@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -63,7 +64,8 @@ class RunRecord:
             seconds = time.monotonic() - start
             longest = max(longest, seconds)
             self.add(run, measures, seconds)
-            print(f"{len(missing)} left; {seconds:.0f} s; {json.dumps(run)}", flush=True)
+            said = f"{len(missing)} left; {seconds:.0f} s; {json.dumps(run)}"
+            print(said, file=sys.stderr, flush=True)
         return len(missing)
 
     @staticmethod

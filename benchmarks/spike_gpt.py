@@ -66,6 +66,7 @@ STABLE = 0.1  # nats above the best of untouched that a stable rate may end at
 LENGTH = 64  # T
 CURVES = {"untouched": VERMILION, "gradient norm": GREEN, "both": BLUE}
 CURVES_RATE = 1.2e-2
+CURVES_STEPS = 10  # of which one value is kept
 
 
 class Block(nn.Module):
@@ -167,7 +168,7 @@ def _clip_norm(params: list[nn.Parameter], max_norm: float) -> None:
 
 
 def train(run: Setting, books: Books) -> dict[str, Any]:
-    """Train once; the losses of all steps, thinned by their largest, are kept for pictures."""
+    """Train once; of the first reported seed the course of the loss is kept for the picture."""
     torch.manual_seed(run["seed"])
     generator = torch.Generator().manual_seed(run["seed"])
     network, steps = GPT(), run["steps"]
@@ -185,19 +186,20 @@ def train(run: Setting, books: Books) -> dict[str, Any]:
         losses.append(loss.item())
     with torch.no_grad():
         final = float(loss_of(network, books.validation()))
-    return {"val_loss": final, **measures(np.array(losses))}
+    found = {"val_loss": final, **measures(finite_or_infinite(np.array(losses)))}
+    if run["seed"] == SEEDS[0]:
+        largest = np.maximum.reduceat(losses, np.arange(0, steps, CURVES_STEPS))
+        found["losses"] = [round(float(x), 2) for x in largest]
+    return found
 
 
-def measures(losses: np.ndarray) -> dict[str, Any]:
-    """Steps lost, excursions, and the course of the loss (S,), the largest of each 5 steps."""
-    loss = finite_or_infinite(losses)
+def measures(loss: np.ndarray) -> dict[str, Any]:
+    """How many steps (S,) are above the lowest rolling median so far, by how much, and spikes."""
     above = loss - (np.minimum.accumulate(rolling_median(loss)) + HEIGHT)
-    largest = np.maximum.reduceat(loss, np.arange(0, len(loss), 5))
     return {
         "steps_lost": int((above > 0).sum()),
         "excess": float(np.maximum(above, 0).sum()),  # nats times steps
         "excursions": len(excursions(loss)),
-        "losses": [round(float(x), 3) for x in largest],
     }
 
 
@@ -326,9 +328,9 @@ def picture(record: RunRecord, options: argparse.Namespace) -> Figure:
             run = line["run"]
             if (run["fix"], run["lr"], run["seed"]) == (fix, CURVES_RATE, options.seeds[0]):
                 losses = line["measures"]["losses"]
-                steps = np.arange(len(losses)) * 5
+                steps = np.arange(len(losses)) * CURVES_STEPS
                 right.plot(steps, losses, color=color, lw=0.8, label=fix)
-    right.set(xlabel="optimizer step", ylabel="training loss, largest of 5 steps")
+    right.set(xlabel="optimizer step", ylabel=f"training loss, largest of {CURVES_STEPS} steps")
     right.set_title(f"learning rate {CURVES_RATE:g}, seed {options.seeds[0]}", fontsize="small")
     right.set_ylim(top=5)
     for axes in (left, right):
