@@ -157,7 +157,7 @@ def equip(
     if fix in ("ZClip", "AdaGC"):
         rule = (ZClip if fix == "ZClip" else AdaGC)(**setting)
         return optimizer, lambda loss: rule.clip(params)
-    if fix in ("update rms", "decrease", "both"):
+    if setting.keys() & {"max_rms", "max_decrease"}:  # these and whatever else clip_updates takes
         limit = clip_updates(optimizer, **({"max_rms": None} | setting))
         return optimizer, lambda loss: setattr(limit, "loss", loss)
     return optimizer, lambda loss: None
@@ -298,7 +298,10 @@ def stable_rate(by_rate: dict[tuple[str, float], list[Line]], fix: str, rates: l
 
 
 def text(setting: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+    return ", ".join(
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
+        for name, value in setting.items()
+    )
 
 
 def rates_text(rates: tuple[float, ...]) -> str:
@@ -336,7 +339,8 @@ def picture(record: RunRecord, options: argparse.Namespace) -> Figure:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small", ncols=2)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure
 
 

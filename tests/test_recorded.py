@@ -138,6 +138,30 @@ def test_gpt_is_tuned_and_reported_once(
     assert picture.stat().st_size > 10_000
 
 
+def test_a_rate_is_stable_if_all_seeds_end_near_the_best_of_untouched() -> None:
+    ends = {
+        ("untouched", 0.1): [1.9, 2.3],
+        ("untouched", 0.2): [2.1, 2.9],
+        ("fix", 0.1): [2.1, 2.3],
+        ("fix", 0.2): [2.19, 2.0],
+        ("fix", 0.4): [2.19, 2.21],
+    }
+    by_rate = {
+        key: [{"measures": {"val_loss": value}} for value in values] for key, values in ends.items()
+    }
+    assert spike_gpt.stable_rate(by_rate, "fix", [0.1, 0.2, 0.4, 0.8]) == "0.2"
+    assert spike_gpt.stable_rate(by_rate, "untouched", [0.1, 0.2]) == "none"
+
+
+def test_steps_lost_are_those_above_the_lowest_median() -> None:
+    loss = np.full(300, 2.0)
+    loss[200:205] = 2.6
+    found = spike_gpt.measures(loss)
+    assert found == {"steps_lost": 5, "excess": pytest.approx(5 * 0.35), "excursions": 0}
+    loss[200] = 4.5
+    assert spike_gpt.measures(loss)["excursions"] == 1
+
+
 def test_the_setting_of_the_lowest_mean_is_chosen(tmp_path: Path) -> None:
     record = RunRecord(tmp_path / "x.jsonl")
     runs = spike_gpt.tuning_runs(["AdaGC"], 1000)
