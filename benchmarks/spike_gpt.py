@@ -11,8 +11,8 @@ then linear decay to zero; half a minute on one core. A finished run is a line o
 
 Every fix is tuned in the same number of trials: three settings at each rate of ``TUNE_RATES``, seed
 101. The setting of the lowest mean validation loss is reported, with seeds 1 to 3 at ``RATES``.
-Untouched AdamW has nothing to be tuned; its second beta is a fix of its own. That is 54 runs of
-tuning and 120 to report.
+Untouched AdamW has nothing to be tuned; its betas are fixes of their own. That is 66 runs of tuning
+and 144 to report.
 
 Dimensions: B batch, T tokens, D width, V vocabulary, S optimizer steps.
 """
@@ -48,6 +48,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ZClip": [{"max_norm": 0.5}, {"max_norm": 1.0}, {"max_norm": 4.0}],
     "AdaGC": [{"lambda_rel": 1.05}, {"lambda_rel": 1.5}, {"lambda_rel": 3.0}],
     "second beta": [{"beta2": 0.99}, {"beta2": 0.95}, {"beta2": 0.9}],
+    "no momentum": [
+        {"beta1": 0.0, "beta2": 0.999},
+        {"beta1": 0.0, "beta2": 0.99},
+        {"beta1": 0.0, "beta2": 0.95},
+    ],
     "StableAdamW": [{"beta2": 0.999}, {"beta2": 0.99}, {"beta2": 0.95}],
     "SPAM": [{"theta": 5000.0}, {"theta": 500.0}, {"theta": 50.0}],
     "update rms": [{"max_rms": 0.25}, {"max_rms": 0.5}, {"max_rms": 1.0}],
@@ -56,6 +61,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"max_rms": 0.25, "max_decrease": 0.02},
         {"max_rms": 0.5, "max_decrease": 0.02},
         {"max_rms": 0.5, "max_decrease": 0.005},
+    ],
+    "both, no momentum": [
+        {"beta1": 0.0, "beta2": 0.99, "max_rms": 1.0, "max_decrease": 0.1},
+        {"beta1": 0.0, "beta2": 0.99, "max_rms": 1.0, "max_decrease": 0.02},
+        {"beta1": 0.0, "beta2": 0.99, "max_rms": 0.5, "max_decrease": 0.02},
     ],
 }
 RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
@@ -145,12 +155,12 @@ def equip(
     fix: str, setting: dict[str, Any], params: list[nn.Parameter], lr: float
 ) -> tuple[Optimizer, Callable[[Tensor], None]]:
     """Optimizer of a fix, and what it does between the backward pass and the step."""
+    setting = dict(setting)
     common: dict[str, Any] = {"lr": lr, "weight_decay": 0.1}
-    common["betas"] = (0.9, setting.get("beta2", 0.999))
+    common["betas"] = (setting.pop("beta1", 0.9), setting.pop("beta2", 0.999))
     if fix in ("SPAM", "StableAdamW"):
-        own = {"theta": setting["theta"]} if fix == "SPAM" else {}
         make: Any = SPAM if fix == "SPAM" else StableAdamW
-        return make(params, **common, **own), lambda loss: None
+        return make(params, **common, **setting), lambda loss: None
     optimizer = AdamW(params, **common)
     if fix == "gradient norm":
         return optimizer, lambda loss: _clip_norm(params, **setting)

@@ -212,8 +212,8 @@ def test_a_fix_acts_on_a_planted_spike(fix: str) -> None:
         optimizer.step()
         moves.append(float((weight.detach() - start).norm()))
     usual, last = np.median(moves), moves[-1]
-    # of AdamW: 0.1 g / sqrt(0.001 g^2 / (1 - 0.999^130)) is 1.1 learning rates in each weight
-    assert last < 2.1 * 0.01 * 50**0.5
+    if fix != "no momentum":  # 0.1 g / sqrt(0.001 g^2 / (1 - 0.999^130)) is 1.1 learning rates
+        assert last < 2.1 * 0.01 * 50**0.5
     if fix in ("ZClip", "AdaGC", "update rms", "both", "StableAdamW"):
         assert last < 3 * usual
     if fix == "gradient norm":
