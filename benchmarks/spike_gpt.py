@@ -77,6 +77,7 @@ LENGTH = 64  # T
 CURVES = {"untouched": VERMILION, "gradient norm": GREEN, "both": BLUE}
 CURVES_RATE = 1.2e-2
 CURVES_STEPS = 10  # of which one value is kept
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 6, "frameon": False}
 
 
 class Block(nn.Module):
@@ -323,34 +324,36 @@ def rates_text(rates: tuple[float, ...]) -> str:
 
 def picture(record: RunRecord, options: argparse.Namespace) -> Figure:
     """Validation loss against the rate, and the loss of each step of some runs at one rate."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = [line for run in reporting_runs(record, options) if (line := record.find(run))]
     for i, fix in enumerate(options.fixes):
         own = [line for line in lines if line["run"]["fix"] == fix]
         rates = sorted({line["run"]["lr"] for line in own})
         ends = [[x["measures"]["val_loss"] for x in own if x["run"]["lr"] == r] for r in rates]
-        style = "o-" if i < len(LINES) else "s--"
-        color = LINES[i % len(LINES)]
-        left.plot(rates, [mean(values) for values in ends], style, color=color, ms=4, label=fix)
+        if ends:
+            style = "o-" if i < len(LINES) else "s--"
+            color = LINES[i % len(LINES)]
+            left.plot(rates, [mean(values) for values in ends], style, color=color, ms=4, label=fix)
     left.set(xscale="log", xlabel="learning rate", ylabel="validation loss after the last step")
     left.set_xticks(options.rates, [f"{rate:g}" for rate in options.rates], minor=False)
     left.minorticks_off()
     for fix, color in CURVES.items():
         for line in lines:
             run = line["run"]
-            if (run["fix"], run["lr"], run["seed"]) == (fix, CURVES_RATE, options.seeds[0]):
+            if (run["fix"], run["lr"], run["seed"]) == (fix, CURVES_RATE, SEEDS[0]):
                 losses = line["measures"]["losses"]
-                steps = np.arange(len(losses)) * CURVES_STEPS
-                right.plot(steps, losses, color=color, lw=0.8, label=fix)
-    right.set(xlabel="optimizer step", ylabel=f"training loss, largest of {CURVES_STEPS} steps")
-    right.set_title(f"learning rate {CURVES_RATE:g}, seed {options.seeds[0]}", fontsize="small")
-    right.set_ylim(top=5)
+                steps = (np.arange(len(losses)) + 1) * CURVES_STEPS
+                right.plot(steps, losses, color=color, lw=1, label=fix)
+    right.set(xscale="log", xlabel="optimizer step")  # what happens, happens early
+    right.set_ylabel(f"training loss, largest of {CURVES_STEPS} steps")
+    right.set_title(f"learning rate {CURVES_RATE:g}, seed {SEEDS[0]}", fontsize="medium")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize="small", ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), **LEGEND)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(frameon=False)
     return figure
 
 
