@@ -124,6 +124,9 @@ def row(fix: str, found: list[SpikeMeasures], plain: list[SpikeMeasures]) -> str
     excess = mean(m.excess for m in found)
     reached = [NEVER if m.first_epoch is None else m.first_epoch for m in found]
     accuracies = [100 * m.final_accuracy for m in found]
+    times_less = f"{mean(m.excess for m in plain) / excess:.1f}" if excess and plain else "-"
+    if plain and not excess:
+        times_less = "all"
     spread = f" ± {stdev(accuracies):.1f}" if len(found) > 1 else ""
     cells = [
         fix,
@@ -131,7 +134,7 @@ def row(fix: str, found: list[SpikeMeasures], plain: list[SpikeMeasures]) -> str
         f"{mean(accuracies):.1f}{spread}",
         f"{sum(m.learned for m in found)}/{len(found)}",
         f"{excess:.3f}",
-        f"{mean(m.excess for m in plain) / excess:.1f}" if excess and plain else "-",
+        times_less,
         " / ".join(
             f"{mean(getattr(m, name) for m in found):.1f}"
             for name in ("kinks_last", "kinks_mean", "kinks_val")
