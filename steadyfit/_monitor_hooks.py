@@ -17,11 +17,11 @@ from ._hooks import (
     scale_left,
     wandb_loggers,
 )
-from .monitor import SpikeMonitor
-from .observation import Observation
 from .probe import StepProbe
-from .reactions import Reaction, ReactionName
-from .records import format_spike, top_parameter
+from .watching.monitor import SpikeMonitor
+from .watching.observation import Observation
+from .watching.reactions import Reaction, ReactionName
+from .watching.records import format_spike, top_parameter
 
 
 class MonitorHooks(SpikeMonitor, StepHooks):

@@ -117,13 +117,13 @@ class Layout:
             return torch.segment_reduce(products, "sum", offsets=self.ends, unsafe=True)
         return torch.stack([inner(*pair) for pair in zip(first, second, strict=True)])
 
-    def scale_(self, gathered: list[Tensor], factors: Tensor) -> None:
-        """Multiply each parameter's part by its factor (A,), in place."""
+    def lerp_(self, start: list[Tensor], end: list[Tensor], weights: Tensor) -> None:
+        """Move from ``start`` towards ``end``, by a weight for each parameter (A,), in place."""
         if self.is_flat:
-            gathered[0].mul_(factors.to(self.dtype).index_select(0, self.owner))
+            start[0].lerp_(end[0], weights.to(self.dtype).index_select(0, self.owner))
         else:
-            pairs = zip(factors.unbind(), gathered, strict=True)
-            torch._foreach_mul_(gathered, [factor.to(t.dtype) for factor, t in pairs])
+            pairs = zip(weights.unbind(), start, strict=True)
+            torch._foreach_lerp_(start, end, [weight.to(t.dtype) for weight, t in pairs])
 
 
 class StepProbe:
@@ -271,20 +271,20 @@ class StepProbe:
             return
         self._step = None
         layout, active = self.layout, self.active
-        self.back, self._before = self._before, []
+        before, self._before = self._before, []
         if active:
-            self._take_decay_off()
-            torch._foreach_sub_(self.back, layout.gather(active))
+            self._take_decay_off(before)
+            self.back = list(torch._foreach_sub(before, layout.gather(active)))
             self.update.squares = layout.squares(self.back)
             if self.gradients_are_clipped:
                 self.update.gradient = layout.squares(self.gradients_of_step())
             if self.limits:
-                self._shorten(active)
+                self._shorten(before, active)
         self.back = []
         for function in self.after_step:
             function()
 
-    def _shorten(self, active: list[Tensor]) -> None:
+    def _shorten(self, before: list[Tensor], active: list[Tensor]) -> None:
         """Ask the limits, and go back as far as the strictest wants."""
         self.shortened = None
         found = [limit(self) for limit in self.limits]
@@ -298,15 +298,16 @@ class StepProbe:
         else:
             factors = torch.stack([torch.as_tensor(f) for f in found]).amin(0)
         self.update.factors = factors if self.shortened is None else factors * self.shortened
-        self.layout.scale_(self.back, 1 - factors)
-        torch._foreach_add_(active, self.layout.scatter(self.back, active))
+        # where the factor is 1 these end at the parameters, bit for bit
+        self.layout.lerp_(before, self.layout.gather(active), factors)
+        torch._foreach_copy_(active, self.layout.scatter(before, active))
 
-    def _take_decay_off(self) -> None:
+    def _take_decay_off(self, before: list[Tensor]) -> None:
         """Decoupled weight decay is not a part of the update."""
         decoupled = isinstance(self.optimizer, DECOUPLED)
         for number, group in enumerate(self.optimizer.param_groups):
             decays = group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")
-            if decays and (tensors := self.layout.of_group(self.back, number)):
+            if decays and (tensors := self.layout.of_group(before, number)):
                 torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
 
 

@@ -38,10 +38,10 @@ from datamodules.sequences.temporal_order import TemporalOrderDataModule
 from lit_models import LitClassifier
 from lit_models.networks import LSTM, LeNet5, Recurrent, WhitenedCNN
 from steadyfit.probe import norms
-from steadyfit.reactions import Reaction, Rollback, free_memory
-from steadyfit.records import read_records, top_parameter
-from steadyfit.history import NormHistory
-from steadyfit.ratios import ParameterRatios
+from steadyfit.watching.history import NormHistory
+from steadyfit.watching.ratios import ParameterRatios
+from steadyfit.watching.reactions import Reaction, Rollback, free_memory
+from steadyfit.watching.records import read_records, top_parameter
 
 ROOT = Path(__file__).parents[1]
 SLOW = pytest.mark.slow
@@ -1104,7 +1104,7 @@ def refusal(folder: Path, model: LightningModule, *callbacks: Callback) -> str:
 
 
 def test_rollback_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steadyfit.reactions.free_memory", lambda: 5000.0)
+    monkeypatch.setattr("steadyfit.watching.reactions.free_memory", lambda: 5000.0)
     said = refusal(tmp_path, Plain(), GradientSpikeMonitor("rollback"))
     assert "rollback needs 0.0 GB of main memory for 3 copies and 0.0 GB are free" in said
     fit(tmp_path, Plain(), GradientSpikeMonitor(Rollback(keep=1)))  # 2136 bytes

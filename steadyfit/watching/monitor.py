@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from . import processes
-from .detector import SpikeDetector
-from .observation import Observation, read
-from .optimizer_monitor import OptimizerMonitor, applied_update_norms, norm, was_skipped
-from .probe import StepProbe, norms, unwrapped
+from .. import processes
+from ..detector import SpikeDetector
+from ..probe import StepProbe, norms, unwrapped
+from .observation import Observation, learning_rate, read
+from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import REACTIONS, Reaction, ReactionName, Rollback
 from .records import replace_file
 from .skip import Skip
@@ -132,7 +132,7 @@ class SpikeMonitor:
         self._pending: list[Observation] = []
         self._unread: list[Observation] = []  # of these, for a reaction
         self._late = False  # an update has spiked since a reaction could act
-        self._told: set[str] = set()
+        self._told = False
         self._last_spike = -math.inf
         self._buffer_copies: list[Tensor] = []  # of all of them, before a forward pass
         self._buffers: dict[str, Tensor] = {}  # those that are watched
@@ -156,12 +156,10 @@ class SpikeMonitor:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Of all spikes, oldest first."""
         return self.spikes.records
 
     @property
     def counts(self) -> dict[str, int]:
-        """Spikes so far, by signal."""
         return self.spikes.counts
 
     @property
@@ -180,7 +178,7 @@ class SpikeMonitor:
 
         probe.after_step.append(take_back)
 
-    def monitor(self, index: int) -> OptimizerMonitor:
+    def monitor_of(self, index: int) -> OptimizerMonitor:
         """What is known of this optimizer's steps."""
         if index not in self.monitors:
             self.monitors[index] = OptimizerMonitor(self.window, self.threshold)
@@ -266,8 +264,7 @@ class SpikeMonitor:
     def keep_buffers(self) -> None:
         """Copy the buffers as they are before a forward pass, for a step that is left out."""
         if self.skips or self.reaction:
-            buffers = [b for b in self.model.buffers() if not is_lazy(b)]
-            self._buffer_copies = [buffer.detach().clone() for buffer in buffers]
+            self._buffer_copies = [b.clone() for b in self.model.buffers() if not is_lazy(b)]
 
     def _react(self, reaction: Reaction, o: Observation, optimizer: Optimizer) -> None:
         """Read the coming step and the update before it, and act if one of them is a spike."""
@@ -276,7 +273,7 @@ class SpikeMonitor:
         spiked, self._late = self._late, False
         for each in self._unread:
             known = set(each.judged) if each.reaction == "log" else {"update", *each.judged}
-            self.monitor(each.optimizer).judge([each], list(self._buffers))
+            self.monitor_of(each.optimizer).judge([each], list(self._buffers))
             if any(each.spiked(signal) for signal in each.judged.keys() - known):
                 spiked = True
         self._unread = [o]
@@ -294,7 +291,7 @@ class SpikeMonitor:
         """A reaction leaves out the step it was called for."""
         o = self._unread[-1]
         o.left_out = True
-        self.monitor(o.optimizer).forget_buffers()
+        self.monitor_of(o.optimizer).forget_buffers()
         for buffer, kept in zip(self.model.buffers(), self._buffer_copies, strict=True):
             buffer.copy_(kept)
 
@@ -323,14 +320,11 @@ class SpikeMonitor:
         if pending:
             read(pending, None if alone else processes.average)
             for index in {o.optimizer for o in pending}:
-                monitor, own = self.monitor(index), [o for o in pending if o.optimizer == index]
-                known = [set(o.judged) for o in own]
+                monitor, own = self.monitor_of(index), [o for o in pending if o.optimizer == index]
+                late = [o for o in own if o.reaction == "log" and "update" not in o.judged]
                 monitor.judge(own, list(self._buffers))
                 monitor.remember(own)
-                self._late = self._late or any(
-                    o.reaction == "log" and "update" not in k and o.spiked("update")
-                    for o, k in zip(own, known, strict=True)
-                )
+                self._late = self._late or any(o.spiked("update") for o in late)
             before = len(self.records)
             for o in pending:
                 self.spikes.add(o, self.monitors[o.optimizer], self.top_k)
@@ -338,13 +332,14 @@ class SpikeMonitor:
             if processes.is_first():
                 self.spikes.write(since=pending[0].step, until=pending[-1].step)
                 self.on_records(self.records[before:])
-                rows = {o.step: self._row(o) for o in pending}
+                several = len(self.optimizers) > 1
+                rows = {o.step: row_of(o, several) for o in pending}
                 counts = {f"spikes/{s}": float(self.counts[s]) for s in SIGNALS}
                 rows[pending[-1].step] |= counts
                 self.log_rows(rows)
         if refresh:
             for index, skip in self.skip.items():
-                skip.refresh(self.monitor(index))
+                skip.refresh(self.monitor_of(index))
 
     def log_rows(self, rows: Rows) -> None:
         """Hook: the values of these steps are known, in the first process."""
@@ -354,35 +349,16 @@ class SpikeMonitor:
     def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
         """Hook: these records are new, in the first process."""
 
-    def _row(self, o: Observation) -> dict[str, float]:
-        gradient, update = o.judged["gradient"], o.judged.get("update")
-        row = {"grad_norm/total": gradient.value}
-        # there is no threshold while a detector warms up
-        if gradient.threshold < math.inf:
-            row["grad_norm/threshold"] = gradient.threshold
-        if "clipped" in o.numbers:
-            row["grad_norm/clipped"] = norm(o.numbers["clipped"])
-        if update:
-            row["update_norm/total"] = 0.0 if was_skipped(o) else update.value
-            if update.threshold < math.inf:
-                row["update_norm/threshold"] = update.threshold
-        if "factor" in o.numbers:
-            row["update_norm/clipped"] = norm(applied_update_norms(o))
-        if len(self.optimizers) == 1:
-            return row
-        return {f"{name}/{o.optimizer}": value for name, value in row.items()}
-
     def _tell_once(self, steps: Sequence[Observation]) -> None:
-        """Say of a signal that it cannot be watched."""
-        for o in steps:
-            for signal, verdict in o.judged.items():
-                if verdict.kind == "nonpositive" and signal not in self._told and signal == "loss":
-                    self._told.add(signal)
-                    warnings.warn(
-                        f"the {signal} of step {o.step} is {verdict.value:.3g}; only positive ones "
-                        "are compared with one another.",
-                        stacklevel=2,
-                    )
+        """Say, once, of a loss that it cannot be watched."""
+        bad = [o for o in steps if "loss" in o.judged and o.judged["loss"].kind == "nonpositive"]
+        if bad and not self._told:
+            self._told = True
+            loss = bad[0].judged["loss"].value
+            warnings.warn(
+                f"the loss of step {bad[0].step} is {loss:.3g}; only positive ones are compared.",
+                stacklevel=2,
+            )
 
     # The end, and the state
 
@@ -423,9 +399,3 @@ class SpikeMonitor:
         self.spikes.load_state_dict(state)
         self._last_spike = state["last_spike"]
         self.global_step = state.get("now", 0)  # callbacks of Lightning learn it from the trainer
-
-
-def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate of now; schedulers write new ones into a tensor."""
-    rate = group["lr"]
-    return rate.clone() if isinstance(rate, Tensor) else rate

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .probe import StepProbe
+from ..probe import StepProbe
 
 ReactionName = Literal["log", "skip", "rollback", "stop"]
 

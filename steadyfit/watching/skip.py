@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import processes
+from .. import processes
+from ..probe import StepProbe, local
 from .observation import Observation
 from .optimizer_monitor import LOSS_RATIO, OptimizerMonitor
-from .probe import StepProbe, local
 
 LARGEST = torch.finfo(torch.float32).max  # of a value that no threshold is known for
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .detector import NORMAL_Q90, SHIFT_AFTER, TAIL_SHARE
+from ..detector import NORMAL_Q90, SHIFT_AFTER, TAIL_SHARE
 
 FORGET = 1 / 128  # weight of one use in a parameter's rate of spikes
 

@@ -5,7 +5,7 @@ model.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .detector import SpikeDetector
-from .probe import StepProbe, Update
+from ..detector import SpikeDetector
+from ..probe import StepProbe, Update
 
 SPIKES = ("spike", "nonfinite")  # kinds of verdicts
 
@@ -153,3 +153,9 @@ def read(pending: Sequence[Observation], average: Callable[[Tensor], Tensor] | N
         observation.unscale()
         if isinstance(factors := observation.update.factors, list):
             observation.take("factor", np.array(factors))
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of now; schedulers write new ones into a tensor."""
+    rate = group["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate

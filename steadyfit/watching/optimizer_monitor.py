@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .detector import SpikeDetector
+from ..detector import SpikeDetector
 from .history import NormHistory
 from .observation import Observation, Verdict
 from .ratios import ParameterRatios
@@ -227,3 +227,21 @@ def was_skipped(o: Observation) -> bool:
 def update_severity(step: Mapping[str, Any]) -> tuple[float, float]:
     """How far the update of a step was out of the ordinary, then how large it was."""
     return step["update_z"], step["update_norm"]
+
+
+def row_of(o: Observation, several: bool) -> dict[str, float]:
+    """What loggers are told of a judged step, named by its optimizer if there are several."""
+    gradient, update = o.judged["gradient"], o.judged.get("update")
+    row = {"grad_norm/total": gradient.value}
+    # there is no threshold while a detector warms up
+    if gradient.threshold < math.inf:
+        row["grad_norm/threshold"] = gradient.threshold
+    if "clipped" in o.numbers:
+        row["grad_norm/clipped"] = norm(o.numbers["clipped"])
+    if update:
+        row["update_norm/total"] = 0.0 if was_skipped(o) else update.value
+        if update.threshold < math.inf:
+            row["update_norm/threshold"] = update.threshold
+    if "factor" in o.numbers:
+        row["update_norm/clipped"] = norm(applied_update_norms(o))
+    return {f"{name}/{o.optimizer}": value for name, value in row.items()} if several else row
