@@ -1,1 +1,0 @@
-"""Judging the steps of a training, recording what spiked, and reacting to it."""
