@@ -229,6 +229,13 @@ def test_a_part_of_a_test_does_not_take_the_place_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
+def test_overfitting_is_for_fit(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit("--trainer.max_epochs=1")
+    args = [command, f"--run={run}", "--trainer.overfit_batches=2"]
+    assert "--trainer.overfit_batches is for fit" in sentence(args, capsys)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
 def test_a_quick_look_is_at_the_trained_network(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
