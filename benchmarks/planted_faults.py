@@ -95,7 +95,7 @@ FAULTS = (
         "nan_has_an_order",
         "2750c83",
         "A loss that becomes NaN after a spike does not show in the record of the spike.",
-        "steadyfit/monitor.py",
+        "steadyfit/watching/spike_log.py",
         'value = loss["value"] if math.isfinite(loss["value"]) else math.inf',
         'value = loss["value"]',
         ("test_gradient_spikes.py::test_without_a_reaction_nan_is_recorded_to_the_end",),
@@ -115,7 +115,7 @@ FAULTS = (
         "ratios_without_their_count",
         "404c47b",
         "When layers are unfrozen, noise of their first steps is reported as spikes.",
-        "steadyfit/watch.py",
+        "steadyfit/watching/ratios.py",
         "            self.forget()\n        scores =",
         "            self.logs, self.usual = [], []\n        scores =",
         (

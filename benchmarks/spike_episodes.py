@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from steadyfit.measures import excursions, stretches
-from steadyfit.monitor import CONFIRM
-from steadyfit.records import read_records
-from steadyfit.watch import BEFORE
+from steadyfit.watching.optimizer_monitor import BEFORE
+from steadyfit.watching.records import read_records
+from steadyfit.watching.spike_log import CONFIRM
 
 GAP = 10  # optimizer steps
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from .clipping import UpdateLimit, clip_updates
 from .detector import SpikeDetector
-from .monitor import SpikeMonitor
 from .probe import StepProbe
-from .reactions import Reaction
-from .records import read_records
+from .watching.monitor import SpikeMonitor
+from .watching.reactions import Reaction
+from .watching.records import read_records
 
 if TYPE_CHECKING:
     from .lightning import GradientSpikeMonitor as GradientSpikeMonitor

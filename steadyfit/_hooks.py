@@ -6,17 +6,18 @@ A trainer and a module are those of either package. Dimensions: P parameters of 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .clipping import UpdateLimit
-from .probe import StepProbe
-from .watch import mean
+from . import processes
+from .clipping import Floor, UpdateLimit
+from .probe import Factors, StepProbe
 
-SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+SHARDING = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 class StepHooks(ABC):
@@ -29,35 +30,42 @@ class StepHooks(ABC):
 
     trainer: Any  # set when training is set up, as are module and folder
     module: Any
-    folder: str | None
+    folder: Path | None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
         self.trainer, self.module = trainer, pl_module
-        self.folder = trainer.log_dir  # Lightning broadcasts the answer: all ranks have to ask
-        sharding = type(trainer.strategy).__name__
-        if sharding in SHARDING:
-            raise ValueError(
-                f"{type(self).__name__} needs whole gradients, and {sharding} shards them; "
-                "use the strategy ddp."
+        self.folder = run_folder(trainer)  # Lightning broadcasts the answer: all ranks have to ask
+        name, strategy = type(self).__name__, type(trainer.strategy).__name__
+        if strategy in SHARDING:
+            self.refuse(
+                f"{name} needs whole gradients, and {strategy} shards them; use the strategy ddp."
             )
         parameters = list(pl_module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
-            raise ValueError(
-                f"{type(self).__name__} has nothing to watch: every parameter of "
-                f"{type(pl_module).__name__} is frozen; set requires_grad on some."
+            self.refuse(
+                f"{name} has nothing to watch: every parameter of {type(pl_module).__name__} is "
+                "frozen; set requires_grad on some."
             )
         if any(p.is_complex() for p in parameters):
-            raise ValueError(
-                f"{type(self).__name__} does not take complex parameters; train them as pairs of "
-                "real ones with torch.view_as_real."
+            self.refuse(
+                f"{name} does not take complex parameters; train them as pairs of real ones with "
+                "torch.view_as_real."
             )
+
+    def refuse(self, why: str) -> None:
+        """End training, since this cannot do its part in it.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(why)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         watched = [StepProbe.of(optimizer).params for optimizer in trainer.optimizers]
-        if not watched or not all(watched):
-            raise ValueError(
+        if not watched or not all(any(p.requires_grad for p in params) for params in watched):
+            self.refuse(
                 f"{type(self).__name__} has nothing to watch: an optimizer of "
                 f"{type(pl_module).__name__} has no parameter to train."
             )
@@ -67,7 +75,10 @@ class StepHooks(ABC):
     ) -> None:
         every = trainer.log_every_n_steps
         if trainer.is_last_batch or (every and trainer.global_step % every == 0):
-            self.flush()
+            self.on_log_step()
+
+    def on_log_step(self) -> None:
+        self.flush()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.flush()
@@ -112,22 +123,30 @@ class ClippingHooks(StepHooks):
     def __init__(self) -> None:
         self.steps = 0
         self.acted = 0
-        self._pending: list[tuple[int, Tensor]] = []  # (optimizer step, factors (P,) or ())
+        self._pending: list[tuple[int, Tensor | float]] = []  # (optimizer step, factor ())
 
-    def keep(self, trainer: Any, factors: Tensor) -> None:
-        self._pending.append((trainer.global_step, factors))
+    def keep(self, trainer: Any, factors: Factors) -> None:
+        smallest = factors.amin() if isinstance(factors, Tensor) else min(factors, default=1.0)
+        self._pending.append((trainer.global_step, smallest))
 
     def flush(self, *, alone: bool = False) -> None:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        smallest = torch.stack([factors.amin() for _, factors in pending]).tolist()
+        tensors = [factor for _, factor in pending if isinstance(factor, Tensor)]
+        read = iter(self.read(tensors))
+        smallest = [next(read) if isinstance(f, Tensor) else f for _, f in pending]
         self.steps += len(smallest)
         self.acted += sum(factor < 1 for factor in smallest)
         if self.trainer.is_global_zero:
             steps = [step for step, _ in pending]
             rows = {s: {f"clip/{self.name}": f} for s, f in zip(steps, smallest, strict=True)}
             self.log_rows(rows)
+
+    def read(self, tensors: list[Tensor]) -> list[float]:
+        """Hook: the numbers of some tensors (), in one device read."""
+        numbers: list[float] = torch.stack(tensors).tolist() if tensors else []
+        return numbers
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module)
@@ -149,12 +168,13 @@ class UpdateClippingHooks(ClippingHooks):
     - ``max_rms``: of each parameter tensor, ``rms(delta theta) <= max_rms * lr``. An optimizer that
       normalises (RMSprop, Adam) makes updates of about ``lr``, and larger ones only where its
       second moment is out of date. This is the update clipping of Adafactor (Shazeer and Stern,
-      arXiv:1804.04235, section 6) and StableAdamW. For SGD it is an absolute limit on the gradient.
+      arXiv:1804.04235, section 6) and StableAdamW; of embeddings it holds for each row. For SGD it
+      is an absolute limit on the gradient.
     - ``max_decrease``: to first order a step promises to lower the loss by
-      ``-<gradient, delta theta>``. A loss that cannot fall below zero cannot keep a promise larger
-      than itself; the whole update is shortened until it promises at most ``max_decrease`` times
-      the loss. It is the Polyak step size taken as an upper bound, as in SPS_max (Loizou et al.,
-      arXiv:2002.10542), with any optimizer's direction in place of the gradient.
+      ``-<gradient, delta theta>``. A loss that cannot fall below ``floor`` cannot keep a promise
+      larger than its distance from it; the whole update is shortened until it promises at most
+      ``max_decrease`` times that. It is the Polyak step size taken as an upper bound, as in SPS_max
+      (Loizou et al., arXiv:2002.10542), with any optimizer's direction in place of the gradient.
 
     It acts on what the optimizer has done to the parameters, so it is exact for every optimizer;
     decoupled weight decay of torch's optimizers is left whole. Where it does not act, the run is
@@ -163,45 +183,122 @@ class UpdateClippingHooks(ClippingHooks):
 
     Args:
         max_rms: Largest root mean square of an update, in learning rates; None for no limit.
-        max_decrease: Largest share of the loss that a step may promise to remove; None for no
-            limit.
+        max_decrease: Largest share of the loss above ``floor`` that a step may promise to remove;
+            None for no limit.
+        floor: What the loss cannot fall below; ``auto`` takes the lowest loss seen less its usual
+            scatter.
     """
 
     name = "update_factor"
 
-    def __init__(self, max_rms: float | None = 1.0, max_decrease: float | None = None) -> None:
+    def __init__(
+        self,
+        max_rms: float | None = 1.0,
+        max_decrease: float | None = None,
+        floor: Floor = 0.0,
+    ) -> None:
         super().__init__()
-        self.limit = UpdateLimit(max_rms, max_decrease)
-        self._losses: list[Tensor] = []
+        self.limit = UpdateLimit(max_rms, max_decrease, floor)
+        self.unlimited = 0  # steps whose loss was not above the floor
+        self._losses = Losses()
+        self._limited: list[Tensor] = []  # losses since the last read
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in trainer.optimizers:
             limits = StepProbe.of(optimizer).limits
             if self.factors not in limits:  # else it is the optimizer of an earlier fit
                 limits.append(self.factors)
-            self.limit.check(optimizer)
+            self.limit.attach(optimizer, pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         if self.limit.max_decrease is not None:
-            self._losses.append(unscaled_loss(trainer, pl_module, loss))
+            self._losses.add(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        StepProbe.of(optimizer).arm(trainer.global_step)
-        self.limit.loss = mean(self._losses) if self._losses else None
-        self._losses = []
-        if self.limit.loss is not None and trainer.world_size > 1:
-            # the gradient is that of the mean over all processes; strategy.reduce has a barrier
-            self.limit.loss = self.limit.loss / trainer.world_size
-            torch.distributed.all_reduce(self.limit.loss)
+        StepProbe.of(optimizer).snapshot(trainer.global_step)
+        loss = self._losses.take(trainer, optimizer)
+        # the gradient is that of the mean over all processes
+        self.limit.loss = None if loss is None else processes.average(loss)
+        if self.limit.loss is not None and self.limit.floor != "auto":
+            self._limited.append(self.limit.loss)
 
-    def factors(self, probe: StepProbe) -> Tensor:
-        """By which factor each update of this step has to be shortened (P,)."""
+    def factors(self, probe: StepProbe) -> Factors:
+        """By which factor each update of this step has to be shortened (A,)."""
         factors = self.limit(probe)
         self.keep(self.trainer, factors)
         return factors
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero and self.unlimited:
+            print(
+                f"max_decrease left {self.unlimited} steps alone, whose loss was not above its "
+                f"floor of {self.limit.floor}; set floor to a lower bound of the loss, or to auto."
+            )
+
+    def read(self, tensors: list[Tensor]) -> list[float]:
+        losses, self._limited = self._limited, []
+        found = super().read([*losses, *tensors])
+        floor = self.limit.floor
+        self.unlimited += sum(floor != "auto" and loss <= floor for loss in found[: len(losses)])
+        return found[len(losses) :]
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state | {"seen": self.limit.seen.tolist(), "unlimited": self.unlimited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "seen" in state:  # version 0.1 had no floor
+            self.limit.seen, self.unlimited = torch.tensor(state["seen"]), state["unlimited"]
+
+
+class Losses:
+    """The losses whose backward passes made the gradients of the coming step.
+
+    With several optimizers a loss is known to be that of one if it alone was about to be trained
+    (``toggle_optimizer``), or if there was no other backward pass since the last step. Others are
+    given to none.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int | None, Tensor]] = []  # optimizer, if known, and loss ()
+
+    def add(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Take in the loss of ``on_before_backward``."""
+        owners = list(range(len(trainer.optimizers)))
+        if len(owners) > 1:
+            params = [StepProbe.of(optimizer).params for optimizer in trainer.optimizers]
+            owners = [i for i in owners if any(p.requires_grad for p in params[i])]
+        owner = owners[0] if len(owners) == 1 else None
+        self._found.append((owner, unscaled_loss(trainer, pl_module, loss)))
+
+    def take(self, trainer: Any, optimizer: Optimizer) -> Tensor | None:
+        """The mean loss () of the optimizer that takes a step, None if it is not known."""
+        index = trainer.optimizers.index(optimizer)
+        found, self._found = self._found, []
+        if len(found) == 1 and found[0][0] is None:
+            return found[0][1]
+        own = [loss for owner, loss in found if owner == index]
+        self._found = [(owner, loss) for owner, loss in found if owner not in (index, None)]
+        if not own:
+            return None
+        return torch.stack(own).mean() if len(own) > 1 else own[0]
+
 
 # What a trainer knows
+
+
+def run_folder(trainer: Any) -> Path | None:
+    """The folder of this run alone; None if the trainer has none, as without a logger."""
+    folder = trainer.log_dir
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None:
+        return None
+    if not hasattr(logger, "log_dir") and logger.name is not None and logger.version is not None:
+        root = logger.save_dir or trainer.default_root_dir  # W&B, MLflow: many runs in a folder
+        folder = Path(root, str(logger.name), str(logger.version))
+    return Path(folder) if folder else None
 
 
 def wandb_loggers(trainer: Any) -> list[Any]:
@@ -213,10 +310,10 @@ def wandb_loggers(trainer: Any) -> list[Any]:
     ]
 
 
-def clips_gradients_itself(pl_module: Any) -> bool:
-    """Whether a module has a hook of its own in which gradients are clipped."""
-    owner = next(c for c in type(pl_module).__mro__ if "configure_gradient_clipping" in vars(c))
-    return owner.__name__ != "LightningModule"
+def has_own_hook(pl_module: Any, name: str) -> bool:
+    """Whether a module has a hook of its own, which Lightning's has not."""
+    owner = next(c for c in type(pl_module).__mro__ if name in vars(c))
+    return owner.__name__ not in ("LightningModule", "ModelHooks")
 
 
 def unscaled_loss(trainer: Any, pl_module: Any, loss: Tensor) -> Tensor:
@@ -226,12 +323,6 @@ def unscaled_loss(trainer: Any, pl_module: Any, loss: Tensor) -> Tensor:
         value = value * trainer.accumulate_grad_batches  # Lightning has divided it
     scaler = grad_scaler(trainer)
     return value if scaler is None else value / scaler.scale(torch.ones_like(value))
-
-
-def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate of now; schedulers write new ones into a tensor."""
-    rate = group["lr"]
-    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def grad_scaler(trainer: Any) -> Any:

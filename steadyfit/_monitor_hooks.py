@@ -1,51 +1,35 @@
 """The callback that watches for spikes, without the name of Lightning (see `_hooks.py`)."""
 
-import io
 import itertools
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import processes
 from ._hooks import (
+    Losses,
     StepHooks,
-    clips_gradients_itself,
     grad_scaler,
-    learning_rate,
+    has_own_hook,
     scale_left,
-    unscaled_loss,
     wandb_loggers,
 )
-from .monitor import CONFIRM, SpikeMonitor
-from .probe import StepProbe, norms
-from .reactions import REACTIONS, Reaction, ReactionName
-from .records import finite_line, read_records, replace_file, sentence, suspect
-from .watch import Observation
+from .probe import StepProbe
+from .watching.monitor import SpikeMonitor
+from .watching.observation import Observation
+from .watching.reactions import Reaction, ReactionName
+from .watching.records import format_spike, top_parameter
 
 
 class MonitorHooks(SpikeMonitor, StepHooks):
-    """Watch gradient, update and loss of every optimizer step, and name what spiked.
+    """Watch gradient, update, loss and buffers of every optimizer step, and name what spiked.
 
-    Four signals are watched for each optimizer, the first, third and fourth by a
-    :class:`SpikeDetector`, the second by :class:`ParameterRatios`:
-
-    - ``gradient``: L2 norm over all parameters, after unscaling and before clipping;
-    - ``parameter``: the norm of one parameter's gradient against that of all the others;
-    - ``update``: L2 norm of what the optimizer did with it;
-    - ``loss``: mean over the batches of the step and over all processes. It has to double, and
-      two thirds of the threshold are enough then.
-
-    Every spike becomes a line of ``spikes.jsonl`` in ``trainer.log_dir``: when (step, epoch,
-    batches), which signal and how far out, the parameters with the largest share and those furthest
-    out of proportion, the largest update just before, and what followed. The norms of each
-    parameter over the whole training go to ``norms.pt``, binned over time.
-
-    With the reaction ``log`` nothing is read from the device between log steps. The others read
-    once a step, before it is taken, and act on gradient, parameter and loss; they are ``skip``,
-    ``rollback``, ``stop``, or an own :class:`Reaction`. Values that a gradient scaler is going to
-    throw away (overflow in float16) are recorded and neither counted nor acted upon.
+    It is the :class:`SpikeMonitor` of any loop, with the names of Lightning: ``spikes.jsonl`` and
+    ``norms.pt`` go to the folder of the run (without a logger there is none, and records stay in
+    memory), the values of each step to the loggers, read every ``trainer.log_every_n_steps``.
 
     Put it in front of callbacks that clip gradients.
 
@@ -56,6 +40,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         top_k: Parameters named in a record.
         weight_norm_every: Optimizer steps between two readings of the weight norms.
         alert: Send a W&B alert about spikes, at most every ten minutes.
+        optional: A training that cannot be watched is not refused: a line says why, once.
     """
 
     def __init__(
@@ -66,186 +51,160 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         top_k: int = 3,
         weight_norm_every: int = 10,
         alert: bool = True,
+        optional: bool = False,
     ) -> None:
-        super().__init__(window, threshold, top_k)
-        if weight_norm_every < 1:
-            raise ValueError(f"weight_norm_every must be at least 1, got {weight_norm_every}.")
-        if reaction not in get_args(ReactionName) and not isinstance(reaction, Reaction):
-            raise ValueError(
-                f"reaction must be one of {', '.join(get_args(ReactionName))}, or a Reaction, got "
-                f"{reaction!r}."
-            )
-        if isinstance(reaction, str):
-            self.reaction = REACTIONS[reaction]() if reaction in REACTIONS else None
-        else:
-            self.reaction = reaction
-        self.weight_norm_every = weight_norm_every
+        super().__init__(
+            nn.Module(),  # until there is one
+            (),
+            reaction=reaction,
+            window=window,
+            threshold=threshold,
+            top_k=top_k,
+            weight_norm_every=weight_norm_every,
+        )
         self.alert = alert
-        self._pending: list[Observation] = []
+        self.optional = optional
+        self.off = False
         self._batches: list[int] = []
         self._stepped = False  # an optimizer has, since the last batch began
-        self._losses: list[Tensor] = []
+        self._losses = Losses()
+        self._early: dict[int, Tensor] = {}  # squared gradient norms (A,) after the backward pass
+        self._looks_early = False
 
     @property
-    def path(self) -> Path | None:
-        return Path(self.folder) / "spikes.jsonl" if self.folder else None
+    def loop(self) -> Any:
+        return self.trainer
+
+    def refuse(self, why: str) -> None:
+        if not self.optional:
+            super().refuse(why)
+        if not self.off and self.trainer.is_global_zero:
+            print(f"Spikes are not watched: {why}")
+        self.off = True
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self.forget()  # what an earlier training has left; a checkpoint is loaded after this
+            self.off = False
+        super().setup(trainer, pl_module, stage)
 
     # Collecting, without a read from the device
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.names = {id(p): name for name, p in pl_module.named_parameters()}
         callbacks = trainer.callbacks
         clipping = [c for c in callbacks if getattr(c, "clips_gradients", False)]
         for callback in itertools.takewhile(lambda c: c is not self, callbacks):
             if callback in clipping:
-                raise ValueError(
+                self.refuse(
                     f"GradientSpikeMonitor stands behind {type(callback).__name__} and would see "
                     "clipped gradients; put it first in trainer.callbacks."
                 )
-        self.optimizers, self.now = trainer.optimizers, trainer.global_step
-        own = clips_gradients_itself(pl_module)
+        if self.off:
+            return
+        own = has_own_hook(pl_module, "configure_gradient_clipping")
+        self._looks_early = has_own_hook(pl_module, "on_after_backward") or not (
+            pl_module.automatic_optimization
+        )
+        self.global_step = trainer.global_step
+        self.every = trainer.log_every_n_steps or self.every
         for optimizer in trainer.optimizers:
-            probe = StepProbe.of(optimizer)
-            probe.gradients_are_clipped = bool(clipping or own or trainer.gradient_clip_val)
-        if self.reaction:
-            self.reaction.start(trainer, pl_module)
-        open_since = self.records[0]["step"] if self.records else trainer.global_step
-        earlier = [r for r in read_records(self.path) if r["step"] < open_since]
-        self.records = [*earlier, *self.records]
-        self._changed = bool(self.path and self.path.exists())
-        if trainer.is_global_zero:
-            self._save(trainer.global_step)  # without what is going to be trained again
+            clipped = bool(clipping or own or trainer.gradient_clip_val or self._looks_early)
+            StepProbe.of(optimizer).gradients_are_clipped = clipped
+        self.attach(pl_module, trainer.optimizers)
+        self.spikes.resume(trainer.global_step)
+        if trainer.is_global_zero:  # without what is going to be trained again
+            self.spikes.file.begin(self.records)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._stepped:
+        if self._stepped or not self._batches:
             self._batches, self._stepped = [], False
+            self.keep_buffers()
         self._batches.append(batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        self._losses.append(unscaled_loss(trainer, pl_module, loss))
+        if not self.off:
+            self._losses.add(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if not self._looks_early or self.off:
+            return
+        scaler = grad_scaler(trainer)
+        for index, optimizer in enumerate(trainer.optimizers):  # before a module's own clipping
+            with torch.no_grad():
+                squares = StepProbe.of(optimizer).gradient_squares()
+                if scaler is not None and scale_left(trainer, pl_module, optimizer) is None:
+                    squares = squares / scaler.scale(squares.new_ones(())).square()
+                self._early[index] = squares
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        probe = StepProbe.of(optimizer)
-        step = trainer.global_step
-        observation = Observation(
-            step=step,
+        if self.off:
+            return
+        self.global_step, self._stepped = trainer.global_step, True
+        self.before_step(
+            self._losses.take(trainer, optimizer),
+            optimizer,
             epoch=trainer.current_epoch,
             batches=self._batches,
-            optimizer=trainer.optimizers.index(optimizer),
-            lrs=[learning_rate(group) for group in optimizer.param_groups],
-            losses=self._losses,
-            gradient=probe.gradient_norms(),
             scale=scale_left(trainer, pl_module, optimizer),
             scaled=grad_scaler(trainer) is not None,
-            update=probe.arm(step),
-            weight=norms(probe.before) if step % self.weight_norm_every == 0 else None,
+            earlier=self._early.pop(trainer.optimizers.index(optimizer), None),
         )
-        self._losses, self._stepped = [], True
-        self._pending.append(observation)
-        if self.reaction:
-            self._react(self.reaction, observation, optimizer)
 
-    def _react(self, reaction: Reaction, observation: Observation, optimizer: Optimizer) -> None:
-        """Read gradient and loss of the coming step, and act if one of them is a spike."""
-        (numbers,) = self.read([observation], self._average)
-        if self.spikes_before_step(observation, numbers):
-            observation.reaction = type(reaction).__name__.lower()
-            if observation.scale is not None:
-                # without gradients, the scaler could not say later that they were finite
-                grad_scaler(self.trainer).unscale_(optimizer)
-            reaction.react(self.trainer, self.module, optimizer)
-
-    def _average(self, table: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(table, reduce_op="mean")
-
-    def on_train_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if self.reaction and self._stepped:
-            calm = trainer.global_step - self._last_spike > CONFIRM
-            self.reaction.after_step(trainer, pl_module, calm)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def before_reaction(self, o: Observation) -> None:
+        if o.scale is not None or "scale" in o.numbers:
+            # without gradients, the scaler could not say later that they were finite
+            grad_scaler(self.trainer).unscale_(self.optimizers[o.optimizer])
 
     # Reading and judging
 
-    def flush(self, *, alone: bool = False) -> None:
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        numbers = self.read(pending, None if alone else self._average)
-        rows = {o.step: self.judge(o, n) for o, n in zip(pending, numbers, strict=True)}
-        self.remember(pending, numbers)
-        if self.trainer.is_global_zero:
-            self.log_rows(rows)
-            self._save(pending[0].step)
+    def on_log_step(self) -> None:
+        self.flush(refresh=True)
+
+    def flush(self, *, refresh: bool = False, alone: bool = False) -> None:
+        if not self.off:
+            super().flush(refresh=refresh, alone=alone)
 
     # Writing
 
-    def _save(self, since: int) -> None:
-        """Bring the file of spikes up to date and say what is new, on the first process."""
-        if self.path and self._changed:
-            self._changed = False
-            lines = [finite_line(record) for record in self.records]
-            replace_file(self.path, "".join(lines).encode())
-        fresh = [r for r in self.records if r["step"] >= since and r["spiked"]]
-        for logger in wandb_loggers(self.trainer) if fresh and self.alert else []:
+    log_rows = StepHooks.log_rows
+
+    def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
+        spiked = [record for record in fresh if record["spiked"]]
+        for logger in wandb_loggers(self.trainer) if spiked and self.alert else []:
             logger.experiment.alert(
                 title="gradient spikes",  # W&B waits between alerts of one title
-                text=sentence(fresh[0]),
+                text=format_spike(spiked[0]),
                 wait_duration=600,
             )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module)
-        self._finish()
+        self._conclude()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._finish()
+        self._conclude()
 
-    def _finish(self) -> None:
+    def _conclude(self) -> None:
         """Leave the norms of each parameter and the table of spikes, and say what was seen."""
-        if not self.watches or not self.trainer.is_global_zero:
+        if self.off or not self.monitors or not processes.is_first():
             return
-        if self.folder:
-            content = io.BytesIO()
-            histories = {str(i): watch.history.state_dict() for i, watch in self.watches.items()}
-            torch.save(histories, content)
-            replace_file(Path(self.folder) / "norms.pt", content.getvalue())
+        print(self.finish())
         spikes = [record for record in self.records if record["spiked"]]
-        if not spikes:
-            return
         table = [
             {
                 "step": r["step"],
                 "epoch": r["epoch"],
                 "batches": str(r["batches"]),
                 "spiked": ", ".join(r["spiked"]),
-                "parameter": suspect(r)["name"],
+                "parameter": top_parameter(r)["name"],
                 "confirmed": r["confirmed"],
                 "max_loss_after": r["max_loss_after"],
             }
             for r in spikes
         ]
-        for logger in wandb_loggers(self.trainer):
+        for logger in wandb_loggers(self.trainer) if table else []:
             rows = [list(row.values()) for row in table]
             logger.log_table("spikes", columns=list(table[0]), data=rows)
-        confirmed = sum(record["confirmed"] for record in spikes)
-        worst = max(spikes, key=lambda record: record["max_loss_after"] or 0.0)
-        print(
-            f"{len(spikes)} spikes, {confirmed} of them followed by the loss, in {self.path}; the "
-            f"worst: {sentence(worst)}"
-        )
-
-    # Resuming
-
-    def state_dict(self) -> dict[str, Any]:
-        self.flush()  # what the checkpoint has seen, the loggers have seen
-        return super().state_dict()

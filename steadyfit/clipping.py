@@ -1,84 +1,173 @@
-"""Shortening the updates that spikes are made of. Dimensions: P parameters of one optimizer."""
+"""Shortening the updates that spikes are made of.
 
-from typing import Any
+Dimensions: A parameters of one optimizer that have a gradient.
+"""
+
+import math
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .probe import StepProbe
+from .probe import Factors, StepProbe
+
+Floor = float | Literal["auto"]
+MEMORY = 0.01  # share of a new loss in the moving averages
 
 
 class UpdateLimit:
     """By which factors the updates of a step are to be shortened, computed on the device.
 
     Args:
-        max_rms: Largest root mean square of an update, in learning rates; None for no limit.
-        max_decrease: Largest share of the loss that a step may promise to remove; None for no
-            limit.
+        max_rms: Largest root mean square of an update, in learning rates; None for no limit. Of an
+            embedding it holds for each row: few rows of it take part in a step.
+        max_decrease: Largest share of the loss above ``floor`` that a step may promise to remove;
+            None for no limit.
+        floor: What the loss cannot fall below: 0 for a cross-entropy or a squared error, more with
+            label smoothing, less for a loss that may be negative. ``auto`` takes the lowest loss
+            seen less its usual scatter, the mean absolute deviation from its mean over the last
+            hundred steps or so.
 
     Attributes:
         loss: The loss () whose gradient the coming step follows; only ``max_decrease`` asks for it.
+        seen: Lowest loss, moving mean and mean absolute deviation (3,), for ``auto``; NaN before
+            the first loss.
+        embeddings: Parameters whose rows are limited one by one.
 
     Raises:
-        ValueError: If a limit is not positive, or there is none.
+        ValueError: If an argument is out of range, or there is no limit.
     """
 
-    def __init__(self, max_rms: float | None = 1.0, max_decrease: float | None = None) -> None:
+    def __init__(
+        self,
+        max_rms: float | None = 1.0,
+        max_decrease: float | None = None,
+        floor: Floor = 0.0,
+    ) -> None:
         for name, value in (("max_rms", max_rms), ("max_decrease", max_decrease)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}; use None for no limit.")
         if max_rms is None and max_decrease is None:
             raise ValueError("there is no limit; set max_rms, max_decrease, or both.")
+        if floor != "auto" and not (isinstance(floor, (int, float)) and math.isfinite(floor)):
+            raise ValueError(f"floor must be a finite number or auto, got {floor!r}.")
         self.max_rms = max_rms
         self.max_decrease = max_decrease
+        self.floor = floor
         self.loss: Tensor | None = None
-        self._roots: dict[StepProbe, list[Tensor]] = {}  # of the sizes, for each parameter group
+        self.seen = torch.full((3,), math.nan)
+        self.embeddings: set[Tensor] = set()
 
-    def check(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that overwrites the gradients which ``max_decrease`` needs.
+    def attach(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
+        """Check that the optimizer can be limited, and find the embeddings of a model.
 
         Raises:
-            ValueError: It does.
+            ValueError: The optimizer overwrites the gradients which ``max_decrease`` needs.
         """
         if self.max_decrease is not None and overwrites_gradients(optimizer):
             raise ValueError(
                 "max_decrease needs the gradients behind the step, and SGD with nesterov "
                 "overwrites them; set foreach to False, or max_decrease to None."
             )
+        modules = () if model is None else model.modules()
+        self.embeddings |= {m.weight for m in modules if isinstance(m, nn.Embedding)}
 
-    def __call__(self, probe: StepProbe) -> Tensor:
-        """The factors (P,) of the step that the probe has seen."""
-        lengths = probe.update.norms
-        assert lengths is not None
-        if self.max_rms is None:
-            factors = torch.ones_like(lengths)
-        else:
-            # where nothing moved the quotient may be 0 / 0, and a NaN is left for all to see
-            quotients = self._longest(probe, self.max_rms) / lengths
-            factors = quotients.nan_to_num_(nan=1.0, posinf=1.0).clamp_(max=1.0)
+    def __call__(self, probe: StepProbe) -> Factors:
+        """The factors (A,) of the step that the probe has seen."""
+        squares, products = probe.update.squares, None
+        assert squares is not None
+        if self.max_rms is not None and self.embeddings:
+            self._limit_rows(probe, self.max_rms)
         if self.max_decrease is not None and self.loss is not None:
-            pairs = zip(probe.deltas, probe.gradients(), strict=True)
-            promised = -torch.stack([inner(*pair) for pair in pairs]).to(factors).dot(factors)
-            allowed = self.max_decrease * self.loss
-            excess = (promised / allowed).nan_to_num_(nan=1.0, posinf=1.0).clamp_(min=1.0)
-            factors = torch.where(allowed > 0, factors / excess, factors)
+            products = probe.reduce(probe.layout.inner(probe.back, probe.gradients_of_step()))
+        squares = probe.reduce(squares)
+        if probe.shortened is not None:
+            squares = squares * probe.shortened.square()
+        if probe.layout.on_host:
+            return self._factors_of_numbers(probe, squares.tolist(), products)
+        one = squares.new_ones(())
+        factors = torch.ones_like(squares)
+        if self.max_rms is not None:
+            # where nothing moved the quotient is 0 / 0, and a NaN is left for all to see
+            factors = torch.fmin(self._largest(probe) / squares, one).sqrt_()
+        if products is not None and self.loss is not None and self.max_decrease is not None:
+            room = self.loss - self._lower_bound(self.loss)
+            room = self.max_decrease * room / (room > 0)  # without room there is no limit
+            factors /= torch.fmax(products.to(factors).dot(factors) / room, one)
         return factors
 
-    def _longest(self, probe: StepProbe, rms: float) -> Tensor:
-        """Norms (P,) of updates whose root mean square is ``rms`` learning rates."""
-        roots = self._roots.get(probe, [])
-        groups = probe.optimizer.param_groups
-        if len(roots) < len(groups):  # at the start, or when a group was added
-            assert probe.update.norms is not None
-            sizes = [[float(p.numel()) for p in params] for params in probe.groups]
-            self._roots[probe] = roots = [probe.update.norms.new_tensor(s).sqrt() for s in sizes]
-        longest = [r * (g["lr"] * rms) for r, g in zip(roots, groups, strict=True)]
-        return longest[0] if len(longest) == 1 else torch.cat(longest)
+    def _factors_of_numbers(
+        self, probe: StepProbe, squares: list[float], products: Tensor | None
+    ) -> list[float]:
+        """The same where numbers are there without a read."""
+        factors = [1.0] * len(squares)
+        if self.max_rms is not None:
+            rates = [float(probe.optimizer.param_groups[n]["lr"]) for n in probe.layout.group_of]
+            caps = [(r * self.max_rms) ** 2 for r in rates]
+            triples = zip(caps, probe.layout.elements, squares, strict=True)
+            factors = [math.sqrt(cap * n / s) if s > cap * n else 1.0 for cap, n, s in triples]
+        if products is not None and self.loss is not None and self.max_decrease is not None:
+            room = self.max_decrease * float(self.loss - self._lower_bound(self.loss))
+            promised = sum(f * p for f, p in zip(factors, products.tolist(), strict=True))
+            if promised > room > 0:
+                factors = [f * room / promised for f in factors]
+        return factors
+
+    def _largest(self, probe: StepProbe) -> Tensor:
+        """Squared norms (A,) of updates whose root mean square is ``max_rms`` learning rates."""
+        layout, groups, rms = probe.layout, probe.optimizer.param_groups, self.max_rms or 0.0
+        parts = [
+            layout.counts[part] * (groups[number]["lr"] * rms) ** 2
+            for number, part in layout.groups.items()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _limit_rows(self, probe: StepProbe, rms: float) -> None:
+        """Shorten the rows of embeddings at once."""
+        layout, tensors = probe.layout, probe.active
+        backs = layout.scatter(probe.back, tensors)
+        for place, index in enumerate(layout.active):
+            if probe.params[index] not in self.embeddings:
+                continue
+            rate = probe.optimizer.param_groups[layout.group_of[place]]["lr"]
+            rows = torch.linalg.vector_norm(backs[place].float(), dim=1, keepdim=True)  # (V, 1)
+            longest = rate * rms * backs[place].shape[1] ** 0.5
+            kept = torch.fmin(longest / rows, rows.new_ones(())).to(backs[place].dtype)
+            tensors[place].add_(backs[place] * (1 - kept))
+            backs[place].mul_(kept)
+            left = torch.linalg.vector_norm(rows * kept) / torch.linalg.vector_norm(rows)
+            if probe.shortened is None:
+                probe.shortened = torch.ones(len(tensors), device=rows.device)
+            probe.shortened[place] = torch.fmin(left, left.new_ones(()))
+
+    def _lower_bound(self, loss: Tensor) -> Tensor | float:
+        """What the loss is taken not to fall below ()."""
+        if self.floor != "auto":
+            return self.floor
+        loss = loss.to(self.seen.dtype)
+        lowest, mean, scatter = self.seen.to(loss.device).nan_to_num(nan=0.0).unbind()
+        fresh = self.seen[0].isnan().to(loss.device)
+        deviation = (loss - mean).abs()
+        moved = torch.stack(
+            [
+                torch.minimum(lowest, loss),
+                mean.lerp(loss, MEMORY),
+                scatter.lerp(deviation, MEMORY),
+            ]
+        )
+        first = torch.stack([loss, loss, torch.zeros_like(loss)])
+        seen = torch.where(fresh, first, moved)
+        self.seen = torch.where(loss.isfinite(), seen, self.seen.to(loss.device))
+        return self.seen[0] - self.seen[2]
 
 
 def clip_updates(
-    optimizer: Optimizer, max_rms: float | None = 1.0, max_decrease: float | None = None
+    optimizer: Optimizer,
+    max_rms: float | None = 1.0,
+    max_decrease: float | None = None,
+    floor: Floor = 0.0,
+    model: nn.Module | None = None,
 ) -> UpdateLimit:
     """Shorten the updates of an optimizer from now on, in any training loop.
 
@@ -93,15 +182,22 @@ def clip_updates(
             loss.backward()
             optimizer.step()
 
+    Args:
+        optimizer: The one whose steps are to be shortened; a wrapper of Fabric or Accelerate too.
+        max_rms: See :class:`UpdateLimit`.
+        max_decrease: Likewise.
+        floor: Likewise.
+        model: Where embeddings are to be found, whose rows ``max_rms`` limits one by one.
+
     Raises:
-        ValueError: If a limit is not positive, or there is none; at a step, if ``max_decrease`` has
+        ValueError: If a limit is out of range, or there is none; at a step, if ``max_decrease`` has
             no loss.
     """
-    limit = UpdateLimit(max_rms, max_decrease)
-    limit.check(optimizer)
+    limit = UpdateLimit(max_rms, max_decrease, floor)
     probe, steps = StepProbe.of(optimizer), 0
+    limit.attach(probe.optimizer, model)
 
-    def factors(probe: StepProbe) -> Tensor:
+    def factors(probe: StepProbe) -> Factors:
         if max_decrease is not None:
             if limit.loss is None:
                 raise ValueError("max_decrease needs the loss: set limit.loss before each step.")
@@ -110,14 +206,14 @@ def clip_updates(
         limit.loss = None  # that of the next step is another one
         return found
 
-    def arm(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def snapshot(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal steps
         if not probe.is_armed:  # else somebody else watches this step as well
-            StepProbe.of(optimizer).arm(steps)
+            probe.snapshot(steps)
         steps += 1
 
     probe.limits.append(factors)
-    optimizer.register_step_pre_hook(arm)
+    probe.optimizer.register_step_pre_hook(snapshot)
     return limit
 
 
@@ -127,10 +223,3 @@ def overwrites_gradients(optimizer: Optimizer) -> bool:
         group["nesterov"] and not group["weight_decay"] and group["foreach"] is not False
         for group in optimizer.param_groups
     )
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product () of two tensors of one shape; of low precision, summed in float32."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -1,4 +1,4 @@
-"""Whether the next value of a signal is a spike."""
+"""Whether the next value of a signal is a spike, and whether the signal grows slowly."""
 
 import math
 from bisect import bisect_left, insort
@@ -11,15 +11,23 @@ EVIDENCE = ("kind", "score", "limit", "threshold", "center", "scale", "raised")
 
 WARM_UP = 8  # values before the first decision
 PRIOR_SCALE, PRIOR_WEIGHT, PRIOR_UNTIL = 0.35, 8, 32  # a young stream is taken for a noisy one
-MIN_SCALE = 0.05  # a smooth signal may still rise by 25 %: exp(4.5 * 0.05)
+LOSS_MIN_SCALE = 0.05  # a smooth loss may still rise by 25 %: exp(4.5 * 0.05)
+NORM_MIN_SCALE = 0.15  # a quiet norm may double
 NORMAL_Q90, NORMAL_IQR = 1.2816, 1.349  # of the standard normal distribution
 TAIL_WINDOW, TAIL_SHARE, TAIL_MIN = 512, 0.05, 64
 TAIL_ODDS = math.log(TAIL_SHARE / 1e-4)  # from the edge of the tail to one value in 10 000
 TAIL_NORMAL = 4.5  # score so extrapolated that normal noise seldom passes
+# Where most spikes are rare but small, the tail is made of them: it must not hide the next
+TAIL_FACTORS = 0.95, 1.4
+HOLD = 15  # steps after a spike or a level shift: a recovery is not noise
 WARNING = 2 / 3  # of the limit
 SHIFT_AFTER = 10  # raised values in a row
 STEADY_AFTER, STEADY_RANGE = 6, 3.0  # values, scales
+OFTEN, OFTEN_STEPS = 10, 128  # as many spikes in the last steps are no exceptions
 RATE_STEPS, RATE_FACTOR = 10, 2.0
+NORMAL_DIFFERENCE = 0.6745 * math.sqrt(2)  # median of |x - y| for standard normal x and y
+DRIFT_HIGHEST = 2.0  # scales above the level that one value counts for: a spike is no drift
+DRIFT_SLACK = 1.0  # scales above the level that are nothing
 
 
 class SortedWindow:
@@ -47,23 +55,26 @@ class SpikeDetector:
     """Say of every value of a positive signal (gradient norm, loss) whether it is a spike.
 
     Values are compared on the logarithmic scale, where the noise of such signals is about the same
-    at every level. The level is the median of the last 24 values. The height of a value above it
-    is compared with the last 64 heights: their median, if positive, is how far the level lags
+    at every level. The level is the median of the last 32 values. The height of a value above it
+    is compared with the last 128 heights: their median, if positive, is how far the level lags
     behind a rising signal; their quantiles give the scale. A spike is more than 4.5 scales above
     level and lag. Where the last 512 scores have heavier tails than normal noise, that limit rises
-    in proportion: the mean excess of their outer 5 %, both sides averaged, is extrapolated to one
-    value in 10 000 (peaks over threshold, as in Siffer et al., KDD 2017).
+    in proportion, by 40 % at most: the mean excess of their outer 5 %, both sides averaged, is
+    extrapolated to one value in 10 000 (peaks over threshold, as in Siffer et al., KDD 2017).
 
-    Spikes are kept out of all these statistics, and drops as large are kept out of scale and tails,
-    with two exceptions. Raised values in a row, the first of them a spike, are a new level when
-    there are ten, or six as close together as ordinary noise: the last of them is a
-    ``level_shift``. What would be a spike on more than 5 % of the last 512 steps is ordinary. NaN
-    and infinities are spikes; they, zeros and negative values are never stored.
+    Spikes are kept out of these statistics, but for the height of the first of a row, and drops as
+    large, and the 15 steps after a spike as well, out of scale and tails. Raised values in a row,
+    the first of them a spike, are a new level when there are ten, or six as close together as
+    ordinary noise: the last of them is a ``level_shift``. If the signal falls back towards its old
+    level within ``window`` steps, level and scale are again those before the shift; if not, the
+    score of the shift counts. What comes often is ordinary: after ten spikes in 128 steps, a row of
+    raised values counted once, no other is called one.
 
     These attributes tell how the last value was judged; one that is not finite or not positive
     sets only ``kind`` and ``score``:
         kind: ``spike`` or ``nonfinite`` if it is a spike, else ``normal``, ``warning`` (above two
-            thirds of the limit), ``level_shift`` or ``nonpositive``.
+            thirds of the limit), ``level_shift`` or ``nonpositive``. The last has no logarithm and
+            is never stored: a signal that is often so cannot be judged.
         score: Height above level and lag, in scales; 0 for the first 8 values.
         limit: Score above which a value is a spike.
         threshold: The same in the signal's units; infinite for the first 8 values.
@@ -72,22 +83,31 @@ class SpikeDetector:
         raised: Values in a row above the warning line, counted from a spike on. The
             ``level_shift`` is the last of this many steps at the new level, and ``center`` and
             ``threshold`` are those of the new level.
+        too_often: Spikes have come so often that no more are called so.
 
     Args:
-        window: Steps the scale is taken from, at least 16; the level takes 3/8 of them.
+        window: Steps the scale is taken from, at least 16; the level takes a quarter of them.
         threshold: Limit for normal noise, in robust standard deviations.
+        min_scale: Smallest scale, natural logarithm: ``threshold`` times this is the smallest
+            height of a spike. ``LOSS_MIN_SCALE``, or ``NORM_MIN_SCALE`` for a norm, to which a
+            factor of 1.5 is nothing.
 
     Raises:
-        ValueError: If ``window`` is below 16, or ``threshold`` is not positive and finite.
+        ValueError: If ``window`` is below 16, or ``threshold`` or ``min_scale`` is not positive
+            and finite.
     """
 
-    def __init__(self, window: int = 64, threshold: float = 4.5) -> None:
+    def __init__(
+        self, window: int = 128, threshold: float = 4.5, min_scale: float = LOSS_MIN_SCALE
+    ) -> None:
         if window < 16:
             raise ValueError(f"window must be at least 16 steps, got {window}.")
-        if not 0 < threshold < math.inf:
-            raise ValueError(f"threshold must be positive and finite, got {threshold}.")
+        for name, number in (("threshold", threshold), ("min_scale", min_scale)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {number}.")
         self.window = window
         self.normal_limit = float(threshold)
+        self.min_scale = float(min_scale)
 
         self.kind: Kind = "normal"
         self.score = 0.0
@@ -97,13 +117,23 @@ class SpikeDetector:
         self.scale = PRIOR_SCALE
         self.raised = 0
 
-        self._levels = SortedWindow(window * 3 // 8)  # logarithms
+        self._levels = SortedWindow(window // 4)  # logarithms
         self._heights = SortedWindow(window)
         self._scores = SortedWindow(TAIL_WINDOW)
         self._run: list[float] = []  # logarithms of the raised values
         self._steps = 0
-        self._exceeded: deque[int] = deque(maxlen=int(TAIL_SHARE * TAIL_WINDOW))  # at these steps
+        self._hold_until = 0  # the last step that says nothing of the noise
+        self._events: deque[int] = deque(maxlen=OFTEN)  # steps on which a spike began
+        self._before: tuple[list[float], list[float]] = ([], [])  # levels, heights before a shift
+        self._trial_until = 0  # the step from which a shift is for good
+        self._shift_scores: list[float] = []  # of the shifts on trial
         self._rate_steps = 0  # for which the scale stays inflated
+
+    @property
+    def too_often(self) -> bool:
+        """Whether the last 128 steps had so many spikes that another is ordinary."""
+        full = len(self._events) == OFTEN
+        return full and self._steps - self._events[0] < OFTEN_STEPS
 
     def update(self, value: float) -> bool:
         """Judge the next value of the signal and return whether it is a spike."""
@@ -131,19 +161,24 @@ class SpikeDetector:
         self.center = exp(level + lag)
         self.threshold = exp(level + lag + self.limit * self.scale)
         self.kind = self._judge(log)
-        if self.kind == "spike":
-            return True
-        if self.kind == "level_shift":
-            self._levels = SortedWindow(self.window * 3 // 8, self._run)
-            self._run = []
-            level = self._levels.median()  # of the new one, as center and threshold are
-            self.center, self.threshold = exp(level), exp(level + self.limit * self.scale)
-            self._scores.push(self.score)
-            return False
-        self._levels.push(log)
-        if self.score > -self.limit:  # a drop moves the level and says nothing about the noise
+        if self.kind in ("spike", "level_shift"):
+            self._hold_until = self._steps + HOLD
+            if self.kind == "level_shift":
+                self._shift_level()
+            elif self.raised == 1:  # else a second mode of the noise would be spikes for ever
+                self._heights.push(height)
+            return self.kind == "spike"
+        dropped = self.score < -self.limit
+        if self._steps >= self._trial_until:
+            while self._shift_scores:  # such shifts belong to the signal
+                self._scores.push(self._shift_scores.pop())
+        elif dropped:
+            self._return_from_shift(log, level)
+        # a drop, as a recovery, moves the level and says nothing about the noise
+        if not dropped and self._steps > self._hold_until:
             self._heights.push(height)
             self._scores.push(self.score)
+        self._levels.push(log)
         return False
 
     def rate_changed(self) -> None:
@@ -156,7 +191,7 @@ class SpikeDetector:
             (high - median) / NORMAL_Q90,
             (median - low) / NORMAL_Q90,
             (upper - lower) / NORMAL_IQR,
-            MIN_SCALE,
+            self.min_scale,
         )
         count = len(self._heights.ordered)
         if count < PRIOR_UNTIL:
@@ -168,7 +203,7 @@ class SpikeDetector:
         return max(0.0, median), scale
 
     def _tail_factor(self) -> float:
-        """How much further the scores reach than those of normal noise, at least 1."""
+        """How much further the scores reach than those of normal noise, within bounds."""
         scores = self._scores.ordered
         if len(scores) < TAIL_MIN:
             return 1.0
@@ -176,11 +211,13 @@ class SpikeDetector:
         low, high = scores[:count], scores[-count:]
         edge = (high[0] - low[-1]) / 2
         excess = (sum(high) - sum(low)) / (2 * count) - edge
-        return max(1.0, (edge + excess * TAIL_ODDS) / TAIL_NORMAL)
+        lowest, highest = TAIL_FACTORS
+        return min(max(lowest, (edge + excess * TAIL_ODDS) / TAIL_NORMAL), highest)
 
     def _judge(self, log: float) -> Kind:
         exceeds = self.score > self.limit
         warning = self.score > self.limit * WARNING
+        begins = exceeds and not self._run
         if exceeds or (warning and self._run):
             self._run.append(log)
         else:
@@ -188,7 +225,10 @@ class SpikeDetector:
         self.raised = len(self._run)
         if self._at_new_level():
             return "level_shift"
-        if exceeds and not self._too_often():
+        ordinary = self.too_often
+        if begins:
+            self._events.append(self._steps)
+        if exceeds and not ordinary:
             return "spike"
         return "warning" if warning else "normal"
 
@@ -198,12 +238,25 @@ class SpikeDetector:
         steady = max(self._run) - min(self._run) < STEADY_RANGE * self.scale
         return steady or len(self._run) >= SHIFT_AFTER
 
-    def _too_often(self) -> bool:
-        """Note that this step exceeds the limit; True if more than 5 % of the last 512 did."""
-        full = len(self._exceeded) == self._exceeded.maxlen
-        oldest = self._exceeded[0] if full else -TAIL_WINDOW
-        self._exceeded.append(self._steps)
-        return self._steps - oldest < TAIL_WINDOW
+    def _shift_level(self) -> None:
+        """Take the raised values for the level, and keep what was there in case it comes back."""
+        if self._steps >= self._trial_until:
+            self._before = (list(self._levels.values), list(self._heights.values))
+            self._trial_until = self._steps + self.window
+        self._shift_scores.append(self.score)
+        self._levels = SortedWindow(self.window // 4, self._run)
+        self._run = []
+        level = self._levels.median()  # of the new one, as center and threshold are
+        self.center, self.threshold = exp(level), exp(level + self.limit * self.scale)
+
+    def _return_from_shift(self, log: float, level: float) -> None:
+        """Go back to what was before a shift if a value is nearer to that level than to this."""
+        levels, heights = self._before
+        before = SortedWindow(self.window // 4, levels)
+        if 2 * log < before.median() + level:
+            self._levels, self._heights = before, SortedWindow(self.window, heights)
+            self._trial_until = 0
+            self._shift_scores = []
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned from the signal, in lists, numbers and strings."""
@@ -213,21 +266,104 @@ class SpikeDetector:
             "scores": list(self._scores.values),
             "run": list(self._run),
             "steps": self._steps,
-            "exceeded": list(self._exceeded),
+            "hold_until": self._hold_until,
+            "events": list(self._events),
+            "before": [list(values) for values in self._before],
+            "trial_until": self._trial_until,
+            "shift_scores": list(self._shift_scores),
             "rate_steps": self._rate_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, under the arguments of this detector."""
+        """Go on from a :meth:`state_dict`, under the arguments of this detector.
+
+        Older states tell nothing of how often spikes came, nor of a shift that may be taken back.
+        """
         for name in EVIDENCE:
             setattr(self, name, state[name])
-        self._levels = SortedWindow(self.window * 3 // 8, state["levels"])
+        self._levels = SortedWindow(self.window // 4, state["levels"])
         self._heights = SortedWindow(self.window, state["heights"])
         self._scores = SortedWindow(TAIL_WINDOW, state["scores"])
         self._run = list(state["run"])
         self._steps = state["steps"]
-        self._exceeded = deque(state["exceeded"], self._exceeded.maxlen)
+        self._hold_until = state.get("hold_until", 0)
+        self._events = deque(state.get("events", ()), OFTEN)
+        levels, heights = state.get("before", ([], []))
+        self._before = (list(levels), list(heights))
+        self._trial_until = state.get("trial_until", 0)
+        self._shift_scores = list(state.get("shift_scores", ()))
         self._rate_steps = state["rate_steps"]
+
+
+class DriftDetector:
+    """Warn once when a positive signal (loss) grows slowly, which no single value shows.
+
+    A one-sided cumulative sum (Page, "Continuous inspection schemes", 1954) of the logarithm: each
+    value adds its height above the median of the last 128, in scales, less a slack of one scale,
+    and the sum never falls below zero. The scale is that of the differences of successive values,
+    which a slow growth leaves alone. One value adds one at most. The next warning can come after
+    the sum was back at zero: the growth has ended.
+
+    Args:
+        window: Steps the level and the scale are taken from, at least 16.
+        limit: Sum at which to warn: about as many steps well above the level.
+        min_scale: Smallest scale, natural logarithm; growth by less of it is nothing.
+
+    Raises:
+        ValueError: If ``window`` is below 16, or ``limit`` or ``min_scale`` is not positive and
+            finite.
+    """
+
+    def __init__(
+        self, window: int = 128, limit: float = 20.0, min_scale: float = LOSS_MIN_SCALE
+    ) -> None:
+        if window < 16:
+            raise ValueError(f"window must be at least 16 steps, got {window}.")
+        for name, number in (("limit", limit), ("min_scale", min_scale)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {number}.")
+        self.window = window
+        self.limit = float(limit)
+        self.min_scale = float(min_scale)
+
+        self.sum = 0.0
+        self.warned = False  # of the growth that goes on
+        self._levels = SortedWindow(window)  # logarithms
+        self._differences = SortedWindow(window)
+
+    def update(self, value: float) -> bool:
+        """Take in the next value and return whether to warn; one without logarithm is ignored."""
+        value = float(value)
+        if not 0 < value < math.inf:
+            return False
+        log = math.log(value)
+        if len(self._levels.values) >= WARM_UP:
+            scale = max(self._differences.median() / NORMAL_DIFFERENCE, self.min_scale)
+            height = (log - self._levels.median()) / scale
+            self.sum = min(
+                max(0.0, self.sum + min(height, DRIFT_HIGHEST) - DRIFT_SLACK), self.limit
+            )
+        if self._levels.values:
+            self._differences.push(abs(log - self._levels.values[-1]))
+        self._levels.push(log)
+        warn = self.sum == self.limit and not self.warned
+        self.warned = warn or (self.warned and self.sum > 0)
+        return warn
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned from the signal, in lists and numbers."""
+        return {
+            "sum": self.sum,
+            "warned": self.warned,
+            "levels": list(self._levels.values),
+            "differences": list(self._differences.values),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, under the arguments of this detector."""
+        self.sum, self.warned = state["sum"], state["warned"]
+        self._levels = SortedWindow(self.window, state["levels"])
+        self._differences = SortedWindow(self.window, state["differences"])
 
 
 def exp(log: float) -> float:

@@ -1,8 +1,12 @@
-"""What one optimizer step does to the parameters. Dimensions: P parameters of one optimizer."""
+"""What one optimizer step does to the parameters.
 
-import itertools
-from collections.abc import Callable
+Dimensions: P parameters of one optimizer, A of them with a gradient in this step, N elements of
+those.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,126 +18,335 @@ DECOUPLED = tuple(
     for name in ("AdamW", "Adafactor", "Muon")
     if hasattr(torch.optim, name)
 )
+# Elements up to which all tensors are gathered into one: an operator on few elements costs its
+# dispatch and not their memory, and then there is one dispatch instead of A.
+FLAT_SIZE = 1 << 16
+
+
+Factors = Tensor | list[float]  # (A,), a list where the device is the host
 
 
 @dataclass
 class Update:
     """What a step did, on the device; None until the step is taken."""
 
-    norms: Tensor | None = None  # (P,) of the proposed update
-    grad_norms: Tensor | None = None  # (P,) as the optimizer used them; None if nobody clips
-    factors: Tensor | None = None  # (P,) by which the update was shortened; None if nobody would
+    squares: Tensor | None = None  # squared norms (A,) of the proposed update
+    gradient: Tensor | None = None  # squared norms (A,) as the step used it; None if nobody clips
+    factors: Factors | None = None  # (A,) by which the update was shortened; None if nobody would
+
+
+class Layout:
+    """The parameters that have a gradient, and how they lie in the tensors that are computed with.
+
+    These are one flat tensor (N,) for a small model, else one for each parameter.
+
+    Args:
+        active: Indices among all parameters of the optimizer (A).
+        groups: Of each, the index of its parameter group, ascending.
+        params: These parameters.
+    """
+
+    def __init__(self, active: list[int], groups: list[int], params: Sequence[Tensor]) -> None:
+        tensors = [local(p) for p in params]
+        self.active = active
+        self.group_of = groups
+        self.elements = [p.numel() for p in params]  # over all processes
+        self.sizes = [tensor.numel() for tensor in tensors]  # in this one
+        self.groups = {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in groups}
+        kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+        self.dtype, self.device = next(iter(kinds), (torch.float32, torch.device("cpu")))
+        self.is_flat = (
+            len(kinds) == 1
+            and len(tensors) > 1
+            and sum(self.sizes) <= FLAT_SIZE
+            and self.device.type in ("cpu", "cuda")
+            and self.dtype in (torch.float32, torch.float64)
+        )
+        # where numbers are there without a read, arithmetic on few costs less than an operator
+        self.on_host = self.is_flat and self.device.type == "cpu"
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where each parameter ends in the flat tensor, after a zero (A + 1,)."""
+        return torch.tensor([0, *self.sizes]).cumsum(0).to(self.device)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The parameter of each element of the flat tensor (N,)."""
+        sizes = torch.tensor(self.sizes)
+        return torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Elements of each parameter (A,) over all processes."""
+        return torch.tensor(self.elements, dtype=torch.float32).to(self.device)
+
+    def gather(self, tensors: list[Tensor]) -> list[Tensor]:
+        """One flat copy of the tensors, or the tensors."""
+        return [torch.cat([t.reshape(-1) for t in tensors])] if self.is_flat else tensors
+
+    def copy(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The same, never the tensors themselves."""
+        if self.is_flat or not tensors:
+            return self.gather(tensors)
+        return list(torch._foreach_mul(tensors, 1))
+
+    def scatter(self, gathered: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        """Views of gathered tensors, one for each parameter."""
+        if not self.is_flat:
+            return gathered
+        pieces = zip(gathered[0].split(self.sizes), like, strict=True)
+        return [piece.view(t.shape) for piece, t in pieces]
+
+    def of_group(self, gathered: list[Tensor], group: int) -> list[Tensor]:
+        """A parameter group's part of gathered tensors."""
+        places = self.groups.get(group, slice(0, 0))
+        if not self.is_flat:
+            return gathered[places]
+        start = sum(self.sizes[: places.start])
+        return [gathered[0][start : start + sum(self.sizes[places])]]
+
+    def squares(self, gathered: list[Tensor]) -> Tensor:
+        """Squared L2 norms (A,)."""
+        return self.inner(gathered, gathered) if self.is_flat else norms(gathered).square_()
+
+    def inner(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
+        """Inner products (A,)."""
+        if self.is_flat:
+            products = first[0] * second[0]
+            return torch.segment_reduce(products, "sum", offsets=self.ends, unsafe=True)
+        return torch.stack([inner(*pair) for pair in zip(first, second, strict=True)])
+
+    def lerp_(self, start: list[Tensor], end: list[Tensor], weights: Tensor) -> None:
+        """Move from ``start`` towards ``end``, by a weight for each parameter (A,), in place."""
+        if self.is_flat:
+            start[0].lerp_(end[0], weights.to(self.dtype).index_select(0, self.owner))
+        else:
+            pairs = zip(weights.unbind(), start, strict=True)
+            torch._foreach_lerp_(start, end, [weight.to(t.dtype) for weight, t in pairs])
 
 
 class StepProbe:
-    """Compares the parameters of one optimizer before and after its step, once for all callbacks.
+    """Compare the parameters of one optimizer before and after its step, once for all who ask.
 
-    ``arm`` copies them on the device before the step, a hook of the optimizer compares after it. A
-    gradient scaler that leaves out a step leaves the hook uncalled, so that needs no device read.
+    ``snapshot`` copies them on the device before the step; a hook of the optimizer compares after
+    it and drops the copy, so the memory is taken while that of the activations is free. A gradient
+    scaler that leaves out a step leaves the hook uncalled: that needs no device read.
 
-    Who wants to shorten updates adds a function to ``limits``: it is given the probe, when
-    ``deltas`` and ``update.norms`` are known, and returns a factor for each parameter (P,).
-    A step with all factors at 1 is left as it is, bit for bit.
+    Who wants to shorten updates adds a function to ``limits``: it is given the probe, when ``back``
+    and ``update.squares`` are known, and returns a factor for each parameter (A,). A step with all
+    factors at 1 is left as it is, bit for bit.
 
-    Parameters that are frozen at the start are taken in only with a new parameter group. An
+    Only parameters with a gradient are looked at, whatever was frozen, thawed or added before. An
     optimizer that overwrites its gradients (SGD with nesterov and foreach) shows others in
-    ``update.grad_norms``.
+    ``update.gradient``. Of sharded parameters (DTensor) this process looks at its own part, and
+    ``reduce`` puts the parts together.
+
+    Attributes:
+        params: All parameters of the optimizer (P).
+        layout: Those with a gradient (A), since they were last looked for.
+        back: The way from the new parameters to the old ones, weight decay left out, as ``layout``
+            gathers it; there while ``limits`` are asked.
+        shortened: Factors (A,) by which a limit has shortened the update itself already.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._collect()
-        self.limits: list[Callable[[StepProbe], Tensor]] = []
+        self.limits: list[Callable[[StepProbe], Factors]] = []
+        self.after_step: list[Callable[[], None]] = []
         self.gradients_are_clipped = False
-        self.deltas: list[Tensor] = []
         self.update = Update()
-        self._armed: int | None = None  # the step about to be taken
+        self.back: list[Tensor] = []
+        self.shortened: Tensor | None = None
+        self._before: list[Tensor] = []
+        self._step: int | None = None  # the one about to be taken
+        self._group_sizes: list[int] = []
+        self._collect()
         optimizer.register_step_post_hook(self._compare)
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> "StepProbe":
-        """The probe of this optimizer."""
-        probe = getattr(optimizer, "step_probe", None)
+        """The probe of this optimizer, or of the one it wraps (Fabric, Accelerate, Lightning)."""
+        optimizer = unwrapped(optimizer)
+        probe: StepProbe | None = getattr(optimizer, "step_probe", None)
         if probe is None:
             probe = optimizer.step_probe = cls(optimizer)  # type: ignore[attr-defined]
-        if len(probe.groups) < len(optimizer.param_groups):  # as in fine-tuning
-            probe._collect()
         return probe
 
     def _collect(self) -> None:
-        self.groups = [
-            [p for p in group["params"] if p.requires_grad] for group in self.optimizer.param_groups
-        ]
-        self.params = [p for group in self.groups for p in group]
-        self.before = [torch.empty_like(p) for p in self.params]
+        groups = self.optimizer.param_groups
+        self._group_sizes = [len(group["params"]) for group in groups]
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._all = list(range(len(self.params)))
+        self._groups = [g for g, size in enumerate(self._group_sizes) for _ in range(size)]
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # by the indices of the active
+        copies = [shards(p) for p in self.params]
+        self.is_sharded = any(count > 1 for count in copies)
+        self._shards = torch.tensor(copies, dtype=torch.float32)  # (P,)
+        self.layout = Layout([], [], [])
 
-    def gradients(self) -> list[Tensor]:
-        return [dense_gradient(p) for p in self.params]
+    def find_active(self) -> list[Tensor]:
+        """Note in ``layout`` which parameters have a gradient, and return these gradients."""
+        groups = self.optimizer.param_groups
+        if [len(group["params"]) for group in groups] != self._group_sizes:  # as in fine-tuning
+            self._collect()
+        found = [p.grad for p in self.params]
+        gradients = [g for g in found if g is not None]
+        if len(gradients) == len(found):
+            active = self._all
+        else:
+            active = [i for i, g in enumerate(found) if g is not None]
+        if active != self.layout.active:
+            key = tuple(active)
+            if key not in self._layouts:
+                owners = [self._groups[i] for i in key]
+                self._layouts[key] = Layout(active, owners, [self.params[i] for i in key])
+            self.layout = self._layouts[key]
+        return gradients
 
-    def gradient_norms(self) -> Tensor:
-        """L2 norms (P,) of the gradients, on the device."""
-        return norms(self.gradients())
+    @property
+    def active(self) -> list[Tensor]:
+        """What this process holds of the parameters with a gradient (A)."""
+        params = self.params
+        if self.is_sharded:
+            return [local(params[i]).detach() for i in self.layout.active]
+        return [params[i] for i in self.layout.active]
 
-    def arm(self, step: int) -> Update:
-        """Copy the parameters and return what optimizer step ``step``, the next, will fill in."""
-        if self._armed != step:  # an earlier one may never have been taken
-            self._armed = step
+    def gradient_squares(self) -> Tensor:
+        """Squared L2 norms (A,) of the gradients, of this process's part, on the device."""
+        gradients = [dense(local(g)) for g in self.find_active()]
+        return self.layout.squares(self.layout.gather(gradients))
+
+    def gradients_of_step(self) -> list[Tensor]:
+        """The gradients that the step was taken with, gathered; zeros where there is none now."""
+        params = [self.params[i] for i in self.layout.active]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        return self.layout.gather([dense(local(g)) for g in gradients])
+
+    def reduce(self, parts: Tensor) -> Tensor:
+        """Sum squares or products (A,) over the processes that hold parts of the parameters."""
+        if not self.is_sharded:
+            return parts
+        # a parameter that is not sharded comes from every process, one that is from each replica
+        world = torch.distributed.get_world_size()
+        whole = parts * self.shard_counts(parts) / world
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    def shard_counts(self, like: Tensor) -> Tensor:
+        """Into how many parts each parameter is cut (A,)."""
+        return self._shards[self.layout.active].to(like)
+
+    def snapshot(self, step: int) -> Update:
+        """Copy the parameters and return what optimizer step ``step``, the next, will fill in.
+
+        Call it when the gradients are there. Another call for the same step changes nothing.
+        """
+        if self._step != step:  # an earlier one may never have been taken
+            self._step = step
             self.update = Update()
+            self.find_active()
             self.copy()
         return self.update
 
     @property
     def is_armed(self) -> bool:
         """Whether the coming step is compared."""
-        return self._armed is not None
+        return self._step is not None
 
+    @torch.no_grad()
     def copy(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self.before, self.params)
+        """Take the parameters as they are for those before the step."""
+        if self._step is not None:
+            self._before = self.layout.copy(self.active)
+
+    @torch.no_grad()
+    def weight_squares(self) -> Tensor:
+        """Squared L2 norms (A,) of the parameters before the step, of this process's part."""
+        return self.layout.squares(self._before)
 
     @torch.no_grad()
     def _compare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._armed is None:
+        if self._step is None:
             return
-        self._armed = None
-        self._take_decay_off()
-        self.deltas = list(torch._foreach_sub(self.params, self.before))
-        self.update.norms = norms(self.deltas)
-        if self.gradients_are_clipped:
-            self.update.grad_norms = self.gradient_norms()
-        if self.limits:
-            factors = [limit(self) for limit in self.limits]
-            self.update.factors = factors[0] if len(factors) == 1 else torch.stack(factors).amin(0)
-            pairs = zip(self.update.factors.unbind(), self.params, strict=True)
-            weights = [factor.to(parameter.dtype) for factor, parameter in pairs]
-            # where the weight is 1 these end at the parameters, bit for bit
-            torch._foreach_lerp_(self.before, self.params, weights)
-            torch._foreach_copy_(self.params, self.before)
-        self.deltas = []
+        self._step = None
+        layout, active = self.layout, self.active
+        before, self._before = self._before, []
+        if active:
+            self._take_decay_off(before)
+            self.back = list(torch._foreach_sub(before, layout.gather(active)))
+            self.update.squares = layout.squares(self.back)
+            if self.gradients_are_clipped:
+                self.update.gradient = layout.squares(self.gradients_of_step())
+            if self.limits:
+                self._shorten(before, active)
+        self.back = []
+        for function in self.after_step:
+            function()
 
-    def _take_decay_off(self) -> None:
+    def _shorten(self, before: list[Tensor], active: list[Tensor]) -> None:
+        """Ask the limits, and go back as far as the strictest wants."""
+        self.shortened = None
+        found = [limit(self) for limit in self.limits]
+        if self.layout.on_host:
+            lists = [f.tolist() if isinstance(f, Tensor) else f for f in found]
+            numbers: list[float] = [min(each) for each in zip(*lists, strict=True)]
+            self.update.factors = numbers
+            if min(numbers) == 1.0 and self.shortened is None:
+                return
+            factors = self.back[0].new_tensor(numbers)
+        else:
+            factors = torch.stack([torch.as_tensor(f) for f in found]).amin(0)
+        self.update.factors = factors if self.shortened is None else factors * self.shortened
+        # where the factor is 1 these end at the parameters, bit for bit
+        self.layout.lerp_(before, self.layout.gather(active), factors)
+        torch._foreach_copy_(active, self.layout.scatter(before, active))
+
+    def _take_decay_off(self, before: list[Tensor]) -> None:
         """Decoupled weight decay is not a part of the update."""
         decoupled = isinstance(self.optimizer, DECOUPLED)
-        before = iter(self.before)
-        for group, params in zip(self.optimizer.param_groups, self.groups, strict=True):
-            own = list(itertools.islice(before, len(params)))
-            if not (group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")):
-                continue
-            pairs = zip(params, own, strict=True)
-            decaying = [old for p, old in pairs if p.grad is not None]  # others do not decay
-            if decaying:
-                torch._foreach_mul_(decaying, 1 - group["lr"] * group["weight_decay"])
+        for number, group in enumerate(self.optimizer.param_groups):
+            decays = group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")
+            if decays and (tensors := self.layout.of_group(before, number)):
+                torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
 
 
-def dense_gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    if gradient is None:
-        return torch.zeros_like(parameter)
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer, of a wrapper of Fabric, Accelerate or Lightning the one in it."""
+    inside: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inside
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: of a DTensor its part."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def shards(parameter: Tensor) -> int:
+    """Into how many parts a parameter is cut over the processes; 1 if it is whole in each."""
+    count = 1
+    for dimension, placement in enumerate(getattr(parameter, "placements", ())):
+        if placement.is_shard():
+            count *= parameter.device_mesh.size(dimension)  # type: ignore[attr-defined]
+    return count
+
+
+def dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """L2 norms (P,) of P tensors; bfloat16 and float16 are summed in float32."""
+    """L2 norms (A,) of A tensors; bfloat16 and float16 are summed in float32."""
+    if not tensors:
+        return torch.zeros(0)
     is_double = any(tensor.dtype is torch.float64 for tensor in tensors)
     dtype = torch.float64 if is_double else torch.float32
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product () of two tensors of one shape; of low precision, summed in float32."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .records import replace_file
+from .watching.records import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd

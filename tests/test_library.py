@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_both_lightnings_have_the_same_callbacks() -> None:
         assert own[0] == own[1]
 
 
-def loop(limit_first: bool, **limits: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def loop(limit_first: bool, **limits: Any) -> tuple[torch.Tensor, Any]:
     """Parameters of a short training with and without a limit of the updates."""
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -182,7 +183,7 @@ def loop(limit_first: bool, **limits: float | None) -> tuple[torch.Tensor, torch
         loss.backward()
         if limits.get("max_decrease"):
             limit.loss = loss
-        update = probe.arm(500 + step) if limit_first else None
+        update = probe.snapshot(500 + step) if limit_first else None
         optimizer.step()
         assert update is None or update is probe.update
     assert probe.update.factors is not None

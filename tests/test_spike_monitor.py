@@ -1,45 +1,40 @@
-"""The monitor in plain numbers, without a training loop."""
+"""The monitor in a loop of plain torch."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from steadyfit import SpikeMonitor, StepProbe
-from steadyfit.probe import Update
-from steadyfit.watch import NormHistory, Numbers, Observation
+from steadyfit import SpikeMonitor, read_records
 
 
-def watch_norms(monitor: SpikeMonitor, norms: list[float], scaled: bool = False) -> None:
-    """Show the monitor a training of one parameter whose gradient has these norms."""
-    for step, norm in enumerate(norms, start=monitor.now):
-        numbers: Numbers = {
-            name: [] for name in ("scale", "update", "clipped", "factor", "weight")
-        } | {"gradient": [norm], "loss": [norm if math.isinf(norm) else 1.0]}
-        observation = Observation(
-            step=step,
-            epoch=0,
-            batches=[step],
-            optimizer=0,
-            lrs=[0.1],
-            losses=[],
-            gradient=torch.tensor([norm]),
-            scale=None,
-            scaled=scaled,
-            update=Update(),
-            weight=None,
-        )
-        monitor.judge(observation, numbers)
+class Norms(nn.Module):
+    """One weight whose gradient has the norm it is told; its loss is another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def train_with(
+        self,
+        monitor: SpikeMonitor,
+        norms: list[float],
+        losses: list[float] | None = None,
+        scaled: bool = False,
+    ) -> None:
+        for norm, loss in zip(norms, losses or [1.0] * len(norms), strict=True):
+            self.weight.grad = torch.tensor([norm])
+            monitor.before_step(torch.tensor(loss), scaled=scaled)
+            monitor.optimizers[0].step()
+        monitor.flush()
 
 
-@pytest.fixture
-def monitor() -> SpikeMonitor:
-    monitor = SpikeMonitor()
-    parameter = nn.Parameter(torch.zeros(1))
-    monitor.optimizers = [torch.optim.SGD([parameter], lr=0.1)]
-    monitor.names = {id(StepProbe.of(monitor.optimizers[0]).params[0]): "weight"}
-    return monitor
+def make(**settings: Any) -> tuple[Norms, SpikeMonitor]:
+    model = Norms()
+    return model, SpikeMonitor(model, torch.optim.SGD(model.parameters(), lr=0.0), **settings)
 
 
 def quiet(steps: int, level: float = 1.0) -> list[float]:
@@ -47,51 +42,72 @@ def quiet(steps: int, level: float = 1.0) -> list[float]:
     return (level * (0.1 * noise).exp()).tolist()
 
 
-def test_a_new_level_that_lasts_leaves_no_spikes(monitor: SpikeMonitor) -> None:
+def spiked(monitor: SpikeMonitor) -> list[int]:
+    return [record["step"] for record in monitor.records if record["spiked"]]
+
+
+def test_a_new_level_that_lasts_leaves_no_spikes() -> None:
     """Its first steps look like spikes until it is seen that they stay."""
-    watch_norms(monitor, quiet(100))
-    watch_norms(monitor, quiet(3, level=10.0))
+    model, monitor = make()
+    model.train_with(monitor, quiet(100))
+    model.train_with(monitor, quiet(3, level=10.0))
     assert monitor.counts["gradient"] == 3
-    watch_norms(monitor, quiet(20, level=10.0))
+    model.train_with(monitor, quiet(20, level=10.0))
     assert (monitor.counts["gradient"], monitor.counts["level_shift"]) == (0, 1)
-    assert [r["step"] for r in monitor.records if r["spiked"]] == []
+    assert spiked(monitor) == []
 
 
-def test_a_spike_within_a_new_level_stays_one(monitor: SpikeMonitor) -> None:
-    watch_norms(monitor, [*quiet(100), *quiet(3, 10.0), 1e4, *quiet(20, 10.0)])
-    assert [r["step"] for r in monitor.records if r["spiked"]] == [103]
+def test_a_spike_within_a_new_level_stays_one() -> None:
+    model, monitor = make()
+    model.train_with(monitor, [*quiet(100), *quiet(3, 10.0), 1e4, *quiet(20, 10.0)])
+    assert spiked(monitor) == [103]
 
 
-def test_an_overflow_that_the_scaler_throws_away_says_nothing_of_the_loss(
-    monitor: SpikeMonitor,
-) -> None:
-    watch_norms(monitor, quiet(100), scaled=True)
-    watch_norms(monitor, [math.inf], scaled=True)
-    assert monitor.counts["overflow"] == 1
-    assert monitor.counts["loss"] == 0
+def test_an_overflow_that_the_scaler_throws_away_says_nothing_of_the_loss() -> None:
+    model, monitor = make()
+    model.train_with(monitor, quiet(100), scaled=True)
+    model.train_with(monitor, [math.inf], [math.inf], scaled=True)
+    assert (monitor.counts["overflow"], monitor.counts["loss"]) == (1, 0)
     assert "loss" not in monitor.records[-1]["signals"]
 
 
-def test_what_was_learned_goes_on(monitor: SpikeMonitor) -> None:
-    watch_norms(monitor, quiet(100))
-    other = SpikeMonitor()
-    other.optimizers, other.names = monitor.optimizers, monitor.names
-    other.load_state_dict(monitor.state_dict())
-    assert other.now == monitor.now == 100
-    for each in (monitor, other):
-        watch_norms(each, [5.0, *quiet(3)])
-    assert other.records == monitor.records
-    assert other.counts == monitor.counts == {**monitor.counts, "gradient": 1}
+def test_what_was_learned_goes_on() -> None:
+    norms = [*quiet(150), 10.0, *quiet(50)]
+    model, whole = make()
+    model.train_with(whole, norms)
+    model, first = make()
+    model.train_with(first, norms[:100])
+    model, second = make()
+    second.load_state_dict(first.state_dict())
+    assert second.global_step == first.global_step == 100
+    model.train_with(second, norms[100:])
+    assert second.records == whole.records
+    assert spiked(second) == [150]
 
 
-def test_an_infinite_norm_stays_infinite_in_the_history() -> None:
-    history = NormHistory(["a"], bins=4)
-    history.add([0, 1], [[[1.0], [math.nan], [0.0]], [[math.inf], [2.0], [0.0]]])
-    assert history.table[:, 0, 0].tolist() == [1.0, math.inf]
-    assert history.table[0, 1, 0].item() == math.inf  # NaN is as bad
+@pytest.mark.parametrize("name", ["top_k", "every", "weight_norm_every"])
+def test_settings_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        make(**{name: 0})
 
 
-@pytest.mark.parametrize("top_k", [0, -1])
-def test_it_names_a_parameter_at_least(top_k: int) -> None:
-    with pytest.raises(ValueError, match=f"top_k must be at least 1, got {top_k}"):
-        SpikeMonitor(top_k=top_k)
+def test_the_file_of_records_grows_and_is_whole_after_every_read(tmp_path: Path) -> None:
+    """A record was written again, with all the others, at each read."""
+    model, monitor = make(folder=tmp_path, every=10)
+    sizes = []
+    for _ in range(8):
+        model.train_with(monitor, [*quiet(90), 50.0, *quiet(9)])
+        assert [r["step"] for r in read_records(tmp_path / "spikes.jsonl")] == spiked(monitor)
+        sizes.append((tmp_path / "spikes.jsonl").stat().st_size)
+    assert sizes == sorted(sizes)
+    assert read_records(tmp_path / "spikes.jsonl") == monitor.records
+
+
+def test_steps_without_a_finite_value_are_one_record(tmp_path: Path) -> None:
+    """There was one for each, 160 MB of them in 100,000 steps."""
+    model, monitor = make(folder=tmp_path)
+    model.train_with(monitor, quiet(100))
+    model.train_with(monitor, [math.nan] * 1000)
+    (record,) = read_records(tmp_path / "spikes.jsonl")
+    assert (record["step"], record["until"]) == (100, 1099)
+    assert monitor.counts["gradient"] == 1000

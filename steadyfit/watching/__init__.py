@@ -1,0 +1,1 @@
+"""Judging the steps of a training, recording what spiked, and reacting to it."""

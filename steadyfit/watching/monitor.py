@@ -1,0 +1,401 @@
+"""What the steps of a training say together: which spiked, and what followed."""
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from .. import processes
+from ..detector import SpikeDetector
+from ..probe import StepProbe, norms, unwrapped
+from .observation import Observation, learning_rate, read
+from .optimizer_monitor import OptimizerMonitor, row_of
+from .reactions import REACTIONS, Reaction, ReactionName, Rollback
+from .records import replace_file
+from .skip import Skip
+from .spike_log import CONFIRM, SIGNALS, SpikeLog
+
+Rows = Mapping[int, Mapping[str, float]]  # by optimizer step
+
+
+class SpikeMonitor:
+    """Watch gradient, update, loss and buffers of every optimizer step, and record what spiked.
+
+    Five signals are watched for each optimizer, all but the second by a :class:`SpikeDetector`:
+
+    - ``gradient``: L2 norm over all parameters, after unscaling and before clipping;
+    - ``parameter``: the norm of one parameter's gradient against that of all the others, by
+      :class:`ParameterRatios`;
+    - ``update``: L2 norm of what the optimizer did with it;
+    - ``loss``: mean over the batches of the step and over all processes. It has to double, and
+      two thirds of the threshold are enough then;
+    - ``buffer``: the largest factor by which the norm of a buffer (a running variance) has grown.
+
+    Every spike becomes a line of ``spikes.jsonl``: when, which signal and how far out, the
+    parameters with the largest share and those furthest out of proportion, the largest update just
+    before, and what followed. Steps in a row without a finite value are one line. The norms of each
+    parameter over the whole training go to ``norms.pt``, binned over time.
+
+    With the reactions ``log`` and ``skip`` the device is read every so many steps, once for all of
+    them. ``skip`` takes a step back, see :class:`Skip`; ``rollback``, ``stop`` and an own
+    :class:`Reaction` read once a step, before it is taken. Values that a gradient scaler is going
+    to throw away (overflow in float16) are recorded and neither counted nor acted upon.
+
+    Example::
+
+        with SpikeMonitor(model, optimizer, folder="runs/mine") as monitor:
+            for x, y in batches:
+                loss = loss_function(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                monitor.before_step(loss)  # gradients are unscaled, and not yet clipped
+                optimizer.step()
+
+    Args:
+        model: What is trained; its names are those of the records.
+        optimizer: What trains it, or several of them.
+        folder: Where ``spikes.jsonl`` and ``norms.pt`` go; None to keep records in memory.
+        log: Is given the values of each step, at every read, in the first process.
+        every: Optimizer steps between two reads.
+        reaction: What to do about a spike.
+        window: Steps over which a signal's usual level is taken.
+        threshold: Robust standard deviations of the logarithm beyond which a value is a spike.
+        top_k: Parameters named in a record.
+        weight_norm_every: Optimizer steps between two readings of the weight norms.
+
+    Attributes:
+        optimizers: Those whose steps are observed.
+        spikes: Their records and counts.
+        global_step: Optimizer steps so far.
+        should_stop: Whether a reaction wants training to end.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        folder: str | Path | None = None,
+        log: Callable[[Rows], None] | None = None,
+        every: int = 50,
+        reaction: ReactionName | Reaction = "log",
+        window: int = 64,
+        threshold: float = 4.5,
+        top_k: int = 3,
+        weight_norm_every: int = 10,
+    ) -> None:
+        positive = {"every": every, "top_k": top_k, "weight_norm_every": weight_norm_every}
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        SpikeDetector(window, threshold)  # refuses what it does not take
+        if reaction not in get_args(ReactionName) and not isinstance(reaction, Reaction):
+            raise ValueError(
+                f"reaction must be one of {', '.join(get_args(ReactionName))}, or a Reaction, got "
+                f"{reaction!r}."
+            )
+        self.folder = Path(folder) if folder is not None else None
+        self._log = log
+        self.every = every
+        self.window = window
+        self.threshold = threshold
+        self.top_k = top_k
+        self.weight_norm_every = weight_norm_every
+        self.skips = reaction == "skip"
+        chosen = (
+            REACTIONS[reaction]()
+            if isinstance(reaction, str) and reaction in REACTIONS
+            else reaction
+        )
+        self.reaction = chosen if isinstance(chosen, Reaction) else None
+        self.forget()
+        self.attach(model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+
+    def forget(self) -> None:
+        """Begin anew, as for another training."""
+        self.spikes = SpikeLog()
+        self.global_step = 0
+        self.should_stop = False
+        self.monitors: dict[int, OptimizerMonitor] = {}  # by optimizer
+        self.skip: dict[int, Skip] = {}
+        self._pending: list[Observation] = []
+        self._unread: list[Observation] = []  # of these, for a reaction
+        self._late = False  # an update has spiked since a reaction could act
+        self._told = False
+        self._last_spike = -math.inf
+        self._buffer_copies: list[Tensor] = []  # of all of them, before a forward pass
+        self._buffers: dict[str, Tensor] = {}  # those that are watched
+
+    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Watch these from now on."""
+        self.model = model
+        self.optimizers = [unwrapped(o) for o in optimizers]
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._names = {key: name.replace("_orig_mod.", "") for key, name in names.items()}
+        self.spikes.open(self.folder / "spikes.jsonl" if self.folder else None)
+        for index, optimizer in enumerate(self.optimizers):
+            if self.skips:
+                self._attach_skip(index, StepProbe.of(optimizer))
+        if isinstance(self.reaction, Rollback):
+            self.reaction.learned = self._learned, self._unlearn
+        if self.reaction and self.optimizers:
+            self.reaction.on_skip = self._leave_out
+            self.reaction.start(self.loop, model)
+        self.keep_buffers()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return self.spikes.records
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.spikes.counts
+
+    @property
+    def loop(self) -> Any:
+        """What reactions act on."""
+        return self
+
+    def _attach_skip(self, index: int, probe: StepProbe) -> None:
+        skip = self.skip.setdefault(index, Skip())
+
+        def take_back() -> None:
+            if self._pending and self._pending[-1].update is probe.update:
+                skip.after_step(probe)
+                self._pending[-1].skipped = skip.flag
+                self.keep_buffers()
+
+        probe.after_step.append(take_back)
+
+    def monitor_of(self, index: int) -> OptimizerMonitor:
+        """What is known of this optimizer's steps."""
+        if index not in self.monitors:
+            self.monitors[index] = OptimizerMonitor(self.window, self.threshold)
+        monitor, parameters = self.monitors[index], StepProbe.of(self.optimizers[index]).params
+        if len(monitor.sizes) != len(parameters):  # at the start, and when parameters were added
+            names = [self._names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
+            monitor.set_parameters(names, [p.numel() for p in parameters])
+        return monitor
+
+    # Collecting, without a read from the device
+
+    @torch.no_grad()
+    def before_step(
+        self,
+        loss: Tensor | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        epoch: int = 0,
+        batches: Sequence[Any] = (),
+        scale: Tensor | None = None,
+        scaled: bool = False,
+        earlier: Tensor | None = None,
+    ) -> None:
+        """Observe the step that is about to be taken, when its gradients are there.
+
+        Call it after gradients are unscaled and before they are clipped.
+
+        Args:
+            loss: Whose gradient it is (); of several batches the mean.
+            optimizer: Which of them takes the step; the only one by default.
+            epoch: For the records.
+            batches: What the batches of the step are called in the records.
+            scale: What gradients are still multiplied by (), if the optimizer itself unscales them.
+            scaled: A gradient scaler leaves out the step if its gradients are not finite.
+            earlier: Squared norms (A,) of the gradients before they may have been clipped.
+        """
+        step = self.global_step
+        if step % self.every == 0:
+            self.flush(refresh=True)
+        if not self._pending:
+            self._find_buffers()
+        index = 0
+        if optimizer is not None:
+            index = self.optimizers.index(unwrapped(optimizer))
+        last = self._pending[-1] if self._pending else None
+        if last and (last.step, last.optimizer) == (step, index):
+            return  # a step that evaluates its closure more than once, as L-BFGS does
+        optimizer = self.optimizers[index]
+        probe = StepProbe.of(optimizer)
+        update = probe.snapshot(step)
+        gradient = probe.gradient_squares()
+        if earlier is not None and len(earlier) == len(gradient):  # else some have come or gone
+            gradient = torch.maximum(gradient, earlier)
+        o = Observation(
+            step=step,
+            epoch=epoch,
+            batches=list(batches),
+            optimizer=index,
+            probe=probe,
+            lrs=[learning_rate(group) for group in optimizer.param_groups],
+            loss=None if loss is None else loss.detach().float(),
+            gradient=gradient,
+            update=update,
+            scale=scale,
+            scaled=scaled,
+            weight=probe.weight_squares() if step % self.weight_norm_every == 0 else None,
+            buffers=norms(list(self._buffers.values())) if self._buffers else None,
+        )
+        self._pending.append(o)
+        self.global_step = step + 1
+        if self.skips:
+            self.skip[index].before_step(o, self.model, self._buffer_copies)
+        elif self.reaction:
+            self._react(self.reaction, o, optimizer)
+
+    def _find_buffers(self) -> None:
+        """Watch the buffers there are: a lazy module has none before its first batch."""
+        found = {n: b for n, b in self.model.named_buffers() if b.is_floating_point()}
+        self._buffers = {n.replace("_orig_mod.", ""): b.detach() for n, b in found.items()}
+        if len(self._buffer_copies) != len(list(self.model.buffers())):
+            self.keep_buffers()
+
+    def keep_buffers(self) -> None:
+        """Copy the buffers as they are before a forward pass, for a step that is left out."""
+        if self.skips or self.reaction:
+            self._buffer_copies = [b.clone() for b in self.model.buffers() if not is_lazy(b)]
+
+    def _react(self, reaction: Reaction, o: Observation, optimizer: Optimizer) -> None:
+        """Read the coming step and the update before it, and act if one of them is a spike."""
+        self._unread.append(o)
+        read(self._unread, processes.average)
+        spiked, self._late = self._late, False
+        for each in self._unread:
+            known = set(each.judged) if each.reaction == "log" else {"update", *each.judged}
+            self.monitor_of(each.optimizer).judge([each], list(self._buffers))
+            if any(each.spiked(signal) for signal in each.judged.keys() - known):
+                spiked = True
+        self._unread = [o]
+        if not spiked:
+            if o.step - self._last_spike > CONFIRM:
+                reaction.on_calm_step(self.loop, self.model, self._buffer_copies)
+            return
+        self._last_spike = o.step
+        o.reaction = type(reaction).__name__.lower()
+        self.before_reaction(o)
+        if done := reaction.react(self.loop, self.model, optimizer):
+            o.reaction = done
+
+    def _leave_out(self) -> None:
+        """A reaction leaves out the step it was called for."""
+        o = self._unread[-1]
+        o.left_out = True
+        self.monitor_of(o.optimizer).forget_buffers()
+        for buffer, kept in zip(self.model.buffers(), self._buffer_copies, strict=True):
+            buffer.copy_(kept)
+
+    def before_reaction(self, o: Observation) -> None:
+        """Hook: a reaction is about to act on a step."""
+
+    def _learned(self) -> Any:
+        """What is usual by now, for a rollback."""
+        return {i: deepcopy((m.detectors, m.ratios)) for i, m in self.monitors.items()}
+
+    def _unlearn(self, learned: Any) -> None:
+        for index, (detectors, ratios) in learned.items():
+            self.monitors[index].detectors, self.monitors[index].ratios = detectors, ratios
+
+    # Reading and judging
+
+    def flush(self, *, refresh: bool = False, alone: bool = False) -> None:
+        """Read and judge what is pending.
+
+        Args:
+            refresh: Let ``skip`` go by what is usual now; at steps that do not depend on how often
+                something else wants to know, so that a resumed run skips the same steps.
+            alone: The other processes may not be listening, so do not wait for them.
+        """
+        pending, self._pending, self._unread = self._pending, [], []
+        if pending:
+            read(pending, None if alone else processes.average)
+            for index in {o.optimizer for o in pending}:
+                monitor, own = self.monitor_of(index), [o for o in pending if o.optimizer == index]
+                late = [o for o in own if o.reaction == "log" and "update" not in o.judged]
+                monitor.judge(own, list(self._buffers))
+                monitor.remember(own)
+                self._late = self._late or any(o.spiked("update") for o in late)
+            before = len(self.records)
+            for o in pending:
+                self.spikes.add(o, self.monitors[o.optimizer], self.top_k)
+            self._tell_once(pending)
+            if processes.is_first():
+                self.spikes.write(since=pending[0].step, until=pending[-1].step)
+                self.on_records(self.records[before:])
+                several = len(self.optimizers) > 1
+                rows = {o.step: row_of(o, several) for o in pending}
+                counts = {f"spikes/{s}": float(self.counts[s]) for s in SIGNALS}
+                rows[pending[-1].step] |= counts
+                self.log_rows(rows)
+        if refresh:
+            for index, skip in self.skip.items():
+                skip.refresh(self.monitor_of(index))
+
+    def log_rows(self, rows: Rows) -> None:
+        """Hook: the values of these steps are known, in the first process."""
+        if self._log:
+            self._log(rows)
+
+    def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
+        """Hook: these records are new, in the first process."""
+
+    def _tell_once(self, steps: Sequence[Observation]) -> None:
+        """Say, once, of a loss that it cannot be watched."""
+        bad = [o for o in steps if "loss" in o.judged and o.judged["loss"].kind == "nonpositive"]
+        if bad and not self._told:
+            self._told = True
+            loss = bad[0].judged["loss"].value
+            warnings.warn(
+                f"the loss of step {bad[0].step} is {loss:.3g}; only positive ones are compared.",
+                stacklevel=2,
+            )
+
+    # The end, and the state
+
+    def finish(self) -> str:
+        """Read what is pending, leave the norms of each parameter, and say what was seen."""
+        self.flush()
+        if not processes.is_first():
+            return ""
+        if self.folder and self.monitors:
+            content = io.BytesIO()
+            torch.save({str(i): m.history.state_dict() for i, m in self.monitors.items()}, content)
+            replace_file(self.folder / "norms.pt", content.getvalue())
+        return self.spikes.summary(self.global_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        print(self.finish())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned from the run, and the records that may still change."""
+        self.flush()
+        return {
+            "watches": {str(i): monitor.state_dict() for i, monitor in self.monitors.items()},
+            "thresholds": {str(i): skip.state_dict() for i, skip in self.skip.items()},
+            **self.spikes.state_dict(self.global_step),
+            "last_spike": self._last_spike,
+            "now": self.global_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, own in state["watches"].items():
+            self.monitors[int(key)] = OptimizerMonitor(self.window, self.threshold)
+            self.monitors[int(key)].load_state_dict(own)
+        for key, own in state.get("thresholds", {}).items():
+            self.skip.setdefault(int(key), Skip()).load_state_dict(own)
+        self.spikes.load_state_dict(state)
+        self._last_spike = state["last_spike"]
+        self.global_step = state.get("now", 0)  # callbacks of Lightning learn it from the trainer

@@ -1,0 +1,161 @@
+"""One optimizer step as it is seen: on the device at first, in numbers once it has been read.
+
+Dimensions: P parameters of the optimizer, A of them with a gradient in this step, Q buffers of the
+model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..detector import SpikeDetector
+from ..probe import StepProbe, Update
+
+SPIKES = ("spike", "nonfinite")  # kinds of verdicts
+
+Numbers = dict[str, np.ndarray]  # by name; norms are (P,), 0 where a parameter has no gradient
+
+
+class Verdict(NamedTuple):
+    """How a detector has judged one value; see :class:`SpikeDetector`."""
+
+    value: float
+    kind: str
+    z: float = 0.0
+    threshold: float = math.inf
+    center: float = math.nan
+    scale: float = math.nan
+    raised: int = 0
+    name: str | None = None  # of a parameter or buffer
+
+    @classmethod
+    def of(cls, detector: SpikeDetector, value: float) -> "Verdict":
+        """Judge the next value of a signal."""
+        detector.update(value)
+        return cls(
+            value,
+            detector.kind,
+            detector.score,
+            detector.threshold,
+            detector.center,
+            detector.scale,
+            detector.raised,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What of it stands in a record."""
+        if self.kind == "overflow":
+            return {"value": self.value, "kind": self.kind}
+        facts = self._asdict()
+        if self.name is None:
+            del facts["name"]
+        return facts
+
+
+@dataclass
+class Observation:
+    """One optimizer step; what stands in tensors waits to be read."""
+
+    step: int
+    epoch: int
+    batches: list[int]  # indices in the epoch; several when gradients are accumulated
+    optimizer: int
+    probe: StepProbe
+    lrs: list[float | Tensor]  # of the parameter groups
+    loss: Tensor | None  # ()
+    gradient: Tensor  # squared norms (A,)
+    update: Update
+    scale: Tensor | None = None  # (), of gradients that are not unscaled yet
+    scaled: bool = False  # a gradient scaler watches over this step
+    weight: Tensor | None = None  # squared norms (A,), now and then
+    buffers: Tensor | None = None  # norms (Q,)
+    skipped: Tensor | None = None  # (), whether a reaction took the step back
+    active: list[int] = field(default_factory=list)  # the parameters with a gradient (A)
+    numbers: Numbers = field(default_factory=dict)  # what has been read
+    judged: dict[str, Verdict] = field(default_factory=dict)  # by signal
+    scores: np.ndarray | None = None  # (P,) of the parameters
+    reaction: str = "log"
+    left_out: bool = False  # by a reaction, before it was taken
+
+    def __post_init__(self) -> None:
+        self.active = self.probe.layout.active
+        # how often the squares of this process's part make up the mean over the processes
+        sharded = self.probe.is_sharded
+        self.parts = self.probe.shard_counts(self.gradient) if sharded else None
+
+    def spiked(self, signal: str) -> bool:
+        """Whether this signal was judged to spike."""
+        return signal in self.judged and self.judged[signal].kind in SPIKES
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there and not yet read, by name, one-dimensional."""
+        update = self.update
+        found = {
+            "gradient": self.gradient,
+            "update": update.squares,
+            "clipped": update.gradient,
+            "weight": self.weight,
+            "factor": update.factors if isinstance(update.factors, Tensor) else None,
+            "loss": self.loss,
+            "scale": self.scale,
+            "buffers": self.buffers,
+            "skipped": self.skipped,
+        }
+        there = {k: t for k, t in found.items() if t is not None and k not in self.numbers}
+        if self.parts is not None:
+            there |= {k: there[k] * self.parts for k in NORMS if k in there}
+        return {name: tensor.reshape(-1) for name, tensor in there.items()}
+
+    def take(self, name: str, values: np.ndarray) -> None:
+        """Keep what was read under this name."""
+        if name in NORMS:
+            values = np.sqrt(values)
+        of_parameters = name in NORMS or name == "factor"
+        if of_parameters and len(self.active) < len(self.probe.params):
+            whole = np.full(len(self.probe.params), 1.0 if name == "factor" else 0.0)
+            whole[self.active] = values
+            values = whole
+        self.numbers[name] = values
+
+    def unscale(self) -> None:
+        """Divide by the scale which the optimizer itself takes off."""
+        if "scale" in self.numbers:
+            self.numbers["gradient"] /= self.numbers.pop("scale")
+            self.scale = None
+
+
+NORMS = ("gradient", "update", "clipped", "weight")  # of parameters
+
+
+def read(pending: Sequence[Observation], average: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Read what some steps have on the device: one device read, and one collective at most.
+
+    Args:
+        pending: The steps.
+        average: Averages a tensor over the processes, if there are several: gradients are the same
+            everywhere, the loss is not, and of sharded parameters the squares add up.
+    """
+    parts = [(o, name, tensor) for o in pending for name, tensor in o.tensors().items()]
+    if not parts:
+        return
+    table = torch.cat([tensor for _, _, tensor in parts])
+    values = np.array((average(table) if average else table).tolist())
+    start = 0
+    for observation, name, tensor in parts:
+        observation.take(name, values[start : start + len(tensor)])
+        start += len(tensor)
+    for observation in pending:
+        observation.unscale()
+        if isinstance(factors := observation.update.factors, list):
+            observation.take("factor", np.array(factors))
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of now; schedulers write new ones into a tensor."""
+    rate = group["lr"]
+    return rate.clone() if isinstance(rate, Tensor) else rate

@@ -1,0 +1,132 @@
+"""Taking back a step that spikes, without reading the device.
+
+Dimensions: A of P parameters of one optimizer have a gradient, Q buffers of the model.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import processes
+from ..probe import StepProbe, local
+from .observation import Observation
+from .optimizer_monitor import LOSS_RATIO, OptimizerMonitor
+
+LARGEST = torch.finfo(torch.float32).max  # of a value that no threshold is known for
+
+
+class Skip:
+    """Take back the steps of one optimizer that spike: parameters, optimizer states and buffers.
+
+    Nothing is read: values are compared on the device with the thresholds of the last log step, and
+    what the step has changed is chosen there between old and new. A step that is left out leaves
+    all of it equal bit for bit, which a gradient times 0 would not (it is NaN where it was NaN, and
+    AdamW moves on gradients of zero). It takes the memory of the copies, for the length of a step.
+    Read is once where a step creates optimizer states or exchanges objects in them.
+
+    Attributes:
+        signals: Largest ordinary gradient norm, loss, growth of a buffer, and update norm.
+        ratios: Largest ordinary ratio of each parameter's gradient norm to that of the others (P,).
+        flag: Whether the last step was taken back ().
+    """
+
+    def __init__(self) -> None:
+        self.signals = [LARGEST] * 4
+        self.ratios: list[float] = []
+        self.flag = torch.tensor(False)
+        self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # signals and ratios
+        self._buffers: Tensor | None = None  # norms (Q,) after the last step
+        self._old: list[tuple[Tensor, Tensor]] = []  # each tensor and its copy
+        self._states: dict[Tensor, dict[str, Any]] = {}  # of each parameter, as they were
+
+    def refresh(self, monitor: OptimizerMonitor) -> None:
+        """Take the thresholds that hold from now on."""
+        detectors = monitor.detectors
+        loss = detectors["loss"]
+        found = {name: detector.threshold for name, detector in detectors.items()}
+        if math.isfinite(loss.center):
+            found["loss"] = max(loss.threshold, LOSS_RATIO * loss.center)
+        self.signals = [min(found[n], LARGEST) for n in ("gradient", "loss", "buffer", "update")]
+        self.ratios = np.minimum(monitor.ratios.thresholds(), LARGEST).tolist()
+        self._limits = {}
+
+    @torch.no_grad()
+    def before_step(self, o: Observation, model: nn.Module, buffers: list[Tensor]) -> None:
+        """Judge gradient, loss and buffers, and copy what the step may change.
+
+        Args:
+            o: The step.
+            model: What is trained.
+            buffers: Copies of its buffers, before the forward pass.
+        """
+        self.flag = self._is_beyond(o)
+        state, active = o.probe.optimizer.state, [o.probe.params[i] for i in o.active]
+        self._states = {p: dict(state[p]) for p in active if p in state}
+        values = [v for values in self._states.values() for v in values.values()]
+        tensors = [local(t.detach()) for t in (*active, *values) if isinstance(t, Tensor)]
+        self._old = [(t, t.clone()) for t in tensors]
+        self._old += zip(model.buffers(), buffers, strict=True)
+        if o.buffers is not None:
+            kept = o.buffers if self._buffers is None else self._buffers
+            self._buffers = torch.where(self.flag, kept, o.buffers)
+
+    @torch.no_grad()
+    def after_step(self, probe: StepProbe) -> None:
+        """Judge the update as well, and choose between the old and the new."""
+        if (update := probe.update.squares) is not None:
+            total = probe.reduce(update).sum().sqrt()
+            self.flag = self.flag | ~(total <= self._on(total.device)[0][3])
+        for tensor, old in self._old:
+            tensor.copy_(torch.where(self.flag, old, tensor))
+        self._old = []
+        state, active = probe.optimizer.state, [probe.params[i] for i in probe.layout.active]
+        exchanged = [p for p in active if p in state and self._is_other(p, state[p])]
+        if exchanged and bool(self.flag):
+            for p in exchanged:
+                state.pop(p)
+                if p in self._states:
+                    state[p] = self._states[p]
+
+    def _is_other(self, parameter: Tensor, values: dict[str, Any]) -> bool:
+        """Whether a state holds other objects than before the step."""
+        old = self._states.get(parameter, {})
+        return any(value is not old.get(key) for key, value in values.items())
+
+    def _is_beyond(self, o: Observation) -> Tensor:
+        """Whether gradient, loss or buffers of a step are beyond a threshold () or not finite."""
+        gradient = o.probe.reduce(o.gradient).sqrt()
+        if o.scale is not None:
+            gradient = gradient / o.scale
+        signals, ratios = self._on(gradient.device)
+        zero = gradient.new_zeros(())
+        loss = zero if o.loss is None else processes.average(o.loss).to(gradient)
+        values = torch.stack([gradient.norm(), loss, self._growth(o.buffers, zero)])
+        beyond = ~(values <= signals[:3]).all()  # a NaN is not below anything
+        if len(self.ratios) == len(o.probe.params) > 1:
+            squares = gradient.square()
+            others = (squares.sum() - squares).clamp(min=0).sqrt()
+            own = ratios if len(gradient) == len(ratios) else ratios[o.active]
+            beyond = beyond | ((gradient > own * others) & (others > 0)).any()
+        return beyond
+
+    def _growth(self, norms: Tensor | None, none: Tensor) -> Tensor:
+        """The largest factor () by which the norm of a buffer has grown."""
+        if norms is None or self._buffers is None or self._buffers.shape != norms.shape:
+            return none
+        growth = torch.where(self._buffers > 0, norms / self._buffers, 1.0)
+        return torch.where(norms.isfinite(), growth, math.inf).amax().to(none)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._limits:
+            signals, ratios = torch.tensor(self.signals), torch.tensor(self.ratios)
+            self._limits[device] = signals.to(device), ratios.to(device)
+        return self._limits[device]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"signals": self.signals, "ratios": self.ratios}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.signals, self.ratios, self._limits = state["signals"], state["ratios"], {}
