@@ -23,7 +23,7 @@ DECOUPLED = tuple(
 FLAT_SIZE = 1 << 16
 
 
-Factors = Tensor | list[float]  # (A,), a list where the device is the host
+Factors = Tensor | list[float]  # (A,), a list where `Layout.on_host`
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Update:
 
     squares: Tensor | None = None  # squared norms (A,) of the proposed update
     gradient: Tensor | None = None  # squared norms (A,) as the step used it; None if nobody clips
-    factors: Factors | None = None  # (A,) by which the update was shortened; None if nobody would
+    factors: Tensor | None = None  # (A,) by which the update was shortened; None if nobody would
 
 
 class Layout:
@@ -62,8 +62,11 @@ class Layout:
             and self.device.type in ("cpu", "cuda")
             and self.dtype in (torch.float32, torch.float64)
         )
-        # where numbers are there without a read, arithmetic on few costs less than an operator
-        self.on_host = self.is_flat and self.device.type == "cpu"
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a few numbers are there without a read: their arithmetic needs no operator."""
+        return self.is_flat and self.device.type == "cpu"
 
     @cached_property
     def ends(self) -> Tensor:
@@ -288,16 +291,17 @@ class StepProbe:
         """Ask the limits, and go back as far as the strictest wants."""
         self.shortened = None
         found = [limit(self) for limit in self.limits]
+        unchanged = False
         if self.layout.on_host:
             lists = [f.tolist() if isinstance(f, Tensor) else f for f in found]
             numbers: list[float] = [min(each) for each in zip(*lists, strict=True)]
-            self.update.factors = numbers
-            if min(numbers) == 1.0 and self.shortened is None:
-                return
+            unchanged = min(numbers) == 1.0
             factors = self.back[0].new_tensor(numbers)
         else:
             factors = torch.stack([torch.as_tensor(f) for f in found]).amin(0)
         self.update.factors = factors if self.shortened is None else factors * self.shortened
+        if unchanged:
+            return
         # where the factor is 1 these end at the parameters, bit for bit
         self.layout.lerp_(before, self.layout.gather(active), factors)
         torch._foreach_copy_(active, self.layout.scatter(before, active))

@@ -30,8 +30,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from callbacks.clipping import AdaptiveGradientClipping, GradientNormClipping, UpdateClipping
 from callbacks.gradient_spikes import GradientSpikeMonitor
+from steadyfit import clip_updates
 from steadyfit.lightning import Clipping
-from steadyfit.probe import StepProbe
+from steadyfit.probe import Layout, StepProbe
 
 
 class Groups(Plain):
@@ -205,6 +206,32 @@ def test_both_limits(tmp_path: Path) -> None:
         assert all(rms(b - a) <= 0.5 * 0.05 * 1.0001 for a, b in zip(before, after, strict=True))
     shares = [p / x for p, x in zip(promises(seen), losses.means(), strict=True)]
     assert max(shares) == pytest.approx(0.02, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_numbers_and_tensors_limit_alike(
+    make: Callable[[], Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few parameters in main memory are limited in plain numbers, all others on the device."""
+    found = []
+    for on_host in (True, False):
+        monkeypatch.setattr(Layout, "on_host", on_host)
+        torch.manual_seed(0)
+        model = make()
+        optimizer = model.configure_optimizers()
+        limit = clip_updates(optimizer, max_rms=0.3, max_decrease=0.01, floor="auto", model=model)
+        generator = torch.Generator().manual_seed(1)
+        factors: list[Any] = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            x = torch.randn(16, 8, generator=generator)
+            limit.loss = loss = model.network(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            factors.append(StepProbe.of(optimizer).update.factors)
+        found.append((factors, list(model.parameters())))
+    assert any(min(each) < 1 for each in found[0][0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_negative_loss_is_no_limit(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ from datamodules.images.base import ImageDataModule
 from datamodules.sequences.temporal_order import TemporalOrderDataModule
 from lit_models import LitClassifier
 from lit_models.networks import LSTM, LeNet5, Recurrent, WhitenedCNN
-from steadyfit.probe import norms
+from steadyfit import probe
+from steadyfit.probe import FLAT_SIZE, norms
 from steadyfit.watching.history import NormHistory
 from steadyfit.watching.ratios import ParameterRatios
 from steadyfit.watching.reactions import Reaction, Rollback, free_memory
@@ -957,7 +958,13 @@ def counted(tmp_path: Path, *callbacks: Callback) -> Meter:
 
 
 @pytest.mark.slow
-def test_log_reads_nothing_between_log_steps_and_adds_few_operators(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "operators_of"), [(FLAT_SIZE, (50, 65)), (0, (15, 60))])
+def test_log_reads_nothing_between_log_steps_and_adds_few_operators(
+    size: int, operators_of: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: arithmetic on the device, in one flat tensor or in one for each parameter."""
+    monkeypatch.setattr(probe, "FLAT_SIZE", size)
+    monkeypatch.setattr(probe.Layout, "on_host", False)
     callbacks = [GradientSpikeMonitor(), UpdateClipping(max_decrease=0.5)]
     plain = counted(tmp_path / "plain")
     watched, both = (counted(tmp_path / str(n), *callbacks[:n]) for n in (1, 2))
@@ -966,8 +973,8 @@ def test_log_reads_nothing_between_log_steps_and_adds_few_operators(tmp_path: Pa
         assert meter.per_step(52, 95).reads == 0
         assert meter.marks[95].reads - meter.marks[45].reads == reads  # at the log step
     operators = [meter.per_step(55, 95).operators for meter in (plain, watched, both)]
-    assert operators[1] - operators[0] <= 15
-    assert operators[2] - operators[1] <= 65
+    assert operators[1] - operators[0] <= operators_of[0]
+    assert operators[2] - operators[1] <= operators_of[1]
 
 
 @pytest.mark.parametrize(("reaction", "reads"), [("skip", 0), ("rollback", 1)])

@@ -10,12 +10,12 @@ from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .. import processes
 from ..detector import SpikeDetector
-from ..probe import StepProbe, norms, unwrapped
+from ..probe import StepProbe, unwrapped
+from .buffers import Buffers
 from .observation import Observation, learning_rate, read
 from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import REACTIONS, Reaction, ReactionName, Rollback
@@ -134,8 +134,7 @@ class SpikeMonitor:
         self._late = False  # an update has spiked since a reaction could act
         self._told = False
         self._last_spike = -math.inf
-        self._buffer_copies: list[Tensor] = []  # of all of them, before a forward pass
-        self._buffers: dict[str, Tensor] = {}  # those that are watched
+        self.buffers = Buffers(nn.Module())
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Watch these from now on."""
@@ -152,6 +151,7 @@ class SpikeMonitor:
         if self.reaction and self.optimizers:
             self.reaction.on_skip = self._leave_out
             self.reaction.start(self.loop, model)
+        self.buffers = Buffers(model)
         self.keep_buffers()
 
     @property
@@ -218,8 +218,8 @@ class SpikeMonitor:
         step = self.global_step
         if step % self.every == 0:
             self.flush(refresh=True)
-        if not self._pending:
-            self._find_buffers()
+        if not self._pending and self.buffers.find():
+            self.keep_buffers()
         index = 0
         if optimizer is not None:
             index = self.optimizers.index(unwrapped(optimizer))
@@ -245,26 +245,19 @@ class SpikeMonitor:
             scale=scale,
             scaled=scaled,
             weight=probe.weight_squares() if step % self.weight_norm_every == 0 else None,
-            buffers=norms(list(self._buffers.values())) if self._buffers else None,
+            buffers=self.buffers.norms(),
         )
         self._pending.append(o)
         self.global_step = step + 1
         if self.skips:
-            self.skip[index].before_step(o, self.model, self._buffer_copies)
+            self.skip[index].before_step(o, self.model, self.buffers.copies)
         elif self.reaction:
             self._react(self.reaction, o, optimizer)
-
-    def _find_buffers(self) -> None:
-        """Watch the buffers there are: a lazy module has none before its first batch."""
-        found = {n: b for n, b in self.model.named_buffers() if b.is_floating_point()}
-        self._buffers = {n.replace("_orig_mod.", ""): b.detach() for n, b in found.items()}
-        if len(self._buffer_copies) != len(list(self.model.buffers())):
-            self.keep_buffers()
 
     def keep_buffers(self) -> None:
         """Copy the buffers as they are before a forward pass, for a step that is left out."""
         if self.skips or self.reaction:
-            self._buffer_copies = [b.clone() for b in self.model.buffers() if not is_lazy(b)]
+            self.buffers.keep()
 
     def _react(self, reaction: Reaction, o: Observation, optimizer: Optimizer) -> None:
         """Read the coming step and the update before it, and act if one of them is a spike."""
@@ -273,13 +266,13 @@ class SpikeMonitor:
         spiked, self._late = self._late, False
         for each in self._unread:
             known = set(each.judged) if each.reaction == "log" else {"update", *each.judged}
-            self.monitor_of(each.optimizer).judge([each], list(self._buffers))
+            self.monitor_of(each.optimizer).judge([each], self.buffers.names)
             if any(each.spiked(signal) for signal in each.judged.keys() - known):
                 spiked = True
         self._unread = [o]
         if not spiked:
             if o.step - self._last_spike > CONFIRM:
-                reaction.on_calm_step(self.loop, self.model, self._buffer_copies)
+                reaction.on_calm_step(self.loop, self.model, self.buffers.copies)
             return
         self._last_spike = o.step
         o.reaction = type(reaction).__name__.lower()
@@ -292,8 +285,7 @@ class SpikeMonitor:
         o = self._unread[-1]
         o.left_out = True
         self.monitor_of(o.optimizer).forget_buffers()
-        for buffer, kept in zip(self.model.buffers(), self._buffer_copies, strict=True):
-            buffer.copy_(kept)
+        self.buffers.put_back()
 
     def before_reaction(self, o: Observation) -> None:
         """Hook: a reaction is about to act on a step."""
@@ -322,7 +314,7 @@ class SpikeMonitor:
             for index in {o.optimizer for o in pending}:
                 monitor, own = self.monitor_of(index), [o for o in pending if o.optimizer == index]
                 late = [o for o in own if o.reaction == "log" and "update" not in o.judged]
-                monitor.judge(own, list(self._buffers))
+                monitor.judge(own, self.buffers.names)
                 monitor.remember(own)
                 self._late = self._late or any(o.spiked("update") for o in late)
             before = len(self.records)

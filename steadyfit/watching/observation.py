@@ -100,7 +100,7 @@ class Observation:
             "update": update.squares,
             "clipped": update.gradient,
             "weight": self.weight,
-            "factor": update.factors if isinstance(update.factors, Tensor) else None,
+            "factor": update.factors,
             "loss": self.loss,
             "scale": self.scale,
             "buffers": self.buffers,
@@ -151,8 +151,6 @@ def read(pending: Sequence[Observation], average: Callable[[Tensor], Tensor] | N
         start += len(tensor)
     for observation in pending:
         observation.unscale()
-        if isinstance(factors := observation.update.factors, list):
-            observation.take("factor", np.array(factors))
 
 
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
