@@ -30,6 +30,7 @@ CALLBACKS_MAY_CHANGE = (
     *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
     *("BestCheckpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer"),
 )
+MONITOR = "GradientSpikeMonitor"  # only looks unless it is told to react
 SHOWN = 4  # differences in a sentence
 
 Settings = dict[str, Any]
@@ -44,7 +45,7 @@ def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, dict) and value:
         for key, part in value.items():
             yield from named(part, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+    elif isinstance(value, list) and all(isinstance(part, dict) for part in value):
         seen: Counter[str] = Counter()  # callbacks, loggers, plugins
         for part in value:
             short = part["class_path"].rpartition(".")[2]
@@ -58,6 +59,12 @@ def may_change(name: str) -> bool:
     if name.startswith("trainer.callbacks."):
         return name.split(".")[2] in CALLBACKS_MAY_CHANGE
     return any(fnmatchcase(name, pattern) for pattern in MAY_CHANGE)
+
+
+def reacts(settings: Settings) -> bool:
+    """Whether a monitor of spikes does something about them."""
+    reaction = dict(named(settings)).get(f"trainer.callbacks.{MONITOR}.reaction", "log")
+    return reaction != "log"
 
 
 def differences(recorded: Settings, current: Settings) -> list[tuple[str, Any, Any]]:
@@ -82,7 +89,12 @@ def refuse_changes(recorded: Settings, current: Settings, run: str) -> list[str]
         UserError: They differ in what may not change.
     """
     found = differences(recorded, current)
-    refused = [change for change in found if not may_change(change[0])]
+    looking = not reacts(recorded) and not reacts(current)
+    refused = [
+        (name, old, new)
+        for name, old, new in found
+        if not may_change(name) and not (looking and MONITOR in name)
+    ]
     if refused:
         told = [f"--{name} was {shown(old)}, not {shown(new)}" for name, old, new in refused]
         more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""

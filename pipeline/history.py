@@ -88,6 +88,12 @@ MOVED = (
         since="0.1.0",
     ),
 )
+# one class, one name: a run goes on under the name that its config had
+SAME = {
+    f"{package}.{name}": f"callbacks.{name}"
+    for package in ("steadyfit", "steadyfit.lightning")
+    for name in ("GradientSpikeMonitor", "UpdateClipping")
+}
 SETTINGS: tuple[Removed | Renamed, ...] = ()
 
 
@@ -114,6 +120,8 @@ def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) ->
 
 def current_path(path: str) -> str:
     """The import path of a class, which may have been in another module."""
+    if path in SAME:
+        return SAME[path]
     package, _, rest = path.partition(".")
     module, _, name = rest.partition(".")
     moved = any(module in known.modules for known in MOVED if known.package == package)

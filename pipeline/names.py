@@ -27,7 +27,7 @@ def own_classes() -> dict[str, str]:
         name: f"{module.__name__}.{name}"
         for module in OURS
         for name, found in vars(module).items()
-        if isinstance(found, type) and found.__module__.startswith(module.__name__)
+        if isinstance(found, type) and found.__module__.startswith((module.__name__, "steadyfit"))
     }
 
 

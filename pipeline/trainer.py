@@ -18,6 +18,7 @@ from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.telling import Telling
+from pipeline.studies.grid import DEFAULTS, read_yaml
 
 # what the Trainer refuses to have among its callbacks when it is told to do without
 NEEDS = {
@@ -36,6 +37,7 @@ def settle(trainer: Namespace) -> None:
     for several in ("logger", "callbacks"):
         if isinstance(trainer[several], Namespace):  # one alone, as it is typed
             trainer[several] = [trainer[several]]
+    trainer.callbacks = once_each(trainer.callbacks or [])
     if trainer.logger in (True, None):  # to Lightning a logger of its own choice
         trainer.logger = []
     if isinstance(trainer.logger, list) and find_spec("wandb") is None:
@@ -48,9 +50,18 @@ def settle(trainer: Namespace) -> None:
         settings = Namespace(class_path=METRICS[0], init_args=Namespace(save_dir="."))
         loggers.insert(0, settings)  # what a run keeps is not asked of the list
     idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
-    if idle and trainer.callbacks:
-        kept = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
-        trainer.callbacks = kept
+    trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
+
+
+def once_each(callbacks: list[Namespace]) -> list[Namespace]:
+    """The callbacks, but of a class that the defaults have the last alone, in the first's place."""
+    of_defaults = {entry["class_path"] for entry in read_yaml(DEFAULTS)["trainer"]["callbacks"]}
+    shorts = {path.rpartition(".")[2] for path in of_defaults}
+    kept: dict[Any, Namespace] = {}
+    for number, callback in enumerate(callbacks):
+        short = callback.class_path.rpartition(".")[2]
+        kept[short if short in shorts else number] = callback
+    return list(kept.values())
 
 
 class FirstBatch(Callback):

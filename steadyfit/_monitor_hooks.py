@@ -46,7 +46,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
     def __init__(
         self,
         reaction: ReactionName | Reaction = "log",
-        window: int = 64,
+        window: int = 128,
         threshold: float = 4.5,
         top_k: int = 3,
         weight_norm_every: int = 10,

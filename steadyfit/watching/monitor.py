@@ -35,8 +35,7 @@ class SpikeMonitor:
     - ``parameter``: the norm of one parameter's gradient against that of all the others, by
       :class:`ParameterRatios`;
     - ``update``: L2 norm of what the optimizer did with it;
-    - ``loss``: mean over the batches of the step and over all processes. It has to double, and
-      two thirds of the threshold are enough then;
+    - ``loss``: mean over the batches of the step and over all processes;
     - ``buffer``: the largest factor by which the norm of a buffer (a running variance) has grown.
 
     Every spike becomes a line of ``spikes.jsonl``: when, which signal and how far out, the
@@ -90,7 +89,7 @@ class SpikeMonitor:
         log: Callable[[Rows], None] | None = None,
         every: int = 50,
         reaction: ReactionName | Reaction = "log",
-        window: int = 64,
+        window: int = 128,
         threshold: float = 4.5,
         top_k: int = 3,
         weight_norm_every: int = 10,

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..detector import SpikeDetector
+from ..detector import NORM_MIN_SCALE, SpikeDetector
 from .history import NormHistory
 from .observation import Observation, Verdict
 from .ratios import ParameterRatios
 
-LOSS_RATIO = 2.0  # a loss is a spike only above this multiple of its usual level
 BEFORE = 10  # optimizer steps in which the largest update is looked for
 
 
@@ -32,11 +31,10 @@ class OptimizerMonitor:
         self.names: list[str] = []
         self.sizes: list[int] = []
         self.detectors = {
-            "gradient": SpikeDetector(window, threshold),
-            "update": SpikeDetector(window, threshold),
-            # the loss does not scatter as norms do, and it has to double as well
-            "loss": SpikeDetector(window, threshold * 2 / 3),
-            "buffer": SpikeDetector(window, threshold),
+            "gradient": SpikeDetector(window, threshold, NORM_MIN_SCALE),
+            "update": SpikeDetector(window, threshold, NORM_MIN_SCALE),
+            "loss": SpikeDetector(window, threshold),
+            "buffer": SpikeDetector(window, threshold, NORM_MIN_SCALE),
         }
         # one of many parameters goes further astray by chance than one signal
         self.ratios = ParameterRatios(window, limit=threshold * 4 / 3)
@@ -84,10 +82,7 @@ class OptimizerMonitor:
                 float(gradients[k, p]), kind, float(scores[k, p]), name=self.names[p]
             )
             if "loss" in o.numbers:
-                loss = Verdict.of(self.detectors["loss"], float(o.numbers["loss"][0]))
-                if loss.kind == "spike" and loss.value <= LOSS_RATIO * loss.center:
-                    loss = loss._replace(kind="warning")
-                o.judged["loss"] = loss
+                o.judged["loss"] = Verdict.of(self.detectors["loss"], float(o.numbers["loss"][0]))
             if "buffers" in o.numbers:
                 self._judge_buffers(o, buffer_names)
 

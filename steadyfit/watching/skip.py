@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import processes
 from ..probe import StepProbe, local
 from .observation import Observation
-from .optimizer_monitor import LOSS_RATIO, OptimizerMonitor
+from .optimizer_monitor import OptimizerMonitor
 
 LARGEST = torch.finfo(torch.float32).max  # of a value that no threshold is known for
 
@@ -44,12 +44,9 @@ class Skip:
 
     def refresh(self, monitor: OptimizerMonitor) -> None:
         """Take the thresholds that hold from now on."""
-        detectors = monitor.detectors
-        loss = detectors["loss"]
-        found = {name: detector.threshold for name, detector in detectors.items()}
-        if math.isfinite(loss.center):
-            found["loss"] = max(loss.threshold, LOSS_RATIO * loss.center)
-        self.signals = [min(found[n], LARGEST) for n in ("gradient", "loss", "buffer", "update")]
+        signals = [monitor.detectors[name] for name in ("gradient", "loss", "buffer", "update")]
+        # what comes too often is ordinary, whatever its size
+        self.signals = [LARGEST if s.too_often else min(s.threshold, LARGEST) for s in signals]
         self.ratios = np.minimum(monitor.ratios.thresholds(), LARGEST).tolist()
         self._limits = {}
 
