@@ -1,6 +1,7 @@
 """What a clipper does is what its formula says; where it does not act, nothing is different."""
 
 import gc
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -101,9 +102,11 @@ def rms(tensor: Tensor) -> float:
 
 
 @each_optimizer
+@pytest.mark.parametrize("on_host", [True, False])
 def test_limits_that_are_not_reached_change_no_bit(
-    make: Callable[[], Plain], tmp_path: Path
+    on_host: bool, make: Callable[[], Plain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Layout, "on_host", on_host)
     without = ends(tmp_path / "a", make())
     loose = UpdateClipping(max_rms=1e9, max_decrease=1e9)
     assert same(ends(tmp_path / "b", make(), loose), without)
@@ -250,15 +253,20 @@ def test_negative_loss_is_no_limit(tmp_path: Path) -> None:
 
 def test_parameter_without_gradient_stays(tmp_path: Path) -> None:
     """Nor does decay touch it, which is not the optimizer's doing either."""
+    values = []
 
-    class Unused(Plain):
+    class NowAndThen(Plain):
         def __init__(self) -> None:
             super().__init__(partial(AdamW, lr=0.1, weight_decay=5.0))
-            self.unused = nn.Parameter(torch.full((3,), 100.0))
+            self.used = nn.Parameter(torch.full((3,), 100.0))
 
-    model = Unused()
-    fit(tmp_path, model, UpdateClipping(max_rms=0.3, max_decrease=0.1))
-    assert model.unused.tolist() == [100.0] * 3
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            values.append(self.used.tolist())
+            return self.loss(batch) + (self.used.mean() / 100 if batch_idx % 3 == 0 else 0)
+
+    fit(tmp_path, NowAndThen(), UpdateClipping(max_rms=0.3, max_decrease=0.1))
+    moved = [before != after for before, after in itertools.pairwise(values[:20])]
+    assert moved == [index % 3 == 0 for index in range(19)]
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
