@@ -32,6 +32,7 @@ from datamodules.sequences.temporal_order import LEVELS, PAD, clean_sequences
 from lit_models.networks import LSTM, Recurrent
 from steadyfit.detector import NORM_MIN_SCALE, SpikeDetector
 from steadyfit.measures import Spans, excursions
+from steadyfit.watching.optimizer_monitor import PROMISE, PROMISE_RATIO
 
 EPOCHS, EPOCH_SIZE, BATCH_SIZE = 100, 992, 32
 BEFORE, AFTER = 10, 5  # steps around an excursion where a flag is none too many
@@ -108,8 +109,20 @@ def monitored(record: Record) -> Record:
             ("loss", SpikeDetector()),
         )
     }
+    flags["promise"] = promises(signals(record)["promised decrease / loss"])
     norms = flags["gradient"] | flags["update"]
-    return flags | {"gradient or update": norms, "any": norms | flags["loss"]}
+    early = norms | flags["promise"]
+    return flags | {"gradient or update": norms, "or promise": early, "any": early | flags["loss"]}
+
+
+def promises(values: np.ndarray) -> np.ndarray:
+    """Flags (S,) of the monitor's rule for what a step promises to take off its loss."""
+    usual = SpikeDetector(min_scale=NORM_MIN_SCALE)
+    flags = []
+    for value in values.tolist():
+        usual.update(value)
+        flags.append(value > max(PROMISE, PROMISE_RATIO * usual.center))
+    return np.array(flags)
 
 
 def near(spans: Spans, steps: int) -> np.ndarray:
@@ -141,7 +154,8 @@ def row(records: list[Record], rule: Callable[[Record], np.ndarray]) -> str:
     by_chance = 0.0
     for record in records:
         flags, spans = rule(record), spans_of(record)
-        others = monitored(record)["any"]
+        monitor = monitored(record)
+        others = monitor["gradient or update"] | monitor["loss"]
         alarms += int((flags & ~near(spans, len(flags))).sum())
         steps += len(flags)
         for start, end in spans:

@@ -70,6 +70,8 @@ class UpdateLimit:
                 "max_decrease needs the gradients behind the step, and SGD with nesterov "
                 "overwrites them; set foreach to False, or max_decrease to None."
             )
+        if self.max_decrease is not None:
+            StepProbe.of(optimizer).asks_products = True
         modules = () if model is None else model.modules()
         self.embeddings |= {m.weight for m in modules if isinstance(m, nn.Embedding)}
 
@@ -80,7 +82,11 @@ class UpdateLimit:
         if self.max_rms is not None and self.embeddings:
             self._limit_rows(probe, self.max_rms)
         if self.max_decrease is not None and self.loss is not None:
-            products = probe.reduce(probe.layout.inner(probe.back, probe.gradients_of_step()))
+            products = probe.update.products
+            if probe.shortened is not None:
+                products = probe.layout.inner(probe.back, probe.gradients_of_step())
+            assert products is not None
+            products = probe.reduce(products)
         squares = probe.reduce(squares)
         if probe.shortened is not None:
             squares = squares * probe.shortened.square()

@@ -32,6 +32,7 @@ class Update:
 
     squares: Tensor | None = None  # squared norms (A,) of the proposed update
     gradient: Tensor | None = None  # squared norms (A,) as the step used it; None if nobody clips
+    products: Tensor | None = None  # (A,) of the gradient and the way back; None if nobody asks
     factors: Tensor | None = None  # (A,) by which the update was shortened; None if nobody would
 
 
@@ -151,6 +152,8 @@ class StepProbe:
         back: The way from the new parameters to the old ones, weight decay left out, as ``layout``
             gathers it; there while ``limits`` are asked.
         shortened: Factors (A,) by which a limit has shortened the update itself already.
+        asks_products: Whether somebody wants to know what a step promises, to first order, to take
+            off the loss: the sum of ``update.products``.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -158,6 +161,7 @@ class StepProbe:
         self.limits: list[Callable[[StepProbe], Factors]] = []
         self.after_step: list[Callable[[], None]] = []
         self.gradients_are_clipped = False
+        self.asks_products = False
         self.update = Update()
         self.back: list[Tensor] = []
         self.shortened: Tensor | None = None
@@ -279,13 +283,19 @@ class StepProbe:
             self._take_decay_off(before)
             self.back = list(torch._foreach_sub(before, layout.gather(active)))
             self.update.squares = layout.squares(self.back)
-            if self.gradients_are_clipped:
-                self.update.gradient = layout.squares(self.gradients_of_step())
+            if self.gradients_are_clipped or self.asks_products:
+                self._compare_gradients(self.gradients_of_step())
             if self.limits:
                 self._shorten(before, active)
         self.back = []
         for function in self.after_step:
             function()
+
+    def _compare_gradients(self, gradients: list[Tensor]) -> None:
+        if self.gradients_are_clipped:
+            self.update.gradient = self.layout.squares(gradients)
+        if self.asks_products:
+            self.update.products = self.layout.inner(self.back, gradients)
 
     def _shorten(self, before: list[Tensor], active: list[Tensor]) -> None:
         """Ask the limits, and go back as far as the strictest wants."""

@@ -345,7 +345,7 @@ def test_what_followed_is_in_the_record(tmp_path: Path) -> None:
     fit(tmp_path, Plain(partial(SGD, lr=1.0)), Plant([30]), GradientSpikeMonitor())
     far = spikes(tmp_path)[0]
     assert far["step"] == 30
-    assert far["spiked"] == ["gradient", "parameter", "update"]
+    assert far["spiked"] == ["gradient", "parameter", "update", "promise"]
     assert far["confirmed"]
     assert far["steps_to_recover"] > 1
     assert far["max_loss_after"] > 10 * far["signals"]["loss"]["value"]

@@ -71,6 +71,49 @@ def test_an_overflow_that_the_scaler_throws_away_says_nothing_of_the_loss() -> N
     assert "loss" not in monitor.records[-1]["signals"]
 
 
+@pytest.mark.parametrize("reaction", ["log", "skip"])
+def test_a_step_that_promises_more_than_its_loss_can_fall_is_a_spike(reaction: Any) -> None:
+    """A steep place: the next loss jumps, and nothing but this product has announced it."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = SpikeMonitor(model, optimizer, reaction=reaction, every=10)
+    before = model.weight.item()
+    for step in range(60):
+        model.weight.grad = torch.tensor([[1.0 if step == 50 else 0.1]])
+        kept = model.weight.item()
+        monitor.before_step(torch.tensor(0.01))
+        optimizer.step()
+        if step == 50:
+            taken = kept - model.weight.item()
+    monitor.flush()
+    [record] = monitor.records
+    assert (record["step"], before > kept) == (50, True)
+    assert "promise" in record["spiked"]
+    assert record["signals"]["promise"]["value"] == pytest.approx(0.1 / 0.01)
+    assert taken == (0 if reaction == "skip" else pytest.approx(0.1))
+
+
+def test_a_loss_that_is_zero_promises_nothing() -> None:
+    model, monitor = make()
+    with pytest.warns(UserWarning, match="the loss of step 0 is 0"):
+        model.train_with(monitor, quiet(60), [0.0] * 60)
+    assert monitor.counts["promise"] == 0
+    assert not any("promise" in record["signals"] for record in monitor.records)
+
+
+def test_a_loss_that_grows_slowly_is_told() -> None:
+    model, monitor = make()
+    losses = [loss * 1.01 ** max(0, step - 100) for step, loss in enumerate(quiet(200))]
+    model.train_with(monitor, quiet(200), losses)
+    [record] = monitor.records
+    assert (record["spiked"], record["signals"]["loss"]["kind"]) == ([], "drift")
+    assert 100 < record["step"] < 170  # before it has doubled
+    assert monitor.counts["drift"] == 1
+    last = f"The loss grew slowly up to step {record['step']}."
+    assert monitor.finish() == f"No spike in 200 optimizer steps. {last}"
+
+
 def test_what_was_learned_goes_on() -> None:
     norms = [*quiet(150), 10.0, *quiet(50)]
     model, whole = make()

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import processes
+from ..clipping import overwrites_gradients
 from ..detector import SpikeDetector
 from ..probe import StepProbe, unwrapped
 from .buffers import Buffers
-from .observation import Observation, learning_rate, read
+from .observation import BEHIND, Observation, learning_rate, read
 from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import REACTIONS, Reaction, ReactionName, Rollback
 from .records import replace_file
@@ -29,18 +30,21 @@ Rows = Mapping[int, Mapping[str, float]]  # by optimizer step
 class SpikeMonitor:
     """Watch gradient, update, loss and buffers of every optimizer step, and record what spiked.
 
-    Five signals are watched for each optimizer, all but the second by a :class:`SpikeDetector`:
+    Six signals are watched for each optimizer, four of them by a :class:`SpikeDetector`:
 
     - ``gradient``: L2 norm over all parameters, after unscaling and before clipping;
     - ``parameter``: the norm of one parameter's gradient against that of all the others, by
       :class:`ParameterRatios`;
     - ``update``: L2 norm of what the optimizer did with it;
+    - ``promise``: how many times its loss the step promises to take off it, to first order; more
+      than five times, and thirty times what is usual, announces a spike of the loss;
     - ``loss``: mean over the batches of the step and over all processes;
     - ``buffer``: the largest factor by which the norm of a buffer (a running variance) has grown.
 
     Every spike becomes a line of ``spikes.jsonl``: when, which signal and how far out, the
     parameters with the largest share and those furthest out of proportion, the largest update just
-    before, and what followed. Steps in a row without a finite value are one line. The norms of each
+    before, and what followed. Steps in a row without a finite value are one line; a loss that
+    grows slowly is one as well, see :class:`~steadyfit.detector.DriftDetector`. The norms of each
     parameter over the whole training go to ``norms.pt``, binned over time.
 
     With the reactions ``log`` and ``skip`` the device is read every so many steps, once for all of
@@ -143,8 +147,10 @@ class SpikeMonitor:
         self._names = {key: name.replace("_orig_mod.", "") for key, name in names.items()}
         self.spikes.open(self.folder / "spikes.jsonl" if self.folder else None)
         for index, optimizer in enumerate(self.optimizers):
+            probe = StepProbe.of(optimizer)
+            probe.asks_products |= not overwrites_gradients(optimizer)
             if self.skips:
-                self._attach_skip(index, StepProbe.of(optimizer))
+                self._attach_skip(index, probe)
         if isinstance(self.reaction, Rollback):
             self.reaction.learned = self._learned, self._unlearn
         if self.reaction and self.optimizers:
@@ -264,7 +270,7 @@ class SpikeMonitor:
         read(self._unread, processes.average)
         spiked, self._late = self._late, False
         for each in self._unread:
-            known = set(each.judged) if each.reaction == "log" else {"update", *each.judged}
+            known = set(each.judged) if each.reaction == "log" else {*BEHIND, *each.judged}
             self.monitor_of(each.optimizer).judge([each], self.buffers.names)
             if any(each.spiked(signal) for signal in each.judged.keys() - known):
                 spiked = True
@@ -315,7 +321,7 @@ class SpikeMonitor:
                 late = [o for o in own if o.reaction == "log" and "update" not in o.judged]
                 monitor.judge(own, self.buffers.names)
                 monitor.remember(own)
-                self._late = self._late or any(o.spiked("update") for o in late)
+                self._late |= any(o.spiked(signal) for o in late for signal in BEHIND)
             before = len(self.records)
             for o in pending:
                 self.spikes.add(o, self.monitors[o.optimizer], self.top_k)
@@ -325,7 +331,7 @@ class SpikeMonitor:
                 self.on_records(self.records[before:])
                 several = len(self.optimizers) > 1
                 rows = {o.step: row_of(o, several) for o in pending}
-                counts = {f"spikes/{s}": float(self.counts[s]) for s in SIGNALS}
+                counts = {f"spikes/{s}": float(self.counts[s]) for s in (*SIGNALS, "drift")}
                 rows[pending[-1].step] |= counts
                 self.log_rows(rows)
         if refresh:

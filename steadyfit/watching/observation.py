@@ -17,6 +17,7 @@ from ..detector import SpikeDetector
 from ..probe import StepProbe, Update
 
 SPIKES = ("spike", "nonfinite")  # kinds of verdicts
+BEHIND = ("update", "promise")  # signals that are known behind the step
 
 Numbers = dict[str, np.ndarray]  # by name; norms are (P,), 0 where a parameter has no gradient
 
@@ -99,6 +100,7 @@ class Observation:
             "gradient": self.gradient,
             "update": update.squares,
             "clipped": update.gradient,
+            "products": update.products,
             "weight": self.weight,
             "factor": update.factors,
             "loss": self.loss,
@@ -108,7 +110,7 @@ class Observation:
         }
         there = {k: t for k, t in found.items() if t is not None and k not in self.numbers}
         if self.parts is not None:
-            there |= {k: there[k] * self.parts for k in NORMS if k in there}
+            there |= {k: there[k] * self.parts for k in (*NORMS, "products") if k in there}
         return {name: tensor.reshape(-1) for name, tensor in there.items()}
 
     def take(self, name: str, values: np.ndarray) -> None:
@@ -125,7 +127,10 @@ class Observation:
     def unscale(self) -> None:
         """Divide by the scale which the optimizer itself takes off."""
         if "scale" in self.numbers:
-            self.numbers["gradient"] /= self.numbers.pop("scale")
+            scale = self.numbers.pop("scale")
+            for name in ("gradient", "products"):
+                if name in self.numbers:
+                    self.numbers[name] = self.numbers[name] / scale
             self.scale = None
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..detector import NORM_MIN_SCALE, SpikeDetector
+from ..detector import NORM_MIN_SCALE, DriftDetector, SpikeDetector
 from .history import NormHistory
-from .observation import Observation, Verdict
+from .observation import SPIKES, Observation, Verdict
 from .ratios import ParameterRatios
 
+PROMISE = 5.0  # times its loss that a step may promise to take off it,
+PROMISE_RATIO = 30.0  # or this multiple of what its steps usually promise
 BEFORE = 10  # optimizer steps in which the largest update is looked for
 
 
@@ -34,8 +36,10 @@ class OptimizerMonitor:
             "gradient": SpikeDetector(window, threshold, NORM_MIN_SCALE),
             "update": SpikeDetector(window, threshold, NORM_MIN_SCALE),
             "loss": SpikeDetector(window, threshold),
+            "promise": SpikeDetector(window, threshold, NORM_MIN_SCALE),  # of the usual level
             "buffer": SpikeDetector(window, threshold, NORM_MIN_SCALE),
         }
+        self.drift = DriftDetector()  # of the loss
         # one of many parameters goes further astray by chance than one signal
         self.ratios = ParameterRatios(window, limit=threshold * 4 / 3)
         self.history = NormHistory([])
@@ -60,6 +64,23 @@ class OptimizerMonitor:
             if taken and "update" in o.numbers and "update" not in o.judged:
                 value = norm(o.numbers["update"])
                 o.judged["update"] = Verdict.of(self.detectors["update"], value)
+                if "products" in o.numbers and "loss" in o.numbers:
+                    self._judge_promise(o)
+
+    def _judge_promise(self, o: Observation) -> None:
+        """Judge by how many times its loss a step promises to lower it."""
+        if (loss := float(o.numbers["loss"][0])) > 0:
+            value = float(o.numbers["products"].sum()) / loss
+            verdict = Verdict.of(self.detectors["promise"], value)
+            threshold = self.limits()["promise"]
+            kind = "spike" if value > threshold else "normal"  # a NaN is the gradient's
+            o.judged["promise"] = verdict._replace(kind=kind, threshold=threshold)
+
+    def limits(self) -> dict[str, float]:
+        """The largest value of each signal that is no spike; what comes too often is none."""
+        found = {n: math.inf if d.too_often else d.threshold for n, d in self.detectors.items()}
+        found["promise"] = max(PROMISE, PROMISE_RATIO * self.detectors["promise"].center)
+        return found
 
     def _judge_before(self, steps: Sequence[Observation], buffer_names: Sequence[str]) -> None:
         """Judge what is known before a step is taken."""
@@ -82,7 +103,11 @@ class OptimizerMonitor:
                 float(gradients[k, p]), kind, float(scores[k, p]), name=self.names[p]
             )
             if "loss" in o.numbers:
-                o.judged["loss"] = Verdict.of(self.detectors["loss"], float(o.numbers["loss"][0]))
+                value = float(o.numbers["loss"][0])
+                verdict = Verdict.of(self.detectors["loss"], value)
+                if self.drift.update(value) and verdict.kind not in SPIKES:
+                    verdict = verdict._replace(kind="drift")
+                o.judged["loss"] = verdict
             if "buffers" in o.numbers:
                 self._judge_buffers(o, buffer_names)
 
@@ -178,6 +203,7 @@ class OptimizerMonitor:
     def state_dict(self) -> dict[str, Any]:
         return {
             "detectors": {signal: d.state_dict() for signal, d in self.detectors.items()},
+            "drift": self.drift.state_dict(),
             "ratios": self.ratios.state_dict(),
             "history": self.history.state_dict(),
             "before": json.dumps(list(self.before)),
@@ -187,8 +213,10 @@ class OptimizerMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for signal, detector in self.detectors.items():
-            if signal in state["detectors"]:  # version 0.1 did not watch buffers
+            if signal in state["detectors"]:  # version 0.1 had fewer
                 detector.load_state_dict(state["detectors"][signal])
+        if "drift" in state:
+            self.drift.load_state_dict(state["drift"])
         self.history.load_state_dict(state["history"])
         self.names = self.history.names
         if "ratios" in state:
@@ -237,6 +265,8 @@ def row_of(o: Observation, several: bool) -> dict[str, float]:
         row["update_norm/total"] = 0.0 if was_skipped(o) else update.value
         if update.threshold < math.inf:
             row["update_norm/threshold"] = update.threshold
+    if "promise" in o.judged:
+        row["update_norm/promise"] = o.judged["promise"].value
     if "factor" in o.numbers:
         row["update_norm/clipped"] = norm(applied_update_norms(o))
     return {f"{name}/{o.optimizer}": value for name, value in row.items()} if several else row

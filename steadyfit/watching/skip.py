@@ -16,6 +16,7 @@ from .observation import Observation
 from .optimizer_monitor import OptimizerMonitor
 
 LARGEST = torch.finfo(torch.float32).max  # of a value that no threshold is known for
+SIGNALS = ("gradient", "loss", "buffer", "update", "promise")
 
 
 class Skip:
@@ -28,15 +29,16 @@ class Skip:
     Read is once where a step creates optimizer states or exchanges objects in them.
 
     Attributes:
-        signals: Largest ordinary gradient norm, loss, growth of a buffer, and update norm.
+        signals: Largest ordinary value of each of ``SIGNALS``.
         ratios: Largest ordinary ratio of each parameter's gradient norm to that of the others (P,).
         flag: Whether the last step was taken back ().
     """
 
     def __init__(self) -> None:
-        self.signals = [LARGEST] * 4
+        self.signals = [LARGEST] * len(SIGNALS)
         self.ratios: list[float] = []
         self.flag = torch.tensor(False)
+        self._loss: Tensor | None = None  # () of the step
         self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # signals and ratios
         self._buffers: Tensor | None = None  # norms (Q,) after the last step
         self._old: list[tuple[Tensor, Tensor]] = []  # each tensor and its copy
@@ -44,9 +46,8 @@ class Skip:
 
     def refresh(self, monitor: OptimizerMonitor) -> None:
         """Take the thresholds that hold from now on."""
-        signals = [monitor.detectors[name] for name in ("gradient", "loss", "buffer", "update")]
-        # what comes too often is ordinary, whatever its size
-        self.signals = [LARGEST if s.too_often else min(s.threshold, LARGEST) for s in signals]
+        limits = monitor.limits()
+        self.signals = [min(limits[name], LARGEST) for name in SIGNALS]
         self.ratios = np.minimum(monitor.ratios.thresholds(), LARGEST).tolist()
         self._limits = {}
 
@@ -75,7 +76,11 @@ class Skip:
         """Judge the update as well, and choose between the old and the new."""
         if (update := probe.update.squares) is not None:
             total = probe.reduce(update).sum().sqrt()
-            self.flag = self.flag | ~(total <= self._on(total.device)[0][3])
+            *_, largest, promise = self._on(total.device)[0]
+            self.flag = self.flag | ~(total <= largest)
+            if probe.update.products is not None and self._loss is not None:
+                promised = probe.reduce(probe.update.products).sum()
+                self.flag = self.flag | ((promised > promise * self._loss) & (self._loss > 0))
         for tensor, old in self._old:
             tensor.copy_(torch.where(self.flag, old, tensor))
         self._old = []
@@ -99,7 +104,8 @@ class Skip:
             gradient = gradient / o.scale
         signals, ratios = self._on(gradient.device)
         zero = gradient.new_zeros(())
-        loss = zero if o.loss is None else processes.average(o.loss).to(gradient)
+        self._loss = None if o.loss is None else processes.average(o.loss).to(gradient)
+        loss = zero if self._loss is None else self._loss
         values = torch.stack([gradient.norm(), loss, self._growth(o.buffers, zero)])
         beyond = ~(values <= signals[:3]).all()  # a NaN is not below anything
         if len(self.ratios) == len(o.probe.params) > 1:
@@ -126,4 +132,5 @@ class Skip:
         return {"signals": self.signals, "ratios": self.ratios}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.signals, self.ratios, self._limits = state["signals"], state["ratios"], {}
+        self.signals[: len(state["signals"])] = state["signals"]
+        self.ratios, self._limits = state["ratios"], {}

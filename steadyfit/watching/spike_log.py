@@ -10,8 +10,8 @@ from .observation import SPIKES, Observation, Verdict
 from .optimizer_monitor import OptimizerMonitor, was_skipped
 from .records import FOLLOW, RecordFile, format_spike, last_step, read_records
 
-SIGNALS = ("gradient", "parameter", "update", "loss", "buffer")
-RECORDED = (*SPIKES, "level_shift", "overflow")
+SIGNALS = ("gradient", "parameter", "update", "promise", "loss", "buffer")
+RECORDED = (*SPIKES, "level_shift", "overflow", "drift")
 CONFIRM = 5  # optimizer steps within which the loss must spike too, for a spike to be confirmed
 
 
@@ -25,7 +25,7 @@ class SpikeLog:
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-        self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "skipped"), 0)
+        self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "drift", "skipped"), 0)
         self.file = RecordFile(None)
         self._last: dict[int, int] = {}  # the last step of each optimizer
 
@@ -114,15 +114,17 @@ class SpikeLog:
     def summary(self, steps: int) -> str:
         """What was seen in so many optimizer steps, in words."""
         spikes = [record for record in self.records if record["spiked"]]
+        drifts = [r["step"] for r in self.records if "drift" in kinds_of(r)]
+        grew = f" The loss grew slowly up to step {drifts[0]}." if drifts else ""
         if not spikes:
-            return f"No spike in {steps:,} optimizer steps."
+            return f"No spike in {steps:,} optimizer steps.{grew}"
         confirmed = sum(record["confirmed"] for record in spikes)
         worst = max(spikes, key=lambda record: record["max_loss_after"] or 0.0)
         skipped = f", {self.counts['skipped']} steps taken back" if self.counts["skipped"] else ""
         where = f", in {self.file.path}" if self.file.path else ""
         return (
             f"{len(spikes)} spikes in {steps:,} optimizer steps, {confirmed} of them followed by "
-            f"the loss{skipped}{where}; the worst: {format_spike(worst)}"
+            f"the loss{skipped}{where}; the worst: {format_spike(worst)}{grew}"
         )
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -138,5 +140,9 @@ class SpikeLog:
 
 def broken(record: Mapping[str, Any]) -> bool:
     """Whether nothing but values that are not finite makes this a spike."""
-    kinds = {record["signals"][signal]["kind"] for signal in record["spiked"]}
-    return kinds == {"nonfinite"}
+    return {record["signals"][signal]["kind"] for signal in record["spiked"]} == {"nonfinite"}
+
+
+def kinds_of(record: Mapping[str, Any]) -> set[str]:
+    """How the signals of a step were judged."""
+    return {verdict["kind"] for verdict in record["signals"].values()}
