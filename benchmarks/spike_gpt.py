@@ -57,6 +57,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "SPAM": [{"theta": 5000.0}, {"theta": 500.0}, {"theta": 50.0}],
     "update rms": [{"max_rms": 0.25}, {"max_rms": 0.5}, {"max_rms": 1.0}],
     "decrease": [{"max_decrease": 0.005}, {"max_decrease": 0.02}, {"max_decrease": 0.1}],
+    "decrease above the floor": [
+        {"max_decrease": 0.02, "floor": "auto"},
+        {"max_decrease": 0.1, "floor": "auto"},
+        {"max_decrease": 0.5, "floor": "auto"},
+    ],
     "both": [
         {"max_rms": 0.25, "max_decrease": 0.02},
         {"max_rms": 0.5, "max_decrease": 0.02},
