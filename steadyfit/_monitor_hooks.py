@@ -105,11 +105,14 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         self._looks_early = has_own_hook(pl_module, "on_after_backward") or not (
             pl_module.automatic_optimization
         )
-        self.global_step = trainer.global_step
         self.every = trainer.log_every_n_steps or self.every
         for optimizer in trainer.optimizers:
             clipped = bool(clipping or own or trainer.gradient_clip_val or self._looks_early)
             StepProbe.of(optimizer).gradients_are_clipped = clipped
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
+        self.global_step = trainer.global_step
         self.attach(pl_module, trainer.optimizers)
         self.spikes.resume(trainer.global_step)
         if trainer.is_global_zero:  # without what is going to be trained again
@@ -182,6 +185,12 @@ class MonitorHooks(SpikeMonitor, StepHooks):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module)
         self._conclude()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave what a training did not that was killed behind its last checkpoint."""
+        if self.monitors and self.folder and not (self.folder / "norms.pt").exists():
+            self._begin(trainer, pl_module)
+            self._conclude()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)

@@ -153,3 +153,19 @@ def test_what_it_cannot_watch_is_said_once_and_trained(
     assert not any("grad_norm" in path.read_text() for path in tmp_path.rglob("metrics.csv"))
     with pytest.raises(ValueError, match=why):
         fit(tmp_path / "named", make(), *(c() for c in before), GradientSpikeMonitor())
+
+
+def test_what_a_run_left_undone_that_was_killed_behind_its_last_checkpoint() -> None:
+    """The norms of each parameter, and W&B's table of spikes."""
+    flags = [ADD, "--trainer.callbacks.threshold=1"]  # some step is a spike by that
+    folder = run(*flags)
+    norms = (folder / "norms.pt").read_bytes()
+    spikes = (folder / "spikes.jsonl").read_bytes()
+    (folder / "norms.pt").unlink()
+    run(*flags)
+    assert (folder / "norms.pt").read_bytes() == norms
+    assert (folder / "spikes.jsonl").read_bytes() == spikes
+    assert [len(list(w.rglob("spikes*.table.json"))) for w in folder.glob("wandb/offline*")] == [
+        1,
+        1,
+    ]

@@ -123,8 +123,9 @@ class SpikeLog:
         skipped = f", {self.counts['skipped']} steps taken back" if self.counts["skipped"] else ""
         where = f", in {self.file.path}" if self.file.path else ""
         return (
-            f"{len(spikes)} spikes in {steps:,} optimizer steps, {confirmed} of them followed by "
-            f"the loss{skipped}{where}; the worst: {format_spike(worst)}{grew}"
+            f"{len(spikes)} spike{'s' * (len(spikes) > 1)} in {steps:,} optimizer steps, "
+            f"{confirmed} followed by the loss{skipped}{where}; the worst: "
+            f"{format_spike(worst)}{grew}"
         )
 
     def state_dict(self, step: int) -> dict[str, Any]:
