@@ -201,6 +201,7 @@ def steadyfit(
     folder: Path,
     *,
     with_wandb: bool = False,
+    watched: bool = True,
     lit_model: type[LitClassifier] = LitClassifier,
     more_callbacks: Callable[[], list[Callback]] = list,
     devices: Mapping[str, Any] = ONE_CPU,
@@ -223,7 +224,8 @@ def steadyfit(
     parts = parser.instantiate(parser.parse_object({"trainer": settings})).trainer
     data = task.make_data(steps, devices["devices"])
     model = lit_model(meter.watch(task.network()), make_optimizer, num_classes=data.num_classes)
-    parts.callbacks += more_callbacks()
+    kept = [c for c in parts.callbacks if watched or not isinstance(c, GradientSpikeMonitor)]
+    parts.callbacks = [*kept, *more_callbacks()]
     trainer = Trainer(**parts)
     equip(trainer, Telling(), termination=termination)
     trainer.fit(model, data)
@@ -259,9 +261,7 @@ WAYS: dict[str, Callable[[Task, int, Meter, Path], None]] = {
     "raw PyTorch loop": raw_loop,
     "steadyfit, metrics.csv": steadyfit,
     "steadyfit, metrics.csv and W&B": partial(steadyfit, with_wandb=True),
-    "the same with spike monitor": partial(
-        steadyfit, with_wandb=True, more_callbacks=lambda: [GradientSpikeMonitor()]
-    ),
+    "the same without spike monitor": partial(steadyfit, with_wandb=True, watched=False),
     "Trainer() with self.log and bar": usual_lightning,
 }
 

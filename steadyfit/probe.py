@@ -281,7 +281,12 @@ class StepProbe:
         before, self._before = self._before, []
         if active:
             self._take_decay_off(before)
-            self.back = list(torch._foreach_sub(before, layout.gather(active)))
+            now = layout.gather(active)
+            if self.limits:  # which need both ends
+                self.back = list(torch._foreach_sub(before, now))
+            else:
+                torch._foreach_sub_(before, now)
+                self.back = before
             self.update.squares = layout.squares(self.back)
             if self.gradients_are_clipped or self.asks_products:
                 self._compare_gradients(self.gradients_of_step())

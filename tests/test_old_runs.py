@@ -58,7 +58,8 @@ def test_is_continued(old_run: Path) -> None:
     assert load_checkpoint(last)["global_step"] == done["global_step"] * (epochs + 1) // epochs
     assert after["step"].max() + 1 == load_checkpoint(last)["global_step"]
     kept = after[after["step"] <= before["step"].max()].reset_index(drop=True)
-    pd.testing.assert_frame_equal(kept[before.columns], before)
+    # of a count that new rows have now and then pandas makes floats
+    pd.testing.assert_frame_equal(kept[before.columns], before, check_dtype=False)
 
 
 def test_is_the_same_run_by_any_path(

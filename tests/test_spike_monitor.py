@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from steadyfit import SpikeMonitor, read_records
+from steadyfit.watching.records import format_spike
 
 
 class Norms(nn.Module):
@@ -91,7 +92,17 @@ def test_a_step_that_promises_more_than_its_loss_can_fall_is_a_spike(reaction: A
     assert (record["step"], before > kept) == (50, True)
     assert "promise" in record["spiked"]
     assert record["signals"]["promise"]["value"] == pytest.approx(0.1 / 0.01)
+    assert "nan" not in format_spike(record)
     assert taken == (0 if reaction == "skip" else pytest.approx(0.1))
+
+
+def test_the_count_of_spikes_grows_at_their_steps() -> None:
+    """Pictures find them by it."""
+    rows: dict[int, dict[str, float]] = {}
+    model, monitor = make(log=lambda found: rows.update(found), every=20)
+    model.train_with(monitor, [*quiet(50), 30.0, *quiet(15)])
+    counted = {step: row["spikes/gradient"] for step, row in rows.items() if "spikes/loss" in row}
+    assert counted == {19: 0, 39: 0, 50: 1, 59: 1, 65: 1}
 
 
 def test_a_loss_that_is_zero_promises_nothing() -> None:

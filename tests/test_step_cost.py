@@ -37,10 +37,11 @@ def metered(train: Callable[..., None], folder: Path, steps: int = 101) -> Meter
 def test_a_step_as_shipped_reads_nothing_and_adds_few_operators(tmp_path: Path) -> None:
     ours, raw = metered(steadyfit, tmp_path), metered(raw_loop, tmp_path)
     assert ours.per_step(5, 45).reads == 0  # between log steps
-    assert ours.marks[95].reads - ours.marks[45].reads == 1  # one for the fifty steps of a window
+    # of the fifty steps of a window: one for the losses, one for the monitor
+    assert ours.marks[95].reads - ours.marks[45].reads == 2
     assert raw.per_step(45, 95).reads == 0
     overhead = ours.per_step(45, 95).operators - raw.per_step(45, 95).operators
-    assert 0 < overhead <= 15
+    assert 0 < overhead <= 80
 
 
 @pytest.mark.slow

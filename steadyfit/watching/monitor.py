@@ -22,7 +22,7 @@ from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import REACTIONS, Reaction, ReactionName, Rollback
 from .records import replace_file
 from .skip import Skip
-from .spike_log import CONFIRM, SIGNALS, SpikeLog
+from .spike_log import CONFIRM, COUNTED, SpikeLog
 
 Rows = Mapping[int, Mapping[str, float]]  # by optimizer step
 
@@ -322,17 +322,17 @@ class SpikeMonitor:
                 monitor.judge(own, self.buffers.names)
                 monitor.remember(own)
                 self._late |= any(o.spiked(signal) for o in late for signal in BEHIND)
-            before = len(self.records)
+            before, rows = len(self.records), {}
             for o in pending:
+                counts = dict(self.counts)
                 self.spikes.add(o, self.monitors[o.optimizer], self.top_k)
+                rows[o.step] = row_of(o, len(self.optimizers) > 1)
+                if counts != self.counts or o is pending[-1]:  # a step is known by its new count
+                    rows[o.step] |= {f"spikes/{s}": float(self.counts[s]) for s in COUNTED}
             self._tell_once(pending)
             if processes.is_first():
                 self.spikes.write(since=pending[0].step, until=pending[-1].step)
                 self.on_records(self.records[before:])
-                several = len(self.optimizers) > 1
-                rows = {o.step: row_of(o, several) for o in pending}
-                counts = {f"spikes/{s}": float(self.counts[s]) for s in (*SIGNALS, "drift")}
-                rows[pending[-1].step] |= counts
                 self.log_rows(rows)
         if refresh:
             for index, skip in self.skip.items():

@@ -26,7 +26,8 @@ def format_spike(record: Mapping[str, Any]) -> str:
     words = []
     for signal in record["spiked"]:
         verdict = record["signals"][signal]
-        usual = f" (usual {verdict['center']:.3g})" if verdict.get("center") else ""
+        center = verdict.get("center", math.nan)
+        usual = f" (usual {center:.3g})" if math.isfinite(center) else ""
         words.append(f"{signal} {verdict['value']:.3g}{usual}")
     parameter, before, after = top_parameter(record), record["before"], record["max_loss_after"]
     text = (

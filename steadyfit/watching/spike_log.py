@@ -11,6 +11,7 @@ from .optimizer_monitor import OptimizerMonitor, was_skipped
 from .records import FOLLOW, RecordFile, format_spike, last_step, read_records
 
 SIGNALS = ("gradient", "parameter", "update", "promise", "loss", "buffer")
+COUNTED = (*SIGNALS, "drift")  # what loggers are told the number of
 RECORDED = (*SPIKES, "level_shift", "overflow", "drift")
 CONFIRM = 5  # optimizer steps within which the loss must spike too, for a spike to be confirmed
 
