@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, and digests of what was written."""
+"""Text files read, files written whole or not at all, and digests of what was written."""
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,3 +52,22 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a text file, or of standard input for ``-``.
+
+    Raises:
+        UserError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        place = "standard input" if name == "-" else name
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{place}, line {number}: not UTF-8; convert the text first.") from None
+    lines = text.split("\n")  # splitlines() would also split at form feeds and the like
+    return lines[:-1] if lines[-1] == "" else lines

@@ -1,5 +1,6 @@
 """What every data set has: loaders for each stage, a fixed split, and a submission format."""
 
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.submission import Submission
-from datamodules.loaders.resident import ResidentLoader, Stage
+from datamodules.exclusion import are_left_in, say_left_out
+from datamodules.loaders.resident import ResidentLoader, SampleId, Stage
 
 IGNORED = -100  # target of a step that counts for nothing, such as padding; a loss leaves it out
 
@@ -28,6 +30,8 @@ class BaseDataModule(LightningDataModule):
         batch_size: Samples in a training batch of one process.
         eval_batch_size: Samples in a batch of validation, test and prediction.
         val_size: Training samples kept for validation by one fixed split; 0 trains on all of them.
+        exclude: Text file of samples that are not trained on, an id a line, as ``spikes.jsonl``
+            names them; the splits stay as they are. In the record of a run, the ids themselves.
     """
 
     class_names: tuple[str, ...]
@@ -39,6 +43,7 @@ class BaseDataModule(LightningDataModule):
         batch_size: int = 512,
         eval_batch_size: int = 1000,
         val_size: int = 0,
+        exclude: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -50,6 +55,7 @@ class BaseDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_size = val_size
+        self.exclude = exclude
         self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
         self.splits: dict[str, Tensors] = {}
         self._train_loader: ResidentLoader | None = None
@@ -58,6 +64,8 @@ class BaseDataModule(LightningDataModule):
         # with more processes than batches to predict, some have none, which Lightning would refuse
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.digest = ""  # SHA-256 of what the last stage read, for the records
+        self.ids: Sequence[SampleId] = ()  # of what was read; where nothing sets them, its numbers
+        self.train_ids: list[SampleId] = []  # of the training part; none if it is drawn anew
 
     @property
     def num_classes(self) -> int:
@@ -81,7 +89,13 @@ class BaseDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate"):
-            self.splits["train"], self.splits["val"] = self.split(self.read_train())
+            read = self.read_train()
+            numbers = torch.arange(len(read[-1]))
+            train, val = self.split((*read, numbers))  # which sample is which stays known
+            ids = self.ids or range(len(numbers))
+            parts = self.left_in(self.training_parts(train), ids)
+            self.train_ids = [ids[i] for p in parts.values() for i in p[-1].tolist()]
+            self.splits |= {name: p[:-1] for name, p in (parts | {"val": val}).items()}
             self._train_loader = None
         elif stage == "test":
             self.splits["test"] = self.read_test()
@@ -96,6 +110,24 @@ class BaseDataModule(LightningDataModule):
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
         cut = samples - self.val_size
         return tuple(t[order[:cut]] for t in tensors), tuple(t[order[cut:]] for t in tensors)
+
+    def training_parts(self, train: Tensors) -> dict[str, Tensors]:
+        """Hook: what of the training part is trained on, by split; last are sample numbers."""
+        return {"train": train}
+
+    def left_in(self, parts: dict[str, Tensors], ids: Sequence[SampleId]) -> dict[str, Tensors]:
+        """The parts without the samples to exclude; all else is chosen as if there were none."""
+        if self.exclude is None:
+            return parts
+        left_in = torch.tensor(are_left_in(self.exclude, ids))
+        kept = {name: tuple(t[left_in[p[-1]]] for t in p) for name, p in parts.items()}
+        count = sum(len(p[-1]) - len(kept[name][-1]) for name, p in parts.items())
+        say_left_out(self.exclude, count, len(kept["train"][-1]))
+        return kept
+
+    def identify(self, epoch: int, rows: list[int]) -> list[SampleId] | None:
+        """Hook: ids of the training samples at some rows of an epoch; None if there are none."""
+        return [self.train_ids[row] for row in rows] if self.train_ids else None
 
     def loader_arguments(self, stage: Stage) -> dict[str, Any]:
         size = self.batch_size if stage == "train" else self.eval_batch_size
@@ -150,6 +182,7 @@ class BaseDataModule(LightningDataModule):
             self._train_loader = self.resident("train", "train")
             overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
             self._train_loader.always_the_same = bool(overfitting)
+            self._train_loader.identify = self.identify
         return self._train_loader
 
     def val_dataloader(self) -> ResidentLoader:

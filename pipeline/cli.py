@@ -28,6 +28,7 @@ from core.provenance import provenance
 from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
+from datamodules.exclusion import excluded_ids
 from lit_models.base import LitModel
 from pipeline.admission import admit, read_config
 from pipeline.arguments import SUBCOMMANDS, arrange
@@ -103,6 +104,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.ckpt_path = self.ckpt_path
+        if (exclude := config.data.init_args.get("exclude")) is not None:
+            # the ids go into the record: the file may change, and what was left out does not
+            config.data.init_args.exclude = excluded_ids(exclude)
         trainer = config.trainer
         self.root = Path(trainer.default_root_dir or ROOT)
         settle(trainer)

@@ -96,7 +96,9 @@ def refuse_changes(recorded: Settings, current: Settings, run: str) -> list[str]
         if not may_change(name) and not (looking and MONITOR in name)
     ]
     if refused:
-        told = [f"--{name} was {shown(old)}, not {shown(new)}" for name, old, new in refused]
+        told = [
+            f"--{name} was {shown(old, new)}, not {shown(new, old)}" for name, old, new in refused
+        ]
         more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
         raise UserError(
             f"{run} cannot go on with other settings: {'; '.join(told[:SHOWN])}{more}. To train a "
@@ -110,8 +112,13 @@ def refuse_changes(recorded: Settings, current: Settings, run: str) -> list[str]
     ]
 
 
-def shown(value: Any) -> str:
-    """A value as it is typed, a class without its package."""
+def shown(value: Any, other: Any = None) -> str:
+    """A value as it is typed, a class without its package; of lines those that ``other`` lacks."""
+    if isinstance(value, str) and value.endswith("\n"):
+        others = str(other).splitlines()
+        lines = sorted(value.splitlines(), key=lambda line: line in others)
+        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        return ", ".join(lines[:SHOWN]) + more
     if isinstance(value, str) and value.replace(".", "").replace("_", "").isidentifier():
         return value.rpartition(".")[2]
     return "none" if value is None else str(value)

@@ -31,6 +31,12 @@ class MonitorHooks(SpikeMonitor, StepHooks):
     ``norms.pt`` go to the folder of the run (without a logger there is none, and records stay in
     memory), the values of each step to the loggers, read every ``trainer.log_every_n_steps``.
 
+    A training loader may have a method ``sample_ids(epoch, batch_idx)``: the ids of the samples of
+    a batch, or None. A record then names all ``samples`` of its step, in the order of the batches,
+    since any of them may be the one that spiked, and only whole lists can be compared; that takes
+    as long a line as the step has samples. It is asked in the epoch of the step, when the record is
+    made and never otherwise.
+
     Put it in front of callbacks that clip gradients.
 
     Args:
@@ -114,6 +120,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         self.global_step = trainer.global_step
         self.attach(pl_module, trainer.optimizers)
+        self.spikes.samples_of = self.samples_of
         self.spikes.resume(trainer.global_step)
         if trainer.is_global_zero:  # without what is going to be trained again
             self.spikes.file.begin(self.records)
@@ -170,6 +177,12 @@ class MonitorHooks(SpikeMonitor, StepHooks):
             super().flush(refresh=refresh, alone=alone)
 
     # Writing
+
+    def samples_of(self, record: Mapping[str, Any]) -> list[Any]:
+        """Ids of the samples of a record's batches, if the training loader can tell."""
+        ask = getattr(self.trainer.train_dataloader, "sample_ids", None)
+        parts = [ask(record["epoch"], number) or [] for number in record["batches"]] if ask else []
+        return [sample for part in parts for sample in part]
 
     log_rows = StepHooks.log_rows
 

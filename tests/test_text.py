@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from datamodules.text.corpora import read_books, read_corpus, read_lines
+from core.files import read_lines
+from datamodules.text.corpora import read_books, read_corpus
 from datamodules.text.subwords import (
     BEGIN,
     END,
@@ -132,8 +133,8 @@ def test_sentences_of_books(tmp_path: Path) -> None:
     )
     (folder / "one.txt").write_text(text, encoding="latin-1")
     assert read_books(folder, ["one"]) == [
-        "Mr. Brown went home .",
-        "It was late , and he did n't sing .",
+        ("one.txt:5:1", "Mr. Brown went home ."),
+        ("one.txt:6:2", "It was late , and he did n't sing ."),
     ]
 
 

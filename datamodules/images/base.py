@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.base import BaseDataModule
+from datamodules.base import BaseDataModule, Tensors
 from datamodules.images.augment import Effects
 from datamodules.images.trivial_augment import TrivialAugment
 from datamodules.loaders.images import Flip, ImageLoader
@@ -61,6 +61,8 @@ class ImageDataModule(BaseDataModule):
         epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
             they come again and again, augmented anew, so that any ``train_fraction`` has the same
             number of optimizer steps and validations.
+        exclude: Text file of images that are not trained on, an id a line, as ``spikes.jsonl``
+            names them; the splits and ``train_fraction`` choose as if they were there.
         unlabelled: Images without label in a training batch for each labelled one, from what
             ``train_fraction`` leaves out, for a model that learns from them (``LitFixMatch``).
 
@@ -96,8 +98,9 @@ class ImageDataModule(BaseDataModule):
         train_fraction: float = 1.0,
         epoch_size: int | None = None,
         unlabelled: int = 0,
+        exclude: str | None = None,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude)
         if not 0 < train_fraction <= 1:
             raise UserError(
                 f"train_fraction must be above 0 and at most 1, got {train_fraction}; 1 trains on "
@@ -144,15 +147,16 @@ class ImageDataModule(BaseDataModule):
         self.epoch_size = epoch_size
         self.unlabelled = unlabelled
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage in ("fit", "validate") and self.train_fraction < 1:
-            images, targets = self.splits["train"]
-            order = balanced_order(targets)
-            count = max(1, round(self.train_fraction * len(order)))
-            self.splits["train"] = images[order[:count]], targets[order[:count]]
-            if self.unlabelled:
-                self.splits["unlabelled"] = (images[order[count:]],)
+    def training_parts(self, train: Tensors) -> dict[str, Tensors]:
+        if self.train_fraction == 1:
+            return super().training_parts(train)
+        images, targets, numbers = train
+        order = balanced_order(targets)
+        count = max(1, round(self.train_fraction * len(order)))
+        parts: dict[str, Tensors] = {"train": tuple(t[order[:count]] for t in train)}
+        if self.unlabelled:
+            parts["unlabelled"] = images[order[count:]], numbers[order[count:]]
+        return parts
 
     def loader_arguments(self, stage: Stage) -> dict[str, Any]:
         arguments = super().loader_arguments(stage) | {"mean": self.mean, "std": self.std}

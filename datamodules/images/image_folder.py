@@ -111,12 +111,21 @@ class ImageFolderDataModule(ImageDataModule):
 
     def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         """The training photos, and beside them those for validation."""
-        train, val = tensors, self.photos("val").tensors
+        train, photos = tensors, self.photos("val")
+        val: Tensors = *photos.tensors, len(train[-1]) + torch.arange(len(photos.files))
         if not self.val_size:
             train = tuple(torch.cat(pair) for pair in zip(train, val, strict=True))
-            val = (val[0][:0], val[1][:0])
-        self.digest = digest(*train, *val)
+            val = tuple(t[:0] for t in val)
+        self.digest = digest(*train[:2], *val[:2])
+        # those for the test too, if they have been read
+        parts = ("train", "val", *(("test",) if self.folders["test"] in self._photos else ()))
+        self.ids = [name for part in parts for name in self.sample_names(part)]
         return train, val
+
+    def sample_names(self, part: Part) -> list[str]:
+        """Paths of the photos of one part below ``data_dir``."""
+        below = self.folders[part].relative_to(self.data_dir)
+        return [(below / file).as_posix() for file in self.photos(part).files]
 
     def read_test(self) -> Tensors:
         images, classes = self.photos("test").tensors

@@ -69,6 +69,7 @@ class KaggleCIFAR10DataModule(ImageDataModule):
         part = self.part("train")
         digest = part.digest.encode() + part.classes.numpy().tobytes()
         self.digest = hashlib.sha256(digest).hexdigest()
+        self.ids = part.ids.tolist()
         return part.images, part.classes
 
     def read_predict(self) -> Tensors:

@@ -1,7 +1,7 @@
 """A loader for data sets that fit on the training device. Dimensions: N samples, B batch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from core.errors import UserError
 from datamodules.loaders.ahead import ahead
 
 Stage = Literal["train", "evaluate", "predict"]
+SampleId = int | str  # names the same sample whatever split, seed and order are
 
 SHARE = 0.5  # of a device's free memory that data may take; the network needs some as well
 AHEAD = 2  # batches that wait for the device
@@ -48,9 +49,14 @@ class ResidentLoader:
         world_size: How many processes there are.
         epoch_size: Samples in an epoch of training; by default each one once.
 
+    Attributes:
+        identify: If set, gives the ids of the samples at some rows of an epoch.
+
     Raises:
         UserError: There are fewer samples than processes.
     """
+
+    identify: Callable[[int, list[int]], list[SampleId] | None] | None = None
 
     # Lightning tells the epoch to `loader.sampler`, never to the loader itself.
     batch_sampler = None
@@ -87,6 +93,7 @@ class ResidentLoader:
         self._position = 0  # batches handed out in this epoch
         self._resume_at = 0
         self.copies_to: torch.device | None = None  # where batches go from tensors on the host
+        self._order = torch.arange(0)  # of the epoch of training that was begun, on the CPU
 
     def to(self, device: torch.device) -> Self:
         """Make batches on ``device``: with the tensors there, or from host memory if too large.
@@ -172,10 +179,29 @@ class ResidentLoader:
             # equal numbers of batches, so that collectives meet, without a padding sample
             return [part[self.rank :: self.world_size] for part in order.tensor_split(len(self))]
         generator = self.generator()
-        order = self.order(generator).to(self.device)
+        self._order = self.order(generator)
+        order = self._order.to(self.device)
         self.begin_epoch(generator)
         together = self.batch_size * self.world_size
         return [part[self.rank :: self.world_size] for part in order.split(together)]
+
+    def sample_ids(self, epoch: int, batch_idx: int) -> list[SampleId] | None:
+        """Ids of the samples of a training batch; None if they have none, or in another epoch.
+
+        They are those of all processes: rank r has every ``world_size``-th one, from the r-th on.
+        Every process knows the order of the whole epoch, so none asks another, or the device.
+        """
+        epoch = 0 if self.always_the_same else epoch
+        if self.identify is None or epoch != self.epoch:
+            return None
+        return self.identify(epoch, self.rows(batch_idx))
+
+    def rows(self, batch_idx: int) -> list[int]:
+        """Hook: sample numbers of a training batch of all processes in this epoch."""
+        together = self.batch_size * self.world_size
+        index = self._order[batch_idx * together : (batch_idx + 1) * together]
+        numbers: list[int] = self.sample(index).tolist()
+        return numbers
 
     def generator(self) -> torch.Generator:
         """Random numbers of this epoch; on the CPU, so that every device sees the same ones."""

@@ -56,6 +56,11 @@ class SemiSupervisedLoader(ImageLoader):
         self.others.set_epoch(self.epoch)
         return list(zip(super().shares()[: len(self)], self.others.shares(), strict=True))
 
+    def rows(self, batch_idx: int) -> list[int]:
+        """Those of the labelled images, then of the others, which count on behind them."""
+        others = [self.samples + row for row in self.others.rows(batch_idx)]
+        return super().rows(batch_idx) + others
+
     def gather(self, index: Any) -> list[Tensor]:
         labelled, other = index
         plain = self.take(self.others.tensors[0], self.others.sample(other))

@@ -53,6 +53,8 @@ class LastNamesDataModule(BaseDataModule):
             are Russian.
         names: Names to predict.
         names_file: A text file of names to predict, one a line.
+        exclude: Text file of names that are not trained on, an id a line: ``Greek.txt:17`` is the
+            name in that line of that file, as ``spikes.jsonl`` has it.
         class_names: The languages; null takes those that have a file. A checkpoint knows them, so
             that predicting needs no training names.
     """
@@ -67,8 +69,9 @@ class LastNamesDataModule(BaseDataModule):
         names: list[str] | None = None,
         names_file: str | None = None,
         class_names: list[str] | None = None,
+        exclude: str | None = None,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size)
+        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude)
         self.folder = self.data_dir / "names"
         self.balanced = balanced
         self.names = names
@@ -94,13 +97,16 @@ class LastNamesDataModule(BaseDataModule):
 
     def read(self, part: str) -> Tensors:
         """Tokens (N, T), lengths (N,) and classes (N,) of ``train`` or ``test``."""
-        pairs = [
-            (name, number)
+        listed = [
+            (name, number, f"{language}.txt:{line}")
             for number, language in enumerate(self.class_names)
-            for name in read_names(self.folder / f"{language}.txt")
+            for line, name in read_names(self.folder / f"{language}.txt").items()
         ]
+        pairs = [(name, number) for name, number, _ in listed]
         self.digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
-        random.Random(SPLIT_SEED).shuffle(pairs)
+        random.Random(SPLIT_SEED).shuffle(listed)
+        pairs = [(name, number) for name, number, _ in listed]
+        self.ids = [place for _, _, place in listed]  # those of the evaluation part come last
         cut = int(0.8 * len(pairs))
         names, classes = zip(*(pairs[:cut] if part == "train" else pairs[cut:]), strict=True)
         self.predicted = list(names)
@@ -110,8 +116,8 @@ class LastNamesDataModule(BaseDataModule):
         if self.names is None and self.names_file is None:
             tokens, lengths, _ = self.read_test()
         else:
-            listed = read_names(self.names_file) if self.names_file else []
-            self.predicted = [*(self.names or []), *listed]
+            listed = read_names(self.names_file) if self.names_file else {}
+            self.predicted = [*(self.names or []), *listed.values()]
             self.digest = hashlib.sha256(repr(self.predicted).encode()).hexdigest()
             tokens, lengths = encode(self.predicted)
         return tokens, lengths, torch.arange(len(tokens))
@@ -216,8 +222,8 @@ def languages(folder: Path) -> list[str]:
     return found
 
 
-def read_names(path: Path) -> list[str]:
-    """The names in a text file, one a line; the blanks behind some are the course's own slips.
+def read_names(path: Path) -> dict[int, str]:
+    """The names in a text file by line, from 1 on; the blanks behind some are the course's slips.
 
     Raises:
         UserError: The file is missing, empty or not UTF-8.
@@ -230,4 +236,4 @@ def read_names(path: Path) -> list[str]:
         raise UserError(f"{path} is not a UTF-8 text file; save it as one.") from None
     if not any(names):
         raise UserError(f"{path} holds no names; write one a line, or remove it.")
-    return [name for name in names if name]
+    return {line: name for line, name in enumerate(names, 1) if name}

@@ -1,6 +1,8 @@
 """Sentences of public-domain books as subwords. Dimensions: N sentences, T tokens."""
 
-from typing import Any
+from functools import cached_property
+from itertools import compress
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -8,11 +10,15 @@ from torch import Tensor
 
 from core.errors import UserError
 from datamodules.base import IGNORED, Tensors
+from datamodules.exclusion import are_left_in, say_left_out
 from datamodules.loaders.bucketed import BucketedLoader
-from datamodules.loaders.resident import Stage
+from datamodules.loaders.resident import SampleId, Stage
 from datamodules.sequences.synthetic import DrawingLoader, Split, SyntheticDataModule
 from datamodules.text.corpora import read_books
 from datamodules.text.subwords import MIN_VOCAB_SIZE, Subwords
+
+Id = TypeVar("Id", int, str)
+T = TypeVar("T")
 
 TRAIN_BOOKS = [
     "austen-emma",
@@ -44,6 +50,8 @@ class BookDataModule(SyntheticDataModule):
         val_books: Names of those for validation.
         test_books: Names of those for test.
         merges: The subwords, as a checkpoint knows them; null learns them from the books.
+        exclude: Text file of sentences that are not trained on, an id a line, as ``spikes.jsonl``
+            has it: ``carroll-alice.txt:12:3`` begins at the third word of line 12.
     """
 
     class_names = ()
@@ -61,8 +69,10 @@ class BookDataModule(SyntheticDataModule):
         val_books: list[str] = VAL_BOOKS,
         test_books: list[str] = TEST_BOOKS,
         merges: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         super().__init__(epoch_size, batch_size, eval_batch_size, val_size, data_dir)
+        self.exclude = exclude
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
                 f"vocab_size must be at least {MIN_VOCAB_SIZE}, the bytes and the signs between "
@@ -71,7 +81,7 @@ class BookDataModule(SyntheticDataModule):
         self.folder = self.data_dir / "gutenberg"
         self.vocab_size = vocab_size
         self.books = {"train": books, "val": val_books, "test": test_books}
-        self._sentences: dict[str, list[str]] = {}
+        self._sentences: dict[str, list[tuple[str, str]]] = {}
         self._subwords = Subwords(merges) if merges is not None else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,9 +102,35 @@ class BookDataModule(SyntheticDataModule):
 
     def all_sentences(self, split: Split) -> list[str]:
         """All sentences in the books of a split, words between blanks."""
+        return [sentence for _, sentence in self.placed_sentences(split)]
+
+    def placed_sentences(self, split: Split) -> list[tuple[str, str]]:
+        """The same behind the places where they begin."""
         if split not in self._sentences:
             self._sentences[split] = read_books(self.folder, self.books[split])
         return self._sentences[split]
+
+    def sample_sentences(self, split: Split) -> list[str]:
+        """Those of them that samples are made of: in training without those to exclude."""
+        return self.training_sentences if split == "train" else self.all_sentences(split)
+
+    @cached_property
+    def training_sentences(self) -> list[str]:
+        found = self.without_excluded(self.placed_sentences("train"))
+        self.train_ids = [place for place, _ in found]
+        return [sentence for _, sentence in found]
+
+    def without_excluded(self, found: list[tuple[Id, T]]) -> list[tuple[Id, T]]:
+        """What is trained on of samples with their ids."""
+        if self.exclude is None:
+            return found
+        left_in = are_left_in(self.exclude, [sample for sample, _ in found])
+        say_left_out(self.exclude, left_in.count(False), sum(left_in))
+        return list(compress(found, left_in))
+
+    def identify(self, epoch: int, rows: list[int]) -> list[SampleId] | None:
+        drawn = self.drawn_sentences("train", epoch)
+        return [self.train_ids[drawn[row][1]] for row in rows]
 
     def drawn_sentences(self, split: Split, epoch: int) -> list[tuple[int, int, str]]:
         """The sentences of an epoch, each with the number of its pass over the books and its own.
@@ -103,7 +139,7 @@ class BookDataModule(SyntheticDataModule):
         """
         if not self.samples(split):
             return []
-        everything = self.all_sentences(split)
+        everything = self.sample_sentences(split)
         seed = self.seed if split == "train" else 0
         begin = epoch * self.samples(split)
         passes: dict[int, list[int]] = {}

@@ -1,10 +1,10 @@
 """Sentences to learn correction from: books, M2 files, parallel files and folders like JFLEG."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import UserError
+from core.files import read_lines
 from datamodules.text.subwords import sentences, words
 from metrics.edits import apply_edits, extract_edits
 from metrics.m2 import M2Sentence, read_m2
@@ -13,11 +13,12 @@ MAX_WORDS = 40  # of a sentence from a book
 MIN_WORDS = 4
 
 
-def read_books(folder: Path, names: Sequence[str]) -> list[str]:
+def read_books(folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
     """The sentences of books (Latin-1 text, paragraphs between empty lines), words between blanks.
 
-    What is no sentence of 4 to 40 words, from a capital to a full stop, is left out: headings,
-    verse, tables of contents.
+    In front of each is where it begins: ``NAME.txt:LINE:WORD``, both counted from 1. What is no
+    sentence of 4 to 40 words, from a capital to a full stop, is left out: headings, verse, tables
+    of contents.
 
     Raises:
         UserError: A book is missing, or none holds a sentence.
@@ -32,13 +33,18 @@ def read_books(folder: Path, names: Sequence[str]) -> list[str]:
                 f"{path} cannot be read: {error.strerror}; it is one of the books of NLTK's "
                 "Gutenberg selection, or name others with --data.books."
             ) from None
+        row = 1
         for paragraph in text.replace("_", "").split("\n\n"):
+            lines = [line.split() for line in paragraph.split("\n")]
+            places = [(row + i, j + 1) for i, line in enumerate(lines) for j in range(len(line))]
+            row += len(lines) + 1
             paragraph = " ".join(paragraph.split())
             for start, end in sentences(paragraph):
                 sentence = paragraph[start:end]
                 line = " ".join(sentence[a:b] for a, b in words(sentence))
                 if is_sentence(line):
-                    kept.append(line)
+                    number, word = places[paragraph.count(" ", 0, start)]
+                    kept.append((f"{path.name}:{number}:{word}", line))
     if not kept:
         raise UserError(f"{folder} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words.")
     return kept
@@ -111,22 +117,3 @@ def read_parallel(path: Path) -> list[M2Sentence]:
 def token_lines(path: Path) -> list[str]:
     """The lines of a text file, words between single blanks."""
     return [" ".join(line.split()) for line in read_lines(str(path))]
-
-
-def read_lines(name: str) -> list[str]:
-    """The lines of a text file, or of standard input for ``-``.
-
-    Raises:
-        UserError: It cannot be read, or is not UTF-8.
-    """
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        place = "standard input" if name == "-" else name
-        number = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{place}, line {number}: not UTF-8; convert the text first.") from None
-    lines = text.split("\n")  # splitlines() would also split at form feeds and the like
-    return lines[:-1] if lines[-1] == "" else lines

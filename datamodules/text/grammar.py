@@ -3,16 +3,19 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from core.errors import UserError
+from core.files import read_lines
 from datamodules.base import IGNORED, Tensors
+from datamodules.loaders.resident import SampleId
 from datamodules.sequences.synthetic import Split
 from datamodules.text.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
-from datamodules.text.corpora import read_corpus, read_lines
+from datamodules.text.corpora import read_corpus
 from datamodules.text.corrections import CorrectedText, Line, Piece, edits_of
 from datamodules.text.error_synthesis import ErrorSynthesis
 from datamodules.text.subwords import BEGIN, END, padded
@@ -57,6 +60,8 @@ class GrammarDataModule(BookDataModule):
         test: Likewise for test.
         text: Lines to correct.
         text_file: A text file of lines to correct; ``-`` reads standard input.
+        exclude: Text file of sentences that are not trained on, an id a line, as ``spikes.jsonl``
+            names them: in books by where they begin, of a file by their number from 1 on.
         as_json: Print predictions as JSON, an object a line, instead of marking the changes.
         max_tokens: The most subwords that are read at once.
     """
@@ -81,10 +86,11 @@ class GrammarDataModule(BookDataModule):
         text_file: str | None = None,
         as_json: bool = False,
         max_tokens: int = 80,
+        exclude: str | None = None,
     ) -> None:
         super().__init__(
             data_dir, batch_size, eval_batch_size, epoch_size, val_size, vocab_size, books,
-            val_books, test_books, merges,
+            val_books, test_books, merges, exclude,
         )  # fmt: skip
         if max_tokens < 8:
             raise UserError(f"max_tokens must be at least 8, got {max_tokens}.")
@@ -103,18 +109,36 @@ class GrammarDataModule(BookDataModule):
 
     def corrected_sentences(self, split: Split, epoch: int = 0) -> list[M2Sentence]:
         if path := self.files[split]:
-            examples = read_corpus(Path(path))
-            if split == "train":  # in an order of its own in each epoch
-                generator = self.generator(split, epoch)
-                order = torch.randperm(len(examples), generator=generator).tolist()
-                examples = [examples[index] for index in order]
-            return examples
+            if split != "train":
+                return read_corpus(Path(path))
+            examples = self.training_examples
+            return [examples[index] for index in self.order_of(epoch)]
         synthesis = self.errors if split == "train" else replace(self.errors, seed=HELD_OUT_SEED)
         examples = []
         for number, index, sentence in self.drawn_sentences(split, epoch):
             wrong, edits = synthesis.corrupt(sentence.split(), number, index)
             examples.append(M2Sentence(" ".join(wrong), {0: edits}))
         return examples
+
+    @cached_property
+    def training_examples(self) -> list[M2Sentence]:
+        """Those of the file, read once."""
+        examples = read_corpus(Path(self.files["train"] or ""))
+        found = self.without_excluded(list(enumerate(examples, start=1)))
+        self.train_ids = [number for number, _ in found]
+        return [example for _, example in found]
+
+    def order_of(self, epoch: int) -> list[int]:
+        """In which an epoch takes the examples of a file."""
+        generator = self.generator("train", epoch)
+        order: list[int] = torch.randperm(len(self.train_ids), generator=generator).tolist()
+        return order
+
+    def identify(self, epoch: int, rows: list[int]) -> list[SampleId] | None:
+        if not self.files["train"]:
+            return super().identify(epoch, rows)
+        order = self.order_of(epoch)
+        return [self.train_ids[order[row]] for row in rows]
 
     def draw(self, split: Split, epoch: int) -> Tensors:
         examples = self.corrected_sentences(split, epoch)

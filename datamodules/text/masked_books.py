@@ -45,6 +45,8 @@ class MaskedBooksDataModule(BookDataModule):
             at 10 (SpanBERT, arXiv:1907.10529); 1 chooses each subword alone.
         next_sentence: Whether to predict also if the second of two sentences follows the first.
         max_tokens: The most subwords of a sentence; what is longer is cut off.
+        exclude: Text file of sentences that are not trained on, an id a line, as ``spikes.jsonl``
+            names them: by where they begin. Of two sentences, a sample has the id of the first.
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class MaskedBooksDataModule(BookDataModule):
         span_length: float = 1.0,
         next_sentence: bool = False,
         max_tokens: int = 80,
+        exclude: str | None = None,
     ) -> None:
         super().__init__(
             data_dir, batch_size, eval_batch_size, epoch_size, val_size, vocab_size, books,
-            val_books, test_books, merges,
+            val_books, test_books, merges, exclude,
         )  # fmt: skip
         if not 0 < mask_fraction <= 1:
             raise UserError(f"mask_fraction must be above 0 and at most 1, got {mask_fraction}.")
@@ -100,7 +103,7 @@ class MaskedBooksDataModule(BookDataModule):
         rows = [[BEGIN, *tokens, END] for tokens in self.encode(sentences)]
         if self.next_sentence and drawn:
             indices = torch.tensor([index for _, index, _ in drawn])
-            seconds, labels = second_sentences(indices, self.all_sentences(split), generator)
+            seconds, labels = second_sentences(indices, self.sample_sentences(split), generator)
             rows = [
                 [*first, *second, END]
                 for first, second in zip(rows, self.encode(seconds), strict=True)

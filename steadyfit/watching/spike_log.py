@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ class SpikeLog:
     Attributes:
         records: Of all spikes, oldest first.
         counts: Spikes so far, by signal.
+        samples_of: If set, names the samples of a record's batches, for its ``samples``.
     """
+
+    samples_of: Callable[[Mapping[str, Any]], list[Any]] | None = None
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -68,6 +71,8 @@ class SpikeLog:
             if goes_on and all(last[key] == record[key] for key in same):
                 last["until"] = record["step"]
                 return
+        if self.samples_of and (samples := self.samples_of(record)):
+            record["samples"] = samples
         self.records.append(record)
 
     def _count(self, o: Observation) -> None:
