@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import processes
-from .probe import Factors, StepProbe
+from .probe import Factors, StepProbe, unwrapped_model
 
 Floor = float | Literal["auto"]
 MEMORY = 0.01  # share of a new loss in the moving averages
@@ -71,7 +71,7 @@ class UpdateLimit:
                 "max_decrease needs the gradients behind the step, and SGD with nesterov "
                 "overwrites them; set foreach to False, or max_decrease to None."
             )
-        modules = () if model is None else model.modules()
+        modules = () if model is None else unwrapped_model(model).modules()
         self.embeddings |= {m.weight for m in modules if isinstance(m, nn.Embedding)}
 
     def __call__(self, probe: StepProbe) -> Factors:

@@ -325,7 +325,17 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of data parallelism and of Fabric, whose names are its own."""
+    """The model inside the wrappers of data parallelism and of Fabric, whose names are its own.
+
+    Raises:
+        ValueError: It is cut into parts that are no tensors of torch.
+    """
+    for module in model.modules():
+        if (name := type(module).__name__) in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+            raise ValueError(
+                f"{name} keeps parts that say nothing of a parameter; use torch's fully_shard, or "
+                "DistributedDataParallel."
+            )
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module

@@ -195,7 +195,10 @@ def count_each(folder: Path, rank: int, count: int) -> dict[str, Any]:
     from benchmarks.step_overhead import Meter
 
     probe.Layout.on_host = False  # type: ignore[assignment, method-assign]  # as on a GPU
-    alone = {"log alone": {"limited": False}, "skip alone": {"limited": False, "reaction": "skip"}}
+    alone: dict[str, dict[str, Any]] = {
+        "log alone": {"limited": False},
+        "skip alone": {"limited": False, "reaction": "skip"},
+    }
     counts: dict[str, Any] = {}
     for name, options in (SETTINGS | alone).items():
         table = counts[name] = {"before_step": [], "step": [], "flush": []}
