@@ -19,6 +19,7 @@ CALLBACKS = {
     "StochasticWeightAveraging": "keeps its average in no checkpoint; EMAWeightAveraging does",
 }
 ENDS = ("EarlyStopping", "Timer")
+SHARDING = ("modelparallel", "fsdp", "xlafsdp", "deepspeed")
 
 
 def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
@@ -32,6 +33,7 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
             "--trainer.barebones=true leaves nothing of a run; for one without records use "
             "--trainer.logger=false --trainer.enable_checkpointing=false."
         )
+    refuse_sharding(trainer.strategy)
     names = [c.class_path.rpartition(".")[2] for c in trainer.callbacks or []]
     for name in names:
         if name in CALLBACKS:
@@ -68,6 +70,20 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
         raise UserError(
             "training would not end; set --trainer.max_epochs, --trainer.max_steps or "
             "--trainer.max_time."
+        )
+
+
+def refuse_sharding(strategy: Namespace | str) -> None:
+    """Refuse a strategy by its name or class, before Lightning asks for what it would need.
+
+    Raises:
+        UserError: It cuts parameters into parts.
+    """
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    if name.lower().replace("_", "").startswith(SHARDING):
+        raise UserError(
+            f"--trainer.strategy={name} cuts parameters into parts, and the models here are whole "
+            "in each process; use ddp."
         )
 
 

@@ -40,7 +40,8 @@ class StepHooks(ABC):
         name, strategy = type(self).__name__, type(trainer.strategy).__name__
         if strategy in SHARDING:
             self.refuse(
-                f"{name} needs whole gradients, and {strategy} shards them; use the strategy ddp."
+                f"{name} needs whole gradients, and {strategy} shards them; use the strategy ddp, "
+                "or ModelParallelStrategy and fully_shard."
             )
         parameters = list(pl_module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):

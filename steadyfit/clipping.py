@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .probe import Factors, StepProbe
+from . import processes
+from .probe import Factors, StepProbe, unwrapped_model
 
 Floor = float | Literal["auto"]
 MEMORY = 0.01  # share of a new loss in the moving averages
@@ -72,24 +73,12 @@ class UpdateLimit:
             )
         if self.max_decrease is not None:
             StepProbe.of(optimizer).asks_products = True
-        modules = () if model is None else model.modules()
+        modules = () if model is None else unwrapped_model(model).modules()
         self.embeddings |= {m.weight for m in modules if isinstance(m, nn.Embedding)}
 
     def __call__(self, probe: StepProbe) -> Factors:
         """The factors (A,) of the step that the probe has seen."""
-        squares, products = probe.update.squares, None
-        assert squares is not None
-        if self.max_rms is not None and self.embeddings:
-            self._limit_rows(probe, self.max_rms)
-        if self.max_decrease is not None and self.loss is not None:
-            products = probe.update.products
-            if probe.shortened is not None:
-                products = probe.layout.inner(probe.back, probe.gradients_of_step())
-            assert products is not None
-            products = probe.reduce(products)
-        squares = probe.reduce(squares)
-        if probe.shortened is not None:
-            squares = squares * probe.shortened.square()
+        squares, products = self._whole(probe)
         if probe.layout.on_host:
             return self._factors_of_numbers(probe, squares.tolist(), products)
         one = squares.new_ones(())
@@ -120,6 +109,31 @@ class UpdateLimit:
                 factors = [f * room / promised for f in factors]
         return factors
 
+    def _whole(self, probe: StepProbe) -> tuple[Tensor, Tensor | None]:
+        """Squared norms (A,) of the updates, rows limited, and what each promises of the loss (A,).
+
+        Over all processes, in one collective if there is any.
+        """
+        squares = probe.update.squares
+        assert squares is not None
+        if probe.shortened is not None:  # by another limit
+            squares = squares * probe.shortened.square()
+        parts = [squares]
+        if self.max_rms is not None and self.embeddings:
+            parts.append(self._limit_rows(probe, squares, self.max_rms))
+        if promises := self.max_decrease is not None and self.loss is not None:
+            products = probe.update.products
+            if products is None or self.embeddings or probe.shortened is not None:
+                products = probe.layout.inner(probe.back, probe.gradients_of_step())
+            parts.append(products)
+        whole = list(probe.reduce(*parts))
+        products = whole.pop() if promises else None
+        if len(whole) > 1:
+            left = (whole[1] / whole[0]).sqrt()
+            left = torch.fmin(left, left.new_ones(()))
+            probe.shortened = left if probe.shortened is None else probe.shortened * left
+        return whole[-1], products
+
     def _largest(self, probe: StepProbe) -> Tensor:
         """Squared norms (A,) of updates whose root mean square is ``max_rms`` learning rates."""
         layout, groups, rms = probe.layout, probe.optimizer.param_groups, self.max_rms or 0.0
@@ -129,9 +143,9 @@ class UpdateLimit:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _limit_rows(self, probe: StepProbe, rms: float) -> None:
-        """Shorten the rows of embeddings at once."""
-        layout, tensors = probe.layout, probe.active
+    def _limit_rows(self, probe: StepProbe, squares: Tensor, rms: float) -> Tensor:
+        """Shorten the rows of embeddings at once, and return what is left of the squares (A,)."""
+        layout, tensors, squares = probe.layout, probe.active, squares.clone()
         backs = layout.scatter(probe.back, tensors)
         for place, index in enumerate(layout.active):
             if probe.params[index] not in self.embeddings:
@@ -142,10 +156,9 @@ class UpdateLimit:
             kept = torch.fmin(longest / rows, rows.new_ones(())).to(backs[place].dtype)
             tensors[place].add_(backs[place] * (1 - kept))
             backs[place].mul_(kept)
-            left = torch.linalg.vector_norm(rows * kept) / torch.linalg.vector_norm(rows)
-            if probe.shortened is None:
-                probe.shortened = torch.ones(len(tensors), device=rows.device)
-            probe.shortened[place] = torch.fmin(left, left.new_ones(()))
+            left = (rows * kept).square().sum() / rows.square().sum()  # 1 if none is shortened
+            squares[place] *= torch.fmin(left, left.new_ones(()))
+        return squares
 
     def _lower_bound(self, loss: Tensor) -> Tensor | float:
         """What the loss is taken not to fall below ()."""
@@ -207,7 +220,8 @@ def clip_updates(
         if max_decrease is not None:
             if limit.loss is None:
                 raise ValueError("max_decrease needs the loss: set limit.loss before each step.")
-            limit.loss = torch.as_tensor(limit.loss).detach()
+            # the gradient is that of the mean over all processes
+            limit.loss = processes.average(torch.as_tensor(limit.loss).detach())
         found = limit(probe)
         limit.loss = None  # that of the next step is another one
         return found

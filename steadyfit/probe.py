@@ -10,8 +10,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from . import processes
 
 DECOUPLED = tuple(
     getattr(torch.optim, name)
@@ -59,7 +61,7 @@ class Layout:
         self.is_flat = (
             len(kinds) == 1
             and len(tensors) > 1
-            and sum(self.sizes) <= FLAT_SIZE
+            and sum(self.elements) <= FLAT_SIZE  # the same in all processes
             and self.device.type in ("cpu", "cuda")
             and self.dtype in (torch.float32, torch.float64)
         )
@@ -230,15 +232,16 @@ class StepProbe:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         return self.layout.gather([dense(local(g)) for g in gradients])
 
-    def reduce(self, parts: Tensor) -> Tensor:
-        """Sum squares or products (A,) over the processes that hold parts of the parameters."""
+    def reduce(self, *parts: Tensor) -> Sequence[Tensor]:
+        """Sum squares or products (A,) over the processes that hold parts of the parameters.
+
+        Of several there is one collective for all.
+        """
         if not self.is_sharded:
             return parts
         # a parameter that is not sharded comes from every process, one that is from each replica
-        world = torch.distributed.get_world_size()
-        whole = parts * self.shard_counts(parts) / world
-        torch.distributed.all_reduce(whole)
-        return whole
+        table = torch.stack(parts)
+        return processes.average(table * self.shard_counts(table)).unbind()
 
     def shard_counts(self, like: Tensor) -> Tensor:
         """Into how many parts each parameter is cut (A,)."""
@@ -334,6 +337,27 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer, of a wrapper of Fabric, Accelerate or Lightning the one in it."""
     inside: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inside
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of data parallelism and of Fabric, whose names are its own.
+
+    Raises:
+        ValueError: It is cut into parts that are no tensors of torch.
+    """
+    for module in model.modules():
+        if (name := type(module).__name__) in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+            raise ValueError(
+                f"{name} keeps parts that say nothing of a parameter; use torch's fully_shard, or "
+                "DistributedDataParallel."
+            )
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_forward_module" in dict(model.named_children()):  # of Fabric
+            model = model.get_submodule("_forward_module")
+        else:
+            return model
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The processes of a training, by torch.distributed; one alone if that is not used."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,11 @@ def average(tensor: Tensor) -> Tensor:
     tensor = tensor / processes
     torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def average_all(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same of some one-dimensional tensors, in one collective."""
+    if count() == 1:
+        return tensors
+    whole = average(torch.cat(list(tensors.values())))
+    return dict(zip(tensors, whole.split([len(t) for t in tensors.values()]), strict=True))

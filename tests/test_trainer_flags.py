@@ -166,7 +166,18 @@ REFUSED = [
         "--trainer.logger=callbacks.ResumableWandbLogger --trainer.logger.save_dir=x",
         "leave its save_dir out",
     ),
-    ("--trainer.strategy=fsdp", "The strategy `fsdp` requires a GPU accelerator"),
+    ("--trainer.strategy=fsdp", "strategy=fsdp cuts parameters into parts"),
+    ("--trainer.strategy=deepspeed_stage_2", "strategy=deepspeed_stage_2 cuts parameters into"),
+    ("--trainer.strategy=model_parallel", "strategy=model_parallel cuts parameters into parts"),
+    (
+        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy "
+        "--trainer.strategy.data_parallel_size=1 --trainer.strategy.tensor_parallel_size=1",
+        "--trainer.strategy=ModelParallelStrategy cuts parameters into parts",
+    ),
+    (
+        "--trainer.strategy=FSDPStrategy --trainer.strategy.cpu_offload=true",
+        "--trainer.strategy=FSDPStrategy cuts parameters into parts",
+    ),
     ("--model.optimizer=torch.optim.Muon", "--model.optimizer: Muon only supports 2D parameters"),
     (
         "--model.network=torch.nn.LazyLinear --model.network.out_features=10",

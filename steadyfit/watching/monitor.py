@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .. import processes
 from ..clipping import overwrites_gradients
 from ..detector import SpikeDetector
-from ..probe import StepProbe, unwrapped
+from ..probe import StepProbe, unwrapped, unwrapped_model
 from .buffers import Buffers
 from .observation import BEHIND, Observation, learning_rate, read
 from .optimizer_monitor import OptimizerMonitor, row_of
@@ -141,7 +141,7 @@ class SpikeMonitor:
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Watch these from now on."""
-        self.model = model
+        self.model = model = unwrapped_model(model)
         self.optimizers = [unwrapped(o) for o in optimizers]
         names = {id(p): name for name, p in model.named_parameters()}
         self._names = {key: name.replace("_orig_mod.", "") for key, name in names.items()}
@@ -258,9 +258,13 @@ class SpikeMonitor:
             self.skip[index].before_step(o, self.model, self.buffers.copies)
         elif self.reaction:
             self._react(self.reaction, o, optimizer)
+        self.keep_buffers()
 
     def keep_buffers(self) -> None:
-        """Copy the buffers as they are before a forward pass, for a step that is left out."""
+        """Copy the buffers as they are before a forward pass, for a step that is left out.
+
+        Next after a step is observed: a scaler that throws it away tells nobody.
+        """
         if self.skips or self.reaction:
             self.buffers.keep()
 

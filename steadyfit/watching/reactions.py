@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..probe import StepProbe
+from ..probe import StepProbe, local
 
 ReactionName = Literal["log", "skip", "rollback", "stop"]
 
@@ -88,7 +88,7 @@ class Copy:
         """Bring everything back to where it was, in place."""
         own = [*model.parameters(), *model.buffers()]
         for tensor, saved in zip(own, [*self.parameters, *self.buffers], strict=True):
-            tensor.copy_(saved)
+            local(tensor).copy_(saved)
         for optimizer, states in zip(loop.optimizers, self.states, strict=True):
             probe = StepProbe.of(optimizer)
             probe.copy()  # going back is not an update
@@ -98,7 +98,7 @@ class Copy:
             for parameter, values in states.items():
                 for key, value in values.items():
                     if isinstance(value, Tensor):
-                        state[parameter][key].copy_(value)
+                        local(state[parameter][key]).copy_(value)
                     else:
                         state[parameter][key] = deepcopy(value)
 
@@ -137,7 +137,7 @@ class Rollback(Reaction):
 
     def start(self, loop: Any, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
-        weights = sum(t.numel() * t.element_size() for t in tensors)
+        weights = sum(local(t).numel() * t.element_size() for t in tensors)
         needed, free = 3 * weights * self.keep, free_memory()  # two moments, as Adam has them
         if needed > free:
             raise ValueError(
@@ -166,7 +166,9 @@ class Rollback(Reaction):
 
 
 def to_host(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else deepcopy(value)
+    if isinstance(value, Tensor):
+        return local(value.detach()).to("cpu", copy=True)
+    return deepcopy(value)
 
 
 def free_memory() -> float:

@@ -4,6 +4,7 @@ Dimensions: A of P parameters of one optimizer have a gradient, Q buffers of the
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ class Skip:
     what the step has changed is chosen there between old and new. A step that is left out leaves
     all of it equal bit for bit, which a gradient times 0 would not (it is NaN where it was NaN, and
     AdamW moves on gradients of zero). It takes the memory of the copies, for the length of a step.
-    Read is once where a step creates optimizer states or exchanges objects in them.
+    Read is once where a step creates optimizer states or exchanges objects in them, and where these
+    lie in main memory: the count of steps of torch's Adam, unless it is fused or capturable.
 
     Attributes:
         signals: Largest ordinary value of each of ``SIGNALS``.
@@ -38,7 +40,7 @@ class Skip:
         self.signals = [LARGEST] * len(SIGNALS)
         self.ratios: list[float] = []
         self.flag = torch.tensor(False)
-        self._loss: Tensor | None = None  # () of the step
+        self._loss = torch.tensor(math.inf)  # () of the step, if it is known
         self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # signals and ratios
         self._buffers: Tensor | None = None  # norms (Q,) after the last step
         self._old: list[tuple[Tensor, Tensor]] = []  # each tensor and its copy
@@ -60,29 +62,33 @@ class Skip:
             model: What is trained.
             buffers: Copies of its buffers, before the forward pass.
         """
-        self.flag = self._is_beyond(o)
+        whole = processes.average_all(o.tensors())  # each process has to decide the same
+        self.flag = self._is_beyond(o, whole)
         state, active = o.probe.optimizer.state, [o.probe.params[i] for i in o.active]
         self._states = {p: dict(state[p]) for p in active if p in state}
         values = [v for values in self._states.values() for v in values.values()]
         tensors = [local(t.detach()) for t in (*active, *values) if isinstance(t, Tensor)]
         self._old = [(t, t.clone()) for t in tensors]
         self._old += zip(model.buffers(), buffers, strict=True)
-        if o.buffers is not None:
-            kept = o.buffers if self._buffers is None else self._buffers
-            self._buffers = torch.where(self.flag, kept, o.buffers)
+        if (norms := whole.get("buffers")) is not None:
+            kept = norms if self._buffers is None else self._buffers
+            self._buffers = torch.where(self.flag, kept, norms)
 
     @torch.no_grad()
     def after_step(self, probe: StepProbe) -> None:
         """Judge the update as well, and choose between the old and the new."""
         if (update := probe.update.squares) is not None:
-            total = probe.reduce(update).sum().sqrt()
-            *_, largest, promise = self._on(total.device)[0]
-            self.flag = self.flag | ~(total <= largest)
-            if probe.update.products is not None and self._loss is not None:
-                promised = probe.reduce(probe.update.products).sum()
-                self.flag = self.flag | ((promised > promise * self._loss) & (self._loss > 0))
+            products = probe.update.products
+            products = torch.zeros_like(update) if products is None else products
+            squares, promises = probe.reduce(update, products)
+            *_, largest, promise = self._on(squares.device)[0]
+            beyond = (promises.sum() > promise * self._loss) & (self._loss > 0)
+            self.flag = self.flag | ~(squares.sum().sqrt() <= largest) | beyond
+        flags = {self.flag.device: self.flag}
         for tensor, old in self._old:
-            tensor.copy_(torch.where(self.flag, old, tensor))
+            if tensor.device not in flags:
+                flags[tensor.device] = self.flag.to(tensor.device)
+            tensor.copy_(torch.where(flags[tensor.device], old, tensor))
         self._old = []
         state, active = probe.optimizer.state, [probe.params[i] for i in probe.layout.active]
         exchanged = [p for p in active if p in state and self._is_other(p, state[p])]
@@ -97,16 +103,17 @@ class Skip:
         old = self._states.get(parameter, {})
         return any(value is not old.get(key) for key, value in values.items())
 
-    def _is_beyond(self, o: Observation) -> Tensor:
+    def _is_beyond(self, o: Observation, whole: Mapping[str, Tensor]) -> Tensor:
         """Whether gradient, loss or buffers of a step are beyond a threshold () or not finite."""
-        gradient = o.probe.reduce(o.gradient).sqrt()
-        if o.scale is not None:
-            gradient = gradient / o.scale
+        gradient = whole["gradient"].sqrt()
+        if "scale" in whole:
+            gradient = gradient / whole["scale"]
         signals, ratios = self._on(gradient.device)
         zero = gradient.new_zeros(())
-        self._loss = None if o.loss is None else processes.average(o.loss).to(gradient)
-        loss = zero if self._loss is None else self._loss
-        values = torch.stack([gradient.norm(), loss, self._growth(o.buffers, zero)])
+        loss = whole["loss"].squeeze().to(gradient) if "loss" in whole else zero
+        self._loss = loss if "loss" in whole else zero + math.inf
+        growth = self._growth(whole.get("buffers"), zero)
+        values = torch.stack([gradient.norm(), loss, growth])
         beyond = ~(values <= signals[:3]).all()  # a NaN is not below anything
         if len(self.ratios) == len(o.probe.params) > 1:
             squares = gradient.square()
