@@ -6,7 +6,6 @@ those.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import processes
+from .layout import Layout, dense, local
 
 DECOUPLED = tuple(
     getattr(torch.optim, name)
     for name in ("AdamW", "Adafactor", "Muon")
     if hasattr(torch.optim, name)
 )
-# Elements up to which all tensors are gathered into one: an operator on few elements costs its
-# dispatch and not their memory, and then there is one dispatch instead of A.
-FLAT_SIZE = 1 << 16
 
 
 Factors = Tensor | list[float]  # (A,), a list where `Layout.on_host`
@@ -36,100 +33,6 @@ class Update:
     gradient: Tensor | None = None  # squared norms (A,) as the step used it; None if nobody clips
     products: Tensor | None = None  # (A,) of the gradient and the way back; None if nobody asks
     factors: Tensor | None = None  # (A,) by which the update was shortened; None if nobody would
-
-
-class Layout:
-    """The parameters that have a gradient, and how they lie in the tensors that are computed with.
-
-    These are one flat tensor (N,) for a small model, else one for each parameter.
-
-    Args:
-        active: Indices among all parameters of the optimizer (A).
-        groups: Of each, the index of its parameter group, ascending.
-        params: These parameters.
-    """
-
-    def __init__(self, active: list[int], groups: list[int], params: Sequence[Tensor]) -> None:
-        tensors = [local(p) for p in params]
-        self.active = active
-        self.group_of = groups
-        self.elements = [p.numel() for p in params]  # over all processes
-        self.sizes = [tensor.numel() for tensor in tensors]  # in this one
-        self.groups = {g: slice(groups.index(g), groups.index(g) + groups.count(g)) for g in groups}
-        kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
-        self.dtype, self.device = next(iter(kinds), (torch.float32, torch.device("cpu")))
-        self.is_flat = (
-            len(kinds) == 1
-            and len(tensors) > 1
-            and sum(self.elements) <= FLAT_SIZE  # the same in all processes
-            and self.device.type in ("cpu", "cuda")
-            and self.dtype in (torch.float32, torch.float64)
-        )
-
-    @property
-    def on_host(self) -> bool:
-        """Whether a few numbers are there without a read: their arithmetic needs no operator."""
-        return self.is_flat and self.device.type == "cpu"
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """Where each parameter ends in the flat tensor, after a zero (A + 1,)."""
-        return torch.tensor([0, *self.sizes]).cumsum(0).to(self.device)
-
-    @cached_property
-    def owner(self) -> Tensor:
-        """The parameter of each element of the flat tensor (N,)."""
-        sizes = torch.tensor(self.sizes)
-        return torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device)
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """Elements of each parameter (A,) over all processes."""
-        return torch.tensor(self.elements, dtype=torch.float32).to(self.device)
-
-    def gather(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One flat copy of the tensors, or the tensors."""
-        return [torch.cat([t.reshape(-1) for t in tensors])] if self.is_flat else tensors
-
-    def copy(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The same, never the tensors themselves."""
-        if self.is_flat or not tensors:
-            return self.gather(tensors)
-        return list(torch._foreach_mul(tensors, 1))
-
-    def scatter(self, gathered: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-        """Views of gathered tensors, one for each parameter."""
-        if not self.is_flat:
-            return gathered
-        pieces = zip(gathered[0].split(self.sizes), like, strict=True)
-        return [piece.view(t.shape) for piece, t in pieces]
-
-    def of_group(self, gathered: list[Tensor], group: int) -> list[Tensor]:
-        """A parameter group's part of gathered tensors."""
-        places = self.groups.get(group, slice(0, 0))
-        if not self.is_flat:
-            return gathered[places]
-        start = sum(self.sizes[: places.start])
-        return [gathered[0][start : start + sum(self.sizes[places])]]
-
-    def squares(self, gathered: list[Tensor]) -> Tensor:
-        """Squared L2 norms (A,)."""
-        return self.inner(gathered, gathered) if self.is_flat else norms(gathered).square_()
-
-    def inner(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
-        """Inner products (A,)."""
-        if self.is_flat:
-            products = first[0] * second[0]
-            return torch.segment_reduce(products, "sum", offsets=self.ends, unsafe=True)
-        return torch.stack([inner(*pair) for pair in zip(first, second, strict=True)])
-
-    def lerp_(self, start: list[Tensor], end: list[Tensor], weights: Tensor) -> None:
-        """Move from ``start`` towards ``end``, by a weight for each parameter (A,), in place."""
-        if self.is_flat:
-            start[0].lerp_(end[0], weights.to(self.dtype).index_select(0, self.owner))
-        else:
-            pairs = zip(weights.unbind(), start, strict=True)
-            torch._foreach_lerp_(start, end, [weight.to(t.dtype) for weight, t in pairs])
 
 
 class StepProbe:
@@ -360,12 +263,6 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: of a DTensor its part."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
 def shards(parameter: Tensor) -> int:
     """Into how many parts a parameter is cut over the processes; 1 if it is whole in each."""
     count = 1
@@ -373,23 +270,3 @@ def shards(parameter: Tensor) -> int:
         if placement.is_shard():
             count *= parameter.device_mesh.size(dimension)  # type: ignore[attr-defined]
     return count
-
-
-def dense(gradient: Tensor) -> Tensor:
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
-
-
-def norms(tensors: list[Tensor]) -> Tensor:
-    """L2 norms (A,) of A tensors; bfloat16 and float16 are summed in float32."""
-    if not tensors:
-        return torch.zeros(0)
-    is_double = any(tensor.dtype is torch.float64 for tensor in tensors)
-    dtype = torch.float64 if is_double else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product () of two tensors of one shape; of low precision, summed in float32."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    return torch.dot(a.reshape(-1), b.reshape(-1))

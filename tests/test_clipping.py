@@ -32,8 +32,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from callbacks.clipping import AdaptiveGradientClipping, GradientNormClipping, UpdateClipping
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from steadyfit import clip_updates
+from steadyfit.layout import Layout
 from steadyfit.lightning import Clipping
-from steadyfit.probe import Layout, StepProbe
+from steadyfit.probe import StepProbe
 
 
 class Groups(Plain):

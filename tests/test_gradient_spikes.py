@@ -37,8 +37,8 @@ from datamodules.images.base import ImageDataModule
 from datamodules.sequences.temporal_order import TemporalOrderDataModule
 from lit_models import LitClassifier
 from lit_models.networks import LSTM, LeNet5, Recurrent, WhitenedCNN
-from steadyfit import probe
-from steadyfit.probe import FLAT_SIZE, norms
+from steadyfit import layout
+from steadyfit.layout import FLAT_SIZE, norms
 from steadyfit.watching.history import NormHistory
 from steadyfit.watching.ratios import ParameterRatios
 from steadyfit.watching.reactions import Reaction, Rollback, free_memory
@@ -963,8 +963,8 @@ def test_log_reads_nothing_between_log_steps_and_adds_few_operators(
     size: int, operators_of: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: arithmetic on the device, in one flat tensor or in one for each parameter."""
-    monkeypatch.setattr(probe, "FLAT_SIZE", size)
-    monkeypatch.setattr(probe.Layout, "on_host", False)
+    monkeypatch.setattr(layout, "FLAT_SIZE", size)
+    monkeypatch.setattr(layout.Layout, "on_host", False)
     callbacks = [GradientSpikeMonitor(), UpdateClipping(max_decrease=0.5)]
     plain = counted(tmp_path / "plain")
     watched, both = (counted(tmp_path / str(n), *callbacks[:n]) for n in (1, 2))

@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steadyfit import SpikeMonitor, StepProbe, clip_updates, probe
+from steadyfit import SpikeMonitor, StepProbe, clip_updates, layout
 from steadyfit.watching.records import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -194,7 +194,7 @@ def count_each(folder: Path, rank: int, count: int) -> dict[str, Any]:
     """Collectives and device reads of each call, by setting and what is called."""
     from benchmarks.step_overhead import Meter
 
-    probe.Layout.on_host = False  # type: ignore[assignment, method-assign]  # as on a GPU
+    layout.Layout.on_host = False  # type: ignore[assignment, method-assign]  # as on a GPU
     alone: dict[str, dict[str, Any]] = {
         "log alone": {"limited": False},
         "skip alone": {"limited": False, "reaction": "skip"},

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from core.errors import UserError
 from steadyfit._hooks import scale_left
+from steadyfit.layout import norms
 from steadyfit.lightning import Clipping
-from steadyfit.probe import StepProbe, norms
+from steadyfit.probe import StepProbe
 
 Rule = Literal["zclip", "autoclip"]
 

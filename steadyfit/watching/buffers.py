@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..probe import norms
+from ..layout import norms
 
 
 class Buffers:

@@ -2,7 +2,6 @@
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -135,7 +134,6 @@ class SpikeMonitor:
         self._pending: list[Observation] = []
         self._unread: list[Observation] = []  # of these, for a reaction
         self._late = False  # an update has spiked since a reaction could act
-        self._told = False
         self._last_spike = -math.inf
         self.buffers = Buffers(nn.Module())
 
@@ -333,7 +331,6 @@ class SpikeMonitor:
                 rows[o.step] = row_of(o, len(self.optimizers) > 1)
                 if counts != self.counts or o is pending[-1]:  # a step is known by its new count
                     rows[o.step] |= {f"spikes/{s}": float(self.counts[s]) for s in COUNTED}
-            self._tell_once(pending)
             if processes.is_first():
                 self.spikes.write(since=pending[0].step, until=pending[-1].step)
                 self.on_records(self.records[before:])
@@ -349,17 +346,6 @@ class SpikeMonitor:
 
     def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
         """Hook: these records are new, in the first process."""
-
-    def _tell_once(self, steps: Sequence[Observation]) -> None:
-        """Say, once, of a loss that it cannot be watched."""
-        bad = [o for o in steps if "loss" in o.judged and o.judged["loss"].kind == "nonpositive"]
-        if bad and not self._told:
-            self._told = True
-            loss = bad[0].judged["loss"].value
-            warnings.warn(
-                f"the loss of step {bad[0].step} is {loss:.3g}; only positive ones are compared.",
-                stacklevel=2,
-            )
 
     # The end, and the state
 

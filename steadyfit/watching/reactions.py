@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..probe import StepProbe, local
+from ..layout import local
+from ..probe import StepProbe
 
 ReactionName = Literal["log", "skip", "rollback", "stop"]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..probe import StepProbe, local
+from ..layout import local
+from ..probe import StepProbe
 from .observation import Observation
 from .optimizer_monitor import OptimizerMonitor
 

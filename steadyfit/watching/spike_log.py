@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class SpikeLog:
         self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "drift", "skipped"), 0)
         self.file = RecordFile(None)
         self._last: dict[int, int] = {}  # the last step of each optimizer
+        self._told = False  # that a loss is not positive
 
     def open(self, path: Path | None) -> None:
         """Write to a file from now on."""
@@ -46,6 +48,7 @@ class SpikeLog:
     def add(self, o: Observation, monitor: OptimizerMonitor, top_k: int) -> None:
         """Take in a judged step, and record it if it is notable."""
         if "loss" in o.judged:
+            self._tell_once(o)
             self._follow(o)
         # a step that overflowed was thrown away by the scaler
         if skipped := was_skipped(o) and o.judged["gradient"].kind != "overflow":
@@ -61,6 +64,16 @@ class SpikeLog:
         """Bring the file up to date with the records of these steps and of what they followed."""
         if self.records and last_step(self.records[-1]) >= since - FOLLOW:
             self.file.write(self.records, until - FOLLOW)
+
+    def _tell_once(self, o: Observation) -> None:
+        """Say of a loss that it cannot be watched."""
+        loss = o.judged["loss"]
+        if loss.kind == "nonpositive" and not self._told:
+            self._told = True
+            said = (
+                f"the loss of step {o.step} is {loss.value:.3g}; only positive ones are compared."
+            )
+            warnings.warn(said, stacklevel=2)
 
     def _record(self, record: dict[str, Any]) -> None:
         """Keep a record; steps in a row without a finite value are one."""
