@@ -220,18 +220,15 @@ def test_a_name_stays_whatever_the_split_and_the_seed(name: str, data_dir: Path)
 
 @pytest.mark.parametrize("make", [SETS["cifar10"], SETS["names"]], ids=["images", "names"])
 def test_the_first_process_names_the_samples_of_all(make: Any, data_dir: Path) -> None:
-    class Of:
-        global_rank, world_size, overfit_batches = 0, 2, 0
-
     data = begun(make[0], data_dir, **make[1])
+    arguments = data.loader_arguments
     told, targets = [], []
     for rank in range(2):
-        loader = data.make_loader(data.splits["train"], "train")
-        loader.__init__(  # as in that process
-            *([data.splits["train"]] if make[0] is LastNamesDataModule else data.splits["train"]),
-            **data.loader_arguments("train") | {"rank": rank, "world_size": 2},
+        data.loader_arguments = lambda stage, rank=rank: (
+            arguments(stage) | {"rank": rank, "world_size": 2}
         )
-        loader.identify = data.identify
+        data._train_loader = None
+        loader = data.train_dataloader()
         targets.append(next(iter(loader))[-1].tolist())
         told.append(loader.sample_ids(0, 0))
     assert told[0] == told[1]
