@@ -958,7 +958,7 @@ def counted(tmp_path: Path, *callbacks: Callback) -> Meter:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "operators_of"), [(FLAT_SIZE, (50, 65)), (0, (15, 60))])
+@pytest.mark.parametrize(("size", "operators_of"), [(FLAT_SIZE, (65, 60)), (0, (50, 60))])
 def test_log_reads_nothing_between_log_steps_and_adds_few_operators(
     size: int, operators_of: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
