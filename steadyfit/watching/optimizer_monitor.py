@@ -72,7 +72,7 @@ class OptimizerMonitor:
         if (loss := float(o.numbers["loss"][0])) > 0:
             value = float(o.numbers["products"].sum()) / loss
             verdict = Verdict.of(self.detectors["promise"], value)
-            threshold = self.limits()["promise"]
+            threshold = max(PROMISE, PROMISE_RATIO * verdict.center)
             kind = "spike" if value > threshold else "normal"  # a NaN is the gradient's
             o.judged["promise"] = verdict._replace(kind=kind, threshold=threshold)
 
