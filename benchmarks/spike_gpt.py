@@ -81,6 +81,7 @@ STABLE = 0.1  # nats above the best of untouched that a stable rate may end at
 LENGTH = 64  # T
 CURVES = {"untouched": VERMILION, "gradient norm": GREEN, "both": BLUE}
 CURVES_RATE = 1.2e-2
+GUESSED = 3.2  # nats a byte, where a run that has learned little ends: the top of the picture
 CURVES_STEPS = 10  # of which one value is kept
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 6, "frameon": False}
 
@@ -343,6 +344,7 @@ def picture(record: RunRecord, options: argparse.Namespace) -> Figure:
     left.set(xscale="log", xlabel="learning rate", ylabel="validation loss after the last step")
     left.set_xticks(options.rates, [f"{rate:g}" for rate in options.rates], minor=False)
     left.minorticks_off()
+    left.set_ylim(top=GUESSED)
     for fix, color in CURVES.items():
         for line in lines:
             run = line["run"]
