@@ -67,7 +67,7 @@ class Layout:
 
     def gather(self, tensors: list[Tensor]) -> list[Tensor]:
         """One flat copy of the tensors, or the tensors."""
-        return [torch.cat([t.reshape(-1) for t in tensors])] if self.is_flat else tensors
+        return [_flatten_dense_tensors(tensors)] if self.is_flat else tensors
 
     def copy(self, tensors: list[Tensor]) -> list[Tensor]:
         """The same, never the tensors themselves."""
