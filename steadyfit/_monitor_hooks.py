@@ -123,7 +123,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         self.spikes.samples_of = self.samples_of
         self.spikes.resume(trainer.global_step)
         if trainer.is_global_zero:  # without what is going to be trained again
-            self.spikes.file.begin(self.records)
+            self.spikes.begin()
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

@@ -228,6 +228,12 @@ def clip_updates(
 
     def snapshot(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal steps
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer
+        if closure is not None and not probe.is_armed:
+            raise ValueError(
+                "clip_updates needs the gradients before the step: call optimizer.step() without "
+                "a closure."
+            )
         if not probe.is_armed:  # else somebody else watches this step as well
             probe.snapshot(steps)
         steps += 1

@@ -16,7 +16,7 @@ from ..clipping import overwrites_gradients
 from ..detector import SpikeDetector
 from ..probe import StepProbe, unwrapped, unwrapped_model
 from .buffers import Buffers
-from .observation import BEHIND, Observation, learning_rate, read
+from .observation import BEHIND, Observation, learning_rate, read, scalar
 from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import REACTIONS, Reaction, ReactionName, Rollback
 from .records import replace_file
@@ -115,17 +115,18 @@ class SpikeMonitor:
         self.top_k = top_k
         self.weight_norm_every = weight_norm_every
         self.skips = reaction == "skip"
-        chosen = (
-            REACTIONS[reaction]()
-            if isinstance(reaction, str) and reaction in REACTIONS
-            else reaction
-        )
+        made = REACTIONS.get(reaction) if isinstance(reaction, str) else None
+        chosen = made() if made else reaction
         self.reaction = chosen if isinstance(chosen, Reaction) else None
+        self._hooks: list[tuple[StepProbe, Callable[[], None]]] = []  # of reactions on the device
         self.forget()
         self.attach(model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
 
     def forget(self) -> None:
         """Begin anew, as for another training."""
+        for probe, function in self._hooks:
+            probe.after_step.remove(function)
+        self._hooks.clear()
         self.spikes = SpikeLog()
         self.global_step = 0
         self.should_stop = False
@@ -133,6 +134,7 @@ class SpikeMonitor:
         self.skip: dict[int, Skip] = {}
         self._pending: list[Observation] = []
         self._unread: list[Observation] = []  # of these, for a reaction
+        self._due = False  # a read, as soon as no step is about to be taken
         self._late = False  # an update has spiked since a reaction could act
         self._last_spike = -math.inf
         self.buffers = Buffers(nn.Module())
@@ -174,12 +176,14 @@ class SpikeMonitor:
         skip = self.skip.setdefault(index, Skip())
 
         def take_back() -> None:
-            if self._pending and self._pending[-1].update is probe.update:
-                skip.after_step(probe)
-                self._pending[-1].skipped = skip.flag
-                self.keep_buffers()
+            for o in self._pending:
+                if o.update is probe.update:
+                    skip.after_step(probe)
+                    o.skipped = skip.flag
+                    self.keep_buffers()
 
         probe.after_step.append(take_back)
+        self._hooks.append((probe, take_back))
 
     def monitor_of(self, index: int) -> OptimizerMonitor:
         """What is known of this optimizer's steps."""
@@ -189,6 +193,9 @@ class SpikeMonitor:
         if len(monitor.sizes) != len(parameters):  # at the start, and when parameters were added
             names = [self._names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
             monitor.set_parameters(names, [p.numel() for p in parameters])
+            for o in self._pending:
+                if o.optimizer == index:
+                    o.widen(len(parameters))
         return monitor
 
     # Collecting, without a read from the device
@@ -196,7 +203,7 @@ class SpikeMonitor:
     @torch.no_grad()
     def before_step(
         self,
-        loss: Tensor | None = None,
+        loss: Tensor | float | None = None,
         optimizer: Optimizer | None = None,
         *,
         epoch: int = 0,
@@ -218,17 +225,16 @@ class SpikeMonitor:
             scaled: A gradient scaler leaves out the step if its gradients are not finite.
             earlier: Squared norms (A,) of the gradients before they may have been clipped.
         """
-        step = self.global_step
-        if step % self.every == 0:
+        step, index = self.global_step, 0
+        if optimizer is not None:
+            index = self.optimizers.index(unwrapped(optimizer))
+        if [(o.step, o.optimizer) for o in self._pending[-1:]] == [(step, index)]:
+            return  # a step that evaluates its closure more than once, as L-BFGS does
+        self._due |= step % self.every == 0
+        if self._due and not any(o.is_coming and o.optimizer != index for o in self._pending):
             self.flush(refresh=True)
         if not self._pending and self.buffers.find():
             self.keep_buffers()
-        index = 0
-        if optimizer is not None:
-            index = self.optimizers.index(unwrapped(optimizer))
-        last = self._pending[-1] if self._pending else None
-        if last and (last.step, last.optimizer) == (step, index):
-            return  # a step that evaluates its closure more than once, as L-BFGS does
         optimizer = self.optimizers[index]
         probe = StepProbe.of(optimizer)
         update = probe.snapshot(step)
@@ -242,7 +248,7 @@ class SpikeMonitor:
             optimizer=index,
             probe=probe,
             lrs=[learning_rate(group) for group in optimizer.param_groups],
-            loss=None if loss is None else loss.detach().float(),
+            loss=scalar(loss),
             gradient=gradient,
             update=update,
             scale=scale,
@@ -304,6 +310,7 @@ class SpikeMonitor:
     def _unlearn(self, learned: Any) -> None:
         for index, (detectors, ratios) in learned.items():
             self.monitors[index].detectors, self.monitors[index].ratios = detectors, ratios
+            ratios.grow(len(self.monitors[index].sizes))  # some may have been added since
 
     # Reading and judging
 
@@ -315,7 +322,9 @@ class SpikeMonitor:
                 something else wants to know, so that a resumed run skips the same steps.
             alone: The other processes may not be listening, so do not wait for them.
         """
-        pending, self._pending, self._unread = self._pending, [], []
+        for index in {o.optimizer for o in self._pending}:
+            self.monitor_of(index)  # parameters may have been added
+        pending, self._pending, self._unread, self._due = self._pending, [], [], False
         if pending:
             read(pending, None if alone else processes.average)
             for index in {o.optimizer for o in pending}:
@@ -332,6 +341,8 @@ class SpikeMonitor:
                 if counts != self.counts or o is pending[-1]:  # a step is known by its new count
                     rows[o.step] |= {f"spikes/{s}": float(self.counts[s]) for s in COUNTED}
             if processes.is_first():
+                if not self.spikes.begun:  # the file of another training
+                    self.spikes.begin()
                 self.spikes.write(since=pending[0].step, until=pending[-1].step)
                 self.on_records(self.records[before:])
                 self.log_rows(rows)
@@ -386,3 +397,4 @@ class SpikeMonitor:
         self.spikes.load_state_dict(state)
         self._last_spike = state["last_spike"]
         self.global_step = state.get("now", 0)  # callbacks of Lightning learn it from the trainer
+        self.spikes.resume(self.global_step)

@@ -89,6 +89,11 @@ class Observation:
         sharded = self.probe.is_sharded
         self.parts = self.probe.shard_counts(self.gradient) if sharded else None
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether the step has been observed and not been taken yet."""
+        return self.probe.is_armed and self.probe.update is self.update and not self.scaled
+
     def spiked(self, signal: str) -> bool:
         """Whether this signal was judged to spike."""
         return signal in self.judged and self.judged[signal].kind in SPIKES
@@ -127,11 +132,17 @@ class Observation:
     def unscale(self) -> None:
         """Divide by the scale which the optimizer itself takes off."""
         if "scale" in self.numbers:
-            scale = self.numbers.pop("scale")
-            for name in ("gradient", "products"):
-                if name in self.numbers:
-                    self.numbers[name] = self.numbers[name] / scale
+            # what is known behind the step is of gradients that were unscaled in place
+            self.numbers["gradient"] /= self.numbers.pop("scale")
             self.scale = None
+
+    def widen(self, count: int) -> None:
+        """Take so many parameters for those of the optimizer: some were added behind the step."""
+        for name in (*NORMS, "factor"):
+            if name in self.numbers:
+                missing = count - len(self.numbers[name])
+                rest = np.full(missing, 1.0 if name == "factor" else 0.0)
+                self.numbers[name] = np.append(self.numbers[name], rest)
 
 
 NORMS = ("gradient", "update", "clipped", "weight")  # of parameters
@@ -156,6 +167,20 @@ def read(pending: Sequence[Observation], average: Callable[[Tensor], Tensor] | N
         start += len(tensor)
     for observation in pending:
         observation.unscale()
+
+
+def scalar(loss: Tensor | float | None) -> Tensor | None:
+    """A loss as a tensor (), if it is known.
+
+    Raises:
+        ValueError: It has more than one element.
+    """
+    if loss is None:
+        return None
+    value = torch.as_tensor(loss).detach().float()
+    if value.numel() != 1:
+        raise ValueError(f"the loss must have one element, got the shape {tuple(value.shape)}.")
+    return value.reshape(())
 
 
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:

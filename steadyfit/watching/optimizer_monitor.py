@@ -72,15 +72,20 @@ class OptimizerMonitor:
         if (loss := float(o.numbers["loss"][0])) > 0:
             value = float(o.numbers["products"].sum()) / loss
             verdict = Verdict.of(self.detectors["promise"], value)
-            threshold = max(PROMISE, PROMISE_RATIO * verdict.center)
+            threshold = self.promise_limit()
             kind = "spike" if value > threshold else "normal"  # a NaN is the gradient's
             o.judged["promise"] = verdict._replace(kind=kind, threshold=threshold)
 
     def limits(self) -> dict[str, float]:
         """The largest value of each signal that is no spike; what comes too often is none."""
         found = {n: math.inf if d.too_often else d.threshold for n, d in self.detectors.items()}
-        found["promise"] = max(PROMISE, PROMISE_RATIO * self.detectors["promise"].center)
-        return found
+        return found | {"promise": self.promise_limit()}
+
+    def promise_limit(self) -> float:
+        """What a step may promise; infinite until it is known what is usual."""
+        usual = self.detectors["promise"]
+        warm = usual.threshold < math.inf
+        return max(PROMISE, PROMISE_RATIO * usual.center) if warm else math.inf
 
     def _judge_before(self, steps: Sequence[Observation], buffer_names: Sequence[str]) -> None:
         """Judge what is known before a step is taken."""
@@ -175,7 +180,7 @@ class OptimizerMonitor:
             facts["z"] = float(scores[i])
             if update is not None:
                 facts["update_norm"] = float(update[i])
-                facts["update_rms"] = float(update[i]) / math.sqrt(self.sizes[i])
+                facts["update_rms"] = float(update[i]) / math.sqrt(max(1, self.sizes[i]))
             return facts
 
         def largest(by: np.ndarray) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 Dimensions: K steps, P parameters of one optimizer, W steps that are remembered of each.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class ParameterRatios:
 
     REFRESH = 16  # ordinary steps after which medians and spreads are taken anew; least uses
     MIN_SCALE = 0.1
+    LEAST = 0.1  # of a ratio that may spike: below it a parameter holds 1 % of the squared gradient
     FLOOR = 1e-6  # of a ratio
 
     def __init__(self, window: int, limit: float) -> None:
@@ -62,7 +64,7 @@ class ParameterRatios:
         while start < len(logs):
             block = slice(start, start + self.REFRESH - self.rows)
             scores[block] = np.nan_to_num((logs[block] - self.median) / self.spread)
-            beyond = np.asarray(scores[block] > self.limit)
+            beyond = (scores[block] > self.limit) & (logs[block] > math.log(self.LEAST))
             hits = np.asarray(beyond.any(1))
             ordinary = int(hits.argmax()) if hits.any() else len(hits)
             self._remember(logs[start : start + ordinary])
@@ -123,6 +125,7 @@ class ParameterRatios:
     def thresholds(self) -> np.ndarray:
         """Ratios (P,) beyond which a parameter is a spike; infinite while it is not judged."""
         limits = np.exp(np.minimum(self.median + self.limit * self.spread, 709))
+        limits = np.maximum(limits, self.LEAST)
         return np.where(np.isnan(limits) | (self.rate > TAIL_SHARE), np.inf, limits)
 
     def state_dict(self) -> dict[str, Any]:

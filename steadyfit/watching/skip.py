@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
+from ..detector import SHIFT_AFTER
 from ..layout import local
 from ..probe import StepProbe
 from .observation import Observation
@@ -41,6 +42,8 @@ class Skip:
         self.signals = [LARGEST] * len(SIGNALS)
         self.ratios: list[float] = []
         self.flag = torch.tensor(False)
+        self._row = torch.tensor(0)  # () steps taken back one after another
+        self._open = torch.tensor(False)  # () whether that was enough, until thresholds are new
         self._loss = torch.tensor(math.inf)  # () of the step, if it is known
         self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # signals and ratios
         self._buffers: Tensor | None = None  # norms (Q,) after the last step
@@ -52,7 +55,7 @@ class Skip:
         limits = monitor.limits()
         self.signals = [min(limits[name], LARGEST) for name in SIGNALS]
         self.ratios = np.minimum(monitor.ratios.thresholds(), LARGEST).tolist()
-        self._limits = {}
+        self._limits, self._open = {}, torch.tensor(False)
 
     @torch.no_grad()
     def before_step(self, o: Observation, model: nn.Module, buffers: list[Tensor]) -> None:
@@ -83,8 +86,11 @@ class Skip:
             products = torch.zeros_like(update) if products is None else products
             squares, promises = probe.reduce(update, products)
             *_, largest, promise = self._on(squares.device)[0]
-            beyond = (promises.sum() > promise * self._loss) & (self._loss > 0)
-            self.flag = self.flag | ~(squares.sum().sqrt() <= largest) | beyond
+            total = squares.sum().sqrt()
+            beyond = (promises.sum() > promise * self._loss) & (self._loss > 0) | (total > largest)
+            self.flag = self.flag | (beyond & ~self._open) | ~total.isfinite()
+        self._row = torch.where(self.flag, self._row + 1, 0)
+        self._open = self._open | (self._row >= SHIFT_AFTER)
         flags = {self.flag.device: self.flag}
         for tensor, old in self._old:
             if tensor.device not in flags:
@@ -105,7 +111,10 @@ class Skip:
         return any(value is not old.get(key) for key, value in values.items())
 
     def _is_beyond(self, o: Observation, whole: Mapping[str, Tensor]) -> Tensor:
-        """Whether gradient, loss or buffers of a step are beyond a threshold () or not finite."""
+        """Whether gradient, loss or buffers of a step are beyond a threshold () or not finite.
+
+        Ten steps in a row beyond one are a new level, not spikes: the next are taken.
+        """
         gradient = whole["gradient"].sqrt()
         if "scale" in whole:
             gradient = gradient / whole["scale"]
@@ -121,7 +130,8 @@ class Skip:
             others = (squares.sum() - squares).clamp(min=0).sqrt()
             own = ratios if len(gradient) == len(ratios) else ratios[o.active]
             beyond = beyond | ((gradient > own * others) & (others > 0)).any()
-        return beyond
+        self._open, self._row = self._open.to(beyond.device), self._row.to(beyond.device)
+        return (beyond & ~self._open) | ~values.isfinite().all()
 
     def _growth(self, norms: Tensor | None, none: Tensor) -> Tensor:
         """The largest factor () by which the norm of a buffer has grown."""
@@ -137,8 +147,14 @@ class Skip:
         return self._limits[device]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"signals": self.signals, "ratios": self.ratios}
+        buffers = None if self._buffers is None else self._buffers.tolist()
+        row = {"row": int(self._row), "open": bool(self._open)}
+        return {"signals": self.signals, "ratios": self.ratios, "buffers": buffers, **row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.signals[: len(state["signals"])] = state["signals"]
         self.ratios, self._limits = state["ratios"], {}
+        if "row" in state:
+            self._row, self._open = torch.tensor(state["row"]), torch.tensor(state["open"])
+            norms = state["buffers"]
+            self._buffers = None if norms is None else torch.tensor(norms)

@@ -33,11 +33,18 @@ class SpikeLog:
         self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "drift", "skipped"), 0)
         self.file = RecordFile(None)
         self._last: dict[int, int] = {}  # the last step of each optimizer
+        self.begun = False
         self._told = False  # that a loss is not positive
 
     def open(self, path: Path | None) -> None:
         """Write to a file from now on."""
         self.file = RecordFile(path)
+        self.begun = False
+
+    def begin(self) -> None:
+        """Let the file hold the records that there are, and none of another training."""
+        self.file.begin(self.records)
+        self.begun = True
 
     def resume(self, step: int) -> None:
         """Put the records before ``step`` that the file has in front; forget what comes again."""
@@ -135,11 +142,11 @@ class SpikeLog:
         spikes = [record for record in self.records if record["spiked"]]
         drifts = [r["step"] for r in self.records if "drift" in kinds_of(r)]
         grew = f" The loss grew slowly up to step {drifts[0]}." if drifts else ""
+        skipped = f", {self.counts['skipped']} steps taken back" if self.counts["skipped"] else ""
         if not spikes:
-            return f"No spike in {steps:,} optimizer steps.{grew}"
+            return f"No spike in {steps:,} optimizer steps{skipped}.{grew}"
         confirmed = sum(record["confirmed"] for record in spikes)
         worst = max(spikes, key=lambda record: record["max_loss_after"] or 0.0)
-        skipped = f", {self.counts['skipped']} steps taken back" if self.counts["skipped"] else ""
         where = f", in {self.file.path}" if self.file.path else ""
         return (
             f"{len(spikes)} spike{'s' * (len(spikes) > 1)} in {steps:,} optimizer steps, "
