@@ -100,11 +100,7 @@ class SpikeDetector:
     def __init__(
         self, window: int = 128, threshold: float = 4.5, min_scale: float = LOSS_MIN_SCALE
     ) -> None:
-        if window < 16:
-            raise ValueError(f"window must be at least 16 steps, got {window}.")
-        for name, number in (("threshold", threshold), ("min_scale", min_scale)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {number}.")
+        refuse(window, threshold=threshold, min_scale=min_scale)
         self.window = window
         self.normal_limit = float(threshold)
         self.min_scale = float(min_scale)
@@ -317,11 +313,7 @@ class DriftDetector:
     def __init__(
         self, window: int = 128, limit: float = 20.0, min_scale: float = LOSS_MIN_SCALE
     ) -> None:
-        if window < 16:
-            raise ValueError(f"window must be at least 16 steps, got {window}.")
-        for name, number in (("limit", limit), ("min_scale", min_scale)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {number}.")
+        refuse(window, limit=limit, min_scale=min_scale)
         self.window = window
         self.limit = float(limit)
         self.min_scale = float(min_scale)
@@ -364,6 +356,15 @@ class DriftDetector:
         self.sum, self.warned = state["sum"], state["warned"]
         self._levels = SortedWindow(self.window, state["levels"])
         self._differences = SortedWindow(self.window, state["differences"])
+
+
+def refuse(window: int, **numbers: float) -> None:
+    """Refuse the arguments of a detector that it cannot work with."""
+    if window < 16:
+        raise ValueError(f"window must be at least 16 steps, got {window}.")
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {number}.")
 
 
 def exp(log: float) -> float:

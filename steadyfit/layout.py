@@ -110,9 +110,10 @@ class Layout:
     def _by_size(self) -> tuple[list[int], Tensor, list[int]]:
         """Small parameters, to be put together; where each of them ends; all, these in front."""
         can = len(self.kinds) == 1 and self.sums_segments
-        small = [i for i, size in enumerate(self.sizes) if size <= FLAT_SIZE and can]
+        is_small = [can and size <= FLAT_SIZE for size in self.sizes]
+        small = [i for i, is_one in enumerate(is_small) if is_one]
         ends = torch.tensor([0, *(self.sizes[i] for i in small)]).cumsum(0)
-        order = [*small, *(i for i in range(len(self.sizes)) if i not in set(small))]
+        order = [*small, *(i for i, is_one in enumerate(is_small) if not is_one)]
         return small, ends.to(self.device), order
 
     @cached_property
