@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import processes
 from .clipping import Floor, UpdateLimit
-from .probe import Factors, StepProbe
+from .probe import Factors, StepProbe, refuse_complex
 
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy")
 
@@ -49,11 +49,10 @@ class StepHooks(ABC):
                 f"{name} has nothing to watch: every parameter of {type(pl_module).__name__} is "
                 "frozen; set requires_grad on some."
             )
-        if any(p.is_complex() for p in parameters):
-            self.refuse(
-                f"{name} does not take complex parameters; train them as pairs of real ones with "
-                "torch.view_as_real."
-            )
+        try:
+            refuse_complex(name, parameters)
+        except ValueError as error:
+            self.refuse(str(error))
 
     def refuse(self, why: str) -> None:
         """End training, since this cannot do its part in it.
@@ -216,7 +215,7 @@ class UpdateClippingHooks(ClippingHooks):
             self._losses.add(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        StepProbe.of(optimizer).snapshot(trainer.global_step)
+        StepProbe.of(optimizer).snapshot(trainer.global_step, self)
         loss = self._losses.take(trainer, optimizer)
         # the gradient is that of the mean over all processes
         self.limit.loss = None if loss is None else processes.average(loss)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import processes
-from .probe import Factors, StepProbe, unwrapped_model
+from .probe import Factors, StepProbe, refuse_complex, unwrapped_model
 
 Floor = float | Literal["auto"]
 MEMORY = 0.01  # share of a new loss in the moving averages
@@ -64,8 +64,10 @@ class UpdateLimit:
         """Check that the optimizer can be limited, and find the embeddings of a model.
 
         Raises:
-            ValueError: The optimizer overwrites the gradients which ``max_decrease`` needs.
+            ValueError: A parameter is complex, or the optimizer overwrites the gradients which
+                ``max_decrease`` needs.
         """
+        refuse_complex("UpdateLimit", StepProbe.of(optimizer).params)
         if self.max_decrease is not None and overwrites_gradients(optimizer):
             raise ValueError(
                 "max_decrease needs the gradients behind the step, and SGD with nesterov "
@@ -234,8 +236,7 @@ def clip_updates(
                 "clip_updates needs the gradients before the step: call optimizer.step() without "
                 "a closure."
             )
-        if not probe.is_armed:  # else somebody else watches this step as well
-            probe.snapshot(steps)
+        probe.snapshot(steps, limit)
         steps += 1
 
     probe.limits.append(factors)
@@ -244,8 +245,18 @@ def clip_updates(
 
 
 def overwrites_gradients(optimizer: Optimizer) -> bool:
-    """Whether gradients are other ones behind a step: torch's SGD adds the momentum to them."""
+    """Whether gradients are other ones behind a step.
+
+    torch's SGD adds the momentum to them where it takes many at once, as it does by itself
+    everywhere but on the CPU.
+    """
+
+    def is_at_once(group: dict[str, Any]) -> bool:
+        if group["foreach"] is None:
+            return not group["fused"] and any(p.device.type != "cpu" for p in group["params"])
+        return bool(group["foreach"])
+
     return isinstance(optimizer, torch.optim.SGD) and any(
-        group["nesterov"] and not group["weight_decay"] and group["foreach"] is not False
+        group["nesterov"] and not group["weight_decay"] and is_at_once(group)
         for group in optimizer.param_groups
     )

@@ -90,9 +90,14 @@ class Layout:
         start = sum(self.sizes[: places.start])
         return [gathered[0][start : start + sum(self.sizes[places])]]
 
-    def squares(self, gathered: list[Tensor]) -> Tensor:
-        """Squared L2 norms (A,)."""
-        return self.inner(gathered, gathered) if self.is_flat else norms(gathered).square_()
+    def squares(self, gathered: list[Tensor], *, exact: bool = False) -> Tensor:
+        """Squared L2 norms (A,); ``exact`` takes those as well that float32 cannot hold."""
+        double = exact and self.device.type in ("cpu", "cuda")
+        if not self.is_flat:
+            found = norms(gathered)
+            return found.double().square_() if double else found.square_()
+        flat = [gathered[0].double()] if double else gathered
+        return self.inner(flat, flat)
 
     def inner(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
         """Inner products (A,)."""

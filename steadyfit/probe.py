@@ -4,8 +4,10 @@ Dimensions: P parameters of one optimizer, A of them with a gradient in this ste
 those.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ DECOUPLED = tuple(
     if hasattr(torch.optim, name)
 )
 
+LAYOUTS = 64  # sets of active parameters whose layout is remembered
 
 Factors = Tensor | list[float]  # (A,), a list where `Layout.on_host`
 
@@ -52,6 +55,7 @@ class StepProbe:
     ``reduce`` puts the parts together.
 
     Attributes:
+        is_stepping: Whether the optimizer is at it: its closure evaluates loss and gradients.
         params: All parameters of the optimizer (P).
         layout: Those with a gradient (A), since they were last looked for.
         back: The way from the new parameters to the old ones, weight decay left out, as ``layout``
@@ -71,9 +75,10 @@ class StepProbe:
         self.back: list[Tensor] = []
         self.shortened: Tensor | None = None
         self._before: list[Tensor] = []
-        self._step: int | None = None  # the one about to be taken
-        self._group_sizes: list[int] = []
+        self._asked: dict[object, int] = {}  # who watches the coming step, and its number
         self._collect()
+        self.is_stepping = False
+        optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._compare)
 
     @classmethod
@@ -87,10 +92,9 @@ class StepProbe:
 
     def _collect(self) -> None:
         groups = self.optimizer.param_groups
-        self._group_sizes = [len(group["params"]) for group in groups]
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._all = list(range(len(self.params)))
-        self._groups = [g for g, size in enumerate(self._group_sizes) for _ in range(size)]
+        self._groups = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._layouts: dict[tuple[int, ...], Layout] = {}  # by the indices of the active
         copies = [shards(p) for p in self.params]
         self.is_sharded = any(count > 1 for count in copies)
@@ -99,8 +103,8 @@ class StepProbe:
 
     def find_active(self) -> list[Tensor]:
         """Note in ``layout`` which parameters have a gradient, and return these gradients."""
-        groups = self.optimizer.param_groups
-        if [len(group["params"]) for group in groups] != self._group_sizes:  # as in fine-tuning
+        now = list(chain.from_iterable([g["params"] for g in self.optimizer.param_groups]))
+        if len(now) != len(self.params) or not all(map(is_, now, self.params)):  # fine-tuning
             self._collect()
         found = [p.grad for p in self.params]
         gradients = [g for g in found if g is not None]
@@ -111,6 +115,8 @@ class StepProbe:
         if active != self.layout.active:
             key = tuple(active)
             if key not in self._layouts:
+                if len(self._layouts) == LAYOUTS:
+                    self._layouts.clear()
                 owners = [self._groups[i] for i in key]
                 self._layouts[key] = Layout(active, owners, [self.params[i] for i in key])
             self.layout = self._layouts[key]
@@ -127,7 +133,7 @@ class StepProbe:
     def gradient_squares(self) -> Tensor:
         """Squared L2 norms (A,) of the gradients, of this process's part, on the device."""
         gradients = [dense(local(g)) for g in self.find_active()]
-        return self.layout.squares(self.layout.gather(gradients))
+        return self.layout.squares(self.layout.gather(gradients), exact=True)
 
     def gradients_of_step(self) -> list[Tensor]:
         """The gradients that the step was taken with, gathered; zeros where there is none now."""
@@ -150,27 +156,35 @@ class StepProbe:
         """Into how many parts each parameter is cut (A,)."""
         return self._shards[self.layout.active].to(like)
 
-    def snapshot(self, step: int) -> Update:
-        """Copy the parameters and return what optimizer step ``step``, the next, will fill in.
+    def snapshot(self, step: int, watcher: object) -> Update:
+        """Copy the parameters and return what the coming optimizer step will fill in.
 
-        Call it when the gradients are there. Another call for the same step changes nothing.
+        Call it when the gradients are there. A second watcher takes part in what the first has
+        asked for, whatever it counts; one that comes again with another step says that the one
+        before was never taken.
+
+        Args:
+            step: Its number, as the watcher counts.
+            watcher: Who asks.
         """
-        if self._step != step:  # an earlier one may never have been taken
-            self._step = step
+        if not self._asked or self._asked.get(watcher, step) != step:
+            self._asked.clear()
             self.update = Update()
             self.find_active()
+            self._asked[watcher] = step
             self.copy()
+        self._asked[watcher] = step
         return self.update
 
     @property
     def is_armed(self) -> bool:
         """Whether the coming step is compared."""
-        return self._step is not None
+        return bool(self._asked)
 
     @torch.no_grad()
     def copy(self) -> None:
         """Take the parameters as they are for those before the step."""
-        if self._step is not None:
+        if self._asked:
             self._before = self.layout.copy(self.active)
 
     @torch.no_grad()
@@ -178,11 +192,15 @@ class StepProbe:
         """Squared L2 norms (A,) of the parameters before the step, of this process's part."""
         return self.layout.squares(self._before)
 
+    def _begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.is_stepping = True
+
     @torch.no_grad()
     def _compare(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._step is None:
+        self.is_stepping = False
+        if not self._asked:
             return
-        self._step = None
+        self._asked.clear()
         layout, active = self.layout, self.active
         before, self._before = self._before, []
         if active:
@@ -236,10 +254,37 @@ class StepProbe:
                 torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
 
 
+def refuse_complex(name: str, params: Iterable[Tensor]) -> None:
+    """Refuse parameters whose squares are no norms.
+
+    Raises:
+        ValueError: One of them is complex.
+    """
+    if any(p.is_complex() for p in params):
+        raise ValueError(
+            f"{name} does not take complex parameters; train them as pairs of real ones with "
+            "torch.view_as_real."
+        )
+
+
 def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer, of a wrapper of Fabric, Accelerate or Lightning the one in it."""
     inside: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inside
+
+
+def index_of(optimizer: Optimizer | None, watched: Sequence[Optimizer]) -> int:
+    """Which of the watched optimizers this is; None stands for the only one.
+
+    Raises:
+        ValueError: It is none of them, or there are several.
+    """
+    if optimizer is None and len(watched) == 1:
+        return 0
+    if optimizer is None or unwrapped(optimizer) not in watched:
+        kind = "None" if optimizer is None else type(optimizer).__name__
+        raise ValueError(f"tell which of the {len(watched)} watched optimizers steps, got {kind}.")
+    return watched.index(unwrapped(optimizer))
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:

@@ -1081,8 +1081,11 @@ def test_the_library_is_enough(tmp_path: Path) -> None:
     [
         ({"window": 0}, "window must be at least 16 steps, got 0."),
         ({"threshold": 0.0}, "threshold must be positive and finite, got 0.0."),
-        ({"top_k": 0}, "top_k must be at least 1, got 0."),
-        ({"weight_norm_every": 0}, "weight_norm_every must be at least 1, got 0."),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0."),
+        (
+            {"weight_norm_every": 0},
+            "weight_norm_every must be a whole number of at least 1, got 0.",
+        ),
         (
             {"reaction": "ignore"},
             "reaction must be one of log, skip, rollback, stop, or a Reaction, got 'ignore'",

@@ -184,7 +184,7 @@ def loop(limit_first: bool, **limits: Any) -> tuple[torch.Tensor, Any]:
         loss.backward()
         if limits.get("max_decrease"):
             limit.loss = loss
-        update = probe.snapshot(500 + step) if limit_first else None
+        update = probe.snapshot(500 + step, "limit") if limit_first else None
         optimizer.step()
         assert update is None or update is probe.update
     assert probe.update.factors is not None

@@ -5,11 +5,11 @@ Dimensions: Q buffers are watched.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..layout import norms
+from .kept import Kept
 
 
 class Buffers:
@@ -17,32 +17,34 @@ class Buffers:
 
     Attributes:
         names: Those with floating-point values, which are watched (Q).
-        copies: All of them, as they were before the last forward pass.
+        kept: All of them, as they were before the last forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.names: Sequence[str] = ()
-        self.copies: list[Tensor] = []
-        self._watched: list[Tensor] = []
+        self.kept = Kept()
+        self.find()
 
-    def find(self) -> bool:
-        """Look for them, and say whether some are new: a lazy module has none at first."""
-        found = {n: b.detach() for n, b in self.model.named_buffers() if b.is_floating_point()}
-        self.names = [name.replace("_orig_mod.", "") for name in found]
-        self._watched = list(found.values())
-        return len(self.copies) != len(list(self.model.buffers()))
+    def find(self) -> None:
+        """Look for them; a lazy module has none at first."""
+        modules = list(self.model.named_modules())
+        self._owners = [module._buffers for _, module in modules if module._buffers]
+        places = {
+            f"{path}.{key}".removeprefix(".").replace("_orig_mod.", ""): (module._buffers, key)
+            for path, module in modules
+            for key, b in module._buffers.items()
+            if b is not None and b.is_floating_point() and not is_lazy(b)
+        }
+        self.names: Sequence[str] = list(places)
+        self._places = list(places.values())  # a forward pass may put another tensor there
 
     def norms(self) -> Tensor | None:
         """L2 norms (Q,) on the device; None without buffers."""
-        return norms(self._watched) if self._watched else None
+        if any(owner.get(key) is None for owner, key in self._places):
+            self.find()  # some are gone
+        found = [owner[key] for owner, key in self._places]
+        return norms([b.detach() for b in found if b is not None]) if found else None
 
     def keep(self) -> None:
         """Copy them."""
-        self.copies = [b.clone() for b in self.model.buffers() if not is_lazy(b)]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Bring them back to the copies, in place."""
-        for buffer, copy in zip(self.model.buffers(), self.copies, strict=True):
-            buffer.copy_(copy)
+        self.kept = Kept(owners=self._owners)

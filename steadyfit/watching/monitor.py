@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from .. import processes
 from ..clipping import overwrites_gradients
 from ..detector import SpikeDetector
-from ..probe import StepProbe, unwrapped, unwrapped_model
+from ..probe import StepProbe, index_of, refuse_complex, unwrapped, unwrapped_model
 from .buffers import Buffers
 from .observation import BEHIND, Observation, learning_rate, read, scalar
 from .optimizer_monitor import OptimizerMonitor, row_of
-from .reactions import REACTIONS, Reaction, ReactionName, Rollback
+from .reactions import Reaction, ReactionName, Rollback, act, reaction_of
 from .records import replace_file
 from .skip import Skip
 from .spike_log import CONFIRM, COUNTED, SpikeLog
@@ -99,14 +99,9 @@ class SpikeMonitor:
     ) -> None:
         positive = {"every": every, "top_k": top_k, "weight_norm_every": weight_norm_every}
         for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if value < 1 or value != int(value):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
         SpikeDetector(window, threshold)  # refuses what it does not take
-        if reaction not in get_args(ReactionName) and not isinstance(reaction, Reaction):
-            raise ValueError(
-                f"reaction must be one of {', '.join(get_args(ReactionName))}, or a Reaction, got "
-                f"{reaction!r}."
-            )
         self.folder = Path(folder) if folder is not None else None
         self._log = log
         self.every = every
@@ -115,9 +110,7 @@ class SpikeMonitor:
         self.top_k = top_k
         self.weight_norm_every = weight_norm_every
         self.skips = reaction == "skip"
-        made = REACTIONS.get(reaction) if isinstance(reaction, str) else None
-        chosen = made() if made else reaction
-        self.reaction = chosen if isinstance(chosen, Reaction) else None
+        self.reaction = reaction_of(reaction)
         self._hooks: list[tuple[StepProbe, Callable[[], None]]] = []  # of reactions on the device
         self.forget()
         self.attach(model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
@@ -148,7 +141,9 @@ class SpikeMonitor:
         self.spikes.open(self.folder / "spikes.jsonl" if self.folder else None)
         for index, optimizer in enumerate(self.optimizers):
             probe = StepProbe.of(optimizer)
+            refuse_complex(type(self).__name__, probe.params)
             probe.asks_products |= not overwrites_gradients(optimizer)
+            self._name_parameters(index, probe.params)
             if self.skips:
                 self._attach_skip(index, probe)
         if isinstance(self.reaction, Rollback):
@@ -189,14 +184,16 @@ class SpikeMonitor:
         """What is known of this optimizer's steps."""
         if index not in self.monitors:
             self.monitors[index] = OptimizerMonitor(self.window, self.threshold)
-        monitor, parameters = self.monitors[index], StepProbe.of(self.optimizers[index]).params
-        if len(monitor.sizes) != len(parameters):  # at the start, and when parameters were added
-            names = [self._names.get(id(p), f"parameter {i}") for i, p in enumerate(parameters)]
-            monitor.set_parameters(names, [p.numel() for p in parameters])
-            for o in self._pending:
-                if o.optimizer == index:
-                    o.widen(len(parameters))
-        return monitor
+        return self.monitors[index]
+
+    def _name_parameters(self, index: int, params: Sequence[Tensor]) -> None:
+        """Tell what an optimizer trains, at the start and when that has changed."""
+        monitor = self.monitor_of(index)
+        if monitor.params is not params:
+            if monitor.params:
+                self.flush(refresh=self._due)  # what is pending was of those before
+            names = [self._names.get(id(p), f"parameter {i}") for i, p in enumerate(params)]
+            monitor.set_parameters(names, params)
 
     # Collecting, without a read from the device
 
@@ -224,21 +221,23 @@ class SpikeMonitor:
             scale: What gradients are still multiplied by (), if the optimizer itself unscales them.
             scaled: A gradient scaler leaves out the step if its gradients are not finite.
             earlier: Squared norms (A,) of the gradients before they may have been clipped.
+
+        Raises:
+            ValueError: It is not known which optimizer takes the step.
         """
-        step, index = self.global_step, 0
-        if optimizer is not None:
-            index = self.optimizers.index(unwrapped(optimizer))
-        if [(o.step, o.optimizer) for o in self._pending[-1:]] == [(step, index)]:
+        step, index = self.global_step, index_of(optimizer, self.optimizers)
+        optimizer = self.optimizers[index]
+        probe = StepProbe.of(optimizer)
+        if probe.is_stepping and any(o.is_coming for o in self._pending if o.probe is probe):
             return  # a step that evaluates its closure more than once, as L-BFGS does
         self._due |= step % self.every == 0
         if self._due and not any(o.is_coming and o.optimizer != index for o in self._pending):
             self.flush(refresh=True)
-        if not self._pending and self.buffers.find():
-            self.keep_buffers()
-        optimizer = self.optimizers[index]
-        probe = StepProbe.of(optimizer)
-        update = probe.snapshot(step)
+        if not self._pending:
+            self.buffers.find()
+        update = probe.snapshot(step, self)
         gradient = probe.gradient_squares()
+        self._name_parameters(index, probe.params)
         if earlier is not None and len(earlier) == len(gradient):  # else some have come or gone
             gradient = torch.maximum(gradient, earlier)
         o = Observation(
@@ -255,11 +254,12 @@ class SpikeMonitor:
             scaled=scaled,
             weight=probe.weight_squares() if step % self.weight_norm_every == 0 else None,
             buffers=self.buffers.norms(),
+            is_new=self.monitor_of(index).is_new(probe.layout.active),
         )
         self._pending.append(o)
         self.global_step = step + 1
         if self.skips:
-            self.skip[index].before_step(o, self.model, self.buffers.copies)
+            self.skip[index].before_step(o, self.buffers.kept)
         elif self.reaction:
             self._react(self.reaction, o, optimizer)
         self.keep_buffers()
@@ -285,20 +285,18 @@ class SpikeMonitor:
         self._unread = [o]
         if not spiked:
             if o.step - self._last_spike > CONFIRM:
-                reaction.on_calm_step(self.loop, self.model, self.buffers.copies)
+                reaction.on_calm_step(self.loop, self.model, self.buffers.kept)
             return
         self._last_spike = o.step
-        o.reaction = type(reaction).__name__.lower()
         self.before_reaction(o)
-        if done := reaction.react(self.loop, self.model, optimizer):
-            o.reaction = done
+        o.reaction = act(reaction, self.loop, self.model, optimizer)
 
     def _leave_out(self) -> None:
         """A reaction leaves out the step it was called for."""
         o = self._unread[-1]
         o.left_out = True
         self.monitor_of(o.optimizer).forget_buffers()
-        self.buffers.put_back()
+        self.buffers.kept.restore()
 
     def before_reaction(self, o: Observation) -> None:
         """Hook: a reaction is about to act on a step."""
@@ -310,7 +308,7 @@ class SpikeMonitor:
     def _unlearn(self, learned: Any) -> None:
         for index, (detectors, ratios) in learned.items():
             self.monitors[index].detectors, self.monitors[index].ratios = detectors, ratios
-            ratios.grow(len(self.monitors[index].sizes))  # some may have been added since
+            ratios.grow(len(self.monitors[index].names))  # some may have been added since
 
     # Reading and judging
 
@@ -322,8 +320,6 @@ class SpikeMonitor:
                 something else wants to know, so that a resumed run skips the same steps.
             alone: The other processes may not be listening, so do not wait for them.
         """
-        for index in {o.optimizer for o in self._pending}:
-            self.monitor_of(index)  # parameters may have been added
         pending, self._pending, self._unread, self._due = self._pending, [], [], False
         if pending:
             read(pending, None if alone else processes.average)

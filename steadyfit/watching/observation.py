@@ -76,7 +76,9 @@ class Observation:
     weight: Tensor | None = None  # squared norms (A,), now and then
     buffers: Tensor | None = None  # norms (Q,)
     skipped: Tensor | None = None  # (), whether a reaction took the step back
-    active: list[int] = field(default_factory=list)  # the parameters with a gradient (A)
+    is_new: bool = False  # some of its parameters take part for the first time
+    count: int = 0  # of all parameters (P)
+    active: list[int] = field(default_factory=list)  # those with a gradient (A)
     numbers: Numbers = field(default_factory=dict)  # what has been read
     judged: dict[str, Verdict] = field(default_factory=dict)  # by signal
     scores: np.ndarray | None = None  # (P,) of the parameters
@@ -84,7 +86,7 @@ class Observation:
     left_out: bool = False  # by a reaction, before it was taken
 
     def __post_init__(self) -> None:
-        self.active = self.probe.layout.active
+        self.active, self.count = self.probe.layout.active, len(self.probe.params)
         # how often the squares of this process's part make up the mean over the processes
         sharded = self.probe.is_sharded
         self.parts = self.probe.shard_counts(self.gradient) if sharded else None
@@ -123,8 +125,8 @@ class Observation:
         if name in NORMS:
             values = np.sqrt(values)
         of_parameters = name in NORMS or name == "factor"
-        if of_parameters and len(self.active) < len(self.probe.params):
-            whole = np.full(len(self.probe.params), 1.0 if name == "factor" else 0.0)
+        if of_parameters and len(self.active) < self.count:
+            whole = np.full(self.count, 1.0 if name == "factor" else 0.0)
             whole[self.active] = values
             values = whole
         self.numbers[name] = values
@@ -135,14 +137,6 @@ class Observation:
             # what is known behind the step is of gradients that were unscaled in place
             self.numbers["gradient"] /= self.numbers.pop("scale")
             self.scale = None
-
-    def widen(self, count: int) -> None:
-        """Take so many parameters for those of the optimizer: some were added behind the step."""
-        for name in (*NORMS, "factor"):
-            if name in self.numbers:
-                missing = count - len(self.numbers[name])
-                rest = np.full(missing, 1.0 if name == "factor" else 0.0)
-                self.numbers[name] = np.append(self.numbers[name], rest)
 
 
 NORMS = ("gradient", "update", "clipped", "weight")  # of parameters

@@ -7,9 +7,11 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..detector import NORM_MIN_SCALE, DriftDetector, SpikeDetector
 from .history import NormHistory
@@ -31,13 +33,16 @@ class OptimizerMonitor:
 
     def __init__(self, window: int, threshold: float) -> None:
         self.names: list[str] = []
-        self.sizes: list[int] = []
+        self.params: Sequence[Tensor] = ()  # as the probe lists them
+        self.used: set[int] = set()  # those that have had a gradient
+        self._active: list[int] = []  # in the last step
+        self._norm_detector = partial(SpikeDetector, window, threshold, NORM_MIN_SCALE)
         self.detectors = {
-            "gradient": SpikeDetector(window, threshold, NORM_MIN_SCALE),
-            "update": SpikeDetector(window, threshold, NORM_MIN_SCALE),
+            "gradient": self._norm_detector(),
+            "update": self._norm_detector(),
             "loss": SpikeDetector(window, threshold),
-            "promise": SpikeDetector(window, threshold, NORM_MIN_SCALE),  # of the usual level
-            "buffer": SpikeDetector(window, threshold, NORM_MIN_SCALE),
+            "promise": self._norm_detector(),  # of the usual level alone
+            "buffer": self._norm_detector(),
         }
         self.drift = DriftDetector()  # of the loss
         # one of many parameters goes further astray by chance than one signal
@@ -48,11 +53,23 @@ class OptimizerMonitor:
         self.buffers: np.ndarray | None = None  # norms (Q,) in the last step
         self._last_buffers: np.ndarray | None = None  # and in the one before
 
-    def set_parameters(self, names: list[str], sizes: list[int]) -> None:
-        """Take these parameters (P) from now on; what was there keeps its place."""
-        self.names, self.sizes = names, sizes
+    def set_parameters(self, names: list[str], params: Sequence[Tensor]) -> None:
+        """Take these parameters (P) from now on; what others have taught is forgotten."""
+        if names[: len(self.names)] != self.names:
+            self.history = NormHistory([])
+            self.ratios = ParameterRatios(self.ratios.window, self.ratios.limit)
+            self.used = set()
+        self.names, self.params = names, params
         self.history.grow(names)
         self.ratios.grow(len(names))
+
+    def is_new(self, active: list[int]) -> bool:
+        """Whether some parameters take part for the first time, as those of a layer just thawed."""
+        if active is self._active:
+            return False
+        new, begun = set(active) - self.used, bool(self.used)
+        self._active, self.used = active, self.used | new
+        return begun and bool(new)
 
     def judge(self, steps: Sequence[Observation], buffer_names: Sequence[str] = ()) -> None:
         """Judge what has been read of some steps and not been judged yet."""
@@ -96,6 +113,9 @@ class OptimizerMonitor:
         spiked = np.asarray(spikes.any(1)).tolist()
         for k, o in enumerate(steps):
             self._notice_rate(float(max(o.lrs)))
+            if o.is_new:  # there are other gradients: their level has to be learned again
+                for name in ("gradient", "update", "promise"):
+                    self.detectors[name] = self._norm_detector()
             if o.scaled and not math.isfinite(totals[k]):
                 # the scaler throws this step away: no spike, and never in the statistics
                 o.judged["gradient"] = Verdict(totals[k], "overflow")
@@ -121,7 +141,7 @@ class OptimizerMonitor:
         norms, last = o.numbers["buffers"], self.buffers
         if not was_skipped(o):
             self.buffers, self._last_buffers = norms, last
-        if last is None or len(last) != len(norms):
+        if last is None or not len(last) == len(norms) == len(names):
             return
         with np.errstate(divide="ignore", invalid="ignore"):
             growth = np.where(last > 0, norms / last, 1.0)
@@ -180,7 +200,7 @@ class OptimizerMonitor:
             facts["z"] = float(scores[i])
             if update is not None:
                 facts["update_norm"] = float(update[i])
-                facts["update_rms"] = float(update[i]) / math.sqrt(max(1, self.sizes[i]))
+                facts["update_rms"] = float(update[i]) / math.sqrt(max(1, self.params[i].numel()))
             return facts
 
         def largest(by: np.ndarray) -> list[dict[str, Any]]:
@@ -213,6 +233,7 @@ class OptimizerMonitor:
             "history": self.history.state_dict(),
             "before": json.dumps(list(self.before)),
             "lr": self.lr,
+            "used": sorted(self.used),
             "buffers": None if self.buffers is None else self.buffers.tolist(),
         }
 
@@ -231,6 +252,7 @@ class OptimizerMonitor:
             self.ratios.load_rows(state["logs"])
         self.before.extend(json.loads(state["before"]))
         self.lr = state["lr"]
+        self.used = set(state.get("used", range(len(self.names))))
         buffers = state.get("buffers")
         self.buffers = None if buffers is None else np.array(buffers)
 

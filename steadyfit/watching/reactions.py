@@ -3,16 +3,16 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..layout import local
 from ..probe import StepProbe
+from .kept import Kept
 
 ReactionName = Literal["log", "skip", "rollback", "stop"]
 
@@ -42,11 +42,11 @@ class Reaction(ABC):
         """
 
     def on_calm_step(  # noqa: B027  optional
-        self, loop: Any, model: nn.Module, buffers: list[Tensor]
+        self, loop: Any, model: nn.Module, buffers: Kept
     ) -> None:
         """Hook: a step is about to be taken, and neither it nor those just before it spike.
 
-        ``buffers`` are copies of those of the model, before the forward pass of the step.
+        ``buffers`` are those of the model, before the forward pass of the step.
         """
 
     def skip_step(self, optimizer: Optimizer) -> None:
@@ -68,40 +68,6 @@ class Stop(Reaction):
     def react(self, loop: Any, model: nn.Module, optimizer: Optimizer) -> None:
         self.skip_step(optimizer)
         loop.should_stop = True
-
-
-class Copy:
-    """Parameters, buffers and optimizer states in main memory."""
-
-    def __init__(
-        self, loop: Any, model: nn.Module, buffers: list[Tensor], learned: Any = None
-    ) -> None:
-        self.parameters = [to_host(p) for p in model.parameters()]
-        self.buffers = [to_host(b) for b in buffers]
-        self.states: list[dict[Tensor, dict[str, Any]]] = [
-            {p: {k: to_host(v) for k, v in s.items()} for p, s in o.state.items()}
-            for o in loop.optimizers
-        ]
-        self.learned = learned
-
-    @torch.no_grad()
-    def restore(self, loop: Any, model: nn.Module) -> None:
-        """Bring everything back to where it was, in place."""
-        own = [*model.parameters(), *model.buffers()]
-        for tensor, saved in zip(own, [*self.parameters, *self.buffers], strict=True):
-            local(tensor).copy_(saved)
-        for optimizer, states in zip(loop.optimizers, self.states, strict=True):
-            probe = StepProbe.of(optimizer)
-            probe.copy()  # going back is not an update
-            state = probe.optimizer.state
-            for parameter in [p for p in state if p not in states]:
-                del state[parameter]
-            for parameter, values in states.items():
-                for key, value in values.items():
-                    if isinstance(value, Tensor):
-                        local(state[parameter][key]).copy_(value)
-                    else:
-                        state[parameter][key] = deepcopy(value)
 
 
 class Rollback(Reaction):
@@ -132,12 +98,12 @@ class Rollback(Reaction):
         self.every = every
         self.keep = keep
         self.learned: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
-        self.copies: list[Copy] = []
+        self.copies: list[tuple[Any, list[Kept]]] = []  # what was usual, and what was there
         self.next_copy = 0
         self.next_return = 0
 
     def start(self, loop: Any, model: nn.Module) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
         weights = sum(local(t).numel() * t.element_size() for t in tensors)
         needed, free = 3 * weights * self.keep, free_memory()  # two moments, as Adam has them
         if needed > free:
@@ -147,29 +113,45 @@ class Rollback(Reaction):
             )
         self.next_copy = self.next_return = loop.global_step
 
-    def on_calm_step(self, loop: Any, model: nn.Module, buffers: list[Tensor]) -> None:
+    def on_calm_step(self, loop: Any, model: nn.Module, buffers: Kept) -> None:
         if loop.global_step < self.next_copy:
             return
         self.next_copy = loop.global_step + self.every
         learned = self.learned[0]() if self.learned else None
-        self.copies = [*self.copies, Copy(loop, model, buffers, learned)][-self.keep :]
+        probes = [StepProbe.of(optimizer) for optimizer in loop.optimizers]
+        params = dict.fromkeys(
+            [*model.parameters(), *(p for probe in probes for p in probe.params)]
+        )
+        states = [probe.optimizer.state for probe in probes]
+        kept = [Kept(params, states, on_host=True), buffers.to_host()]
+        self.copies = [*self.copies, (learned, kept)][-self.keep :]
 
     def react(self, loop: Any, model: nn.Module, optimizer: Optimizer) -> str | None:
         self.skip_step(optimizer)
         if not self.copies or loop.global_step < self.next_return:
             return "skip"
-        copy = self.copies.pop()
-        copy.restore(loop, model)
+        learned, copies = self.copies.pop()
+        for kept in copies:
+            kept.restore()
+        for each in loop.optimizers:
+            StepProbe.of(each).copy()  # going back is not an update
         if self.learned:
-            self.learned[1](copy.learned)
+            self.learned[1](learned)
         self.next_copy = self.next_return = loop.global_step + self.every
         return None
 
 
-def to_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return local(value.detach()).to("cpu", copy=True)
-    return deepcopy(value)
+def act(reaction: Reaction, loop: Any, model: nn.Module, optimizer: Optimizer) -> str:
+    """React to a spike, and return what was done.
+
+    Raises:
+        TypeError: A reaction of somebody's own does not say it in words.
+    """
+    name = type(reaction).__name__
+    done = reaction.react(loop, model, optimizer)
+    if not isinstance(done, str | None):
+        raise TypeError(f"{name}.react must return a string or None, got {done!r}.")
+    return done or name.lower()
 
 
 def free_memory() -> float:
@@ -182,4 +164,17 @@ def free_memory() -> float:
     return math.inf if kilobytes is None else 1024.0 * int(kilobytes)
 
 
-REACTIONS: dict[str, type[Reaction]] = {"rollback": Rollback, "stop": Stop}
+def reaction_of(given: ReactionName | Reaction) -> Reaction | None:
+    """The reaction of this name; None for those on the device.
+
+    Raises:
+        ValueError: There is no such reaction.
+    """
+    if isinstance(given, Reaction):
+        return given
+    if given not in (names := get_args(ReactionName)):
+        raise ValueError(
+            f"reaction must be one of {', '.join(names)}, or a Reaction, got {given!r}."
+        )
+    made: dict[str, type[Reaction]] = {"rollback": Rollback, "stop": Stop}
+    return made[given]() if given in made else None

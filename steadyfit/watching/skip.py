@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import processes
 from ..detector import SHIFT_AFTER
-from ..layout import local
 from ..probe import StepProbe
+from .kept import Kept
 from .observation import Observation
 from .optimizer_monitor import OptimizerMonitor
 
@@ -29,8 +29,9 @@ class Skip:
     what the step has changed is chosen there between old and new. A step that is left out leaves
     all of it equal bit for bit, which a gradient times 0 would not (it is NaN where it was NaN, and
     AdamW moves on gradients of zero). It takes the memory of the copies, for the length of a step.
-    Read is once where a step creates optimizer states or exchanges objects in them, and where these
-    lie in main memory: the count of steps of torch's Adam, unless it is fused or capturable.
+    Read is once where a step creates optimizer states or changes them by other than tensors
+    (numbers in a parameter group, lists), and where these lie in main memory: the count of steps of
+    torch's Adam, unless it is fused or capturable.
 
     Attributes:
         signals: Largest ordinary value of each of ``SIGNALS``.
@@ -47,8 +48,7 @@ class Skip:
         self._loss = torch.tensor(math.inf)  # () of the step, if it is known
         self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # signals and ratios
         self._buffers: Tensor | None = None  # norms (Q,) after the last step
-        self._old: list[tuple[Tensor, Tensor]] = []  # each tensor and its copy
-        self._states: dict[Tensor, dict[str, Any]] = {}  # of each parameter, as they were
+        self._kept: list[Kept] = []  # what the coming step may change
 
     def refresh(self, monitor: OptimizerMonitor) -> None:
         """Take the thresholds that hold from now on."""
@@ -58,22 +58,18 @@ class Skip:
         self._limits, self._open = {}, torch.tensor(False)
 
     @torch.no_grad()
-    def before_step(self, o: Observation, model: nn.Module, buffers: list[Tensor]) -> None:
+    def before_step(self, o: Observation, buffers: Kept) -> None:
         """Judge gradient, loss and buffers, and copy what the step may change.
 
         Args:
             o: The step.
-            model: What is trained.
-            buffers: Copies of its buffers, before the forward pass.
+            buffers: Those of the model, before the forward pass.
         """
         whole = processes.average_all(o.tensors())  # each process has to decide the same
+        self._open = self._open | o.is_new  # nothing is known of what is thawed
         self.flag = self._is_beyond(o, whole)
-        state, active = o.probe.optimizer.state, [o.probe.params[i] for i in o.active]
-        self._states = {p: dict(state[p]) for p in active if p in state}
-        values = [v for values in self._states.values() for v in values.values()]
-        tensors = [local(t.detach()) for t in (*active, *values) if isinstance(t, Tensor)]
-        self._old = [(t, t.clone()) for t in tensors]
-        self._old += zip(model.buffers(), buffers, strict=True)
+        optimizer, active = o.probe.optimizer, [o.probe.params[i] for i in o.active]
+        self._kept = [Kept(active, [optimizer.state], optimizer.param_groups), buffers]
         if (norms := whole.get("buffers")) is not None:
             kept = norms if self._buffers is None else self._buffers
             self._buffers = torch.where(self.flag, kept, norms)
@@ -91,24 +87,9 @@ class Skip:
             self.flag = self.flag | (beyond & ~self._open) | ~total.isfinite()
         self._row = torch.where(self.flag, self._row + 1, 0)
         self._open = self._open | (self._row >= SHIFT_AFTER)
-        flags = {self.flag.device: self.flag}
-        for tensor, old in self._old:
-            if tensor.device not in flags:
-                flags[tensor.device] = self.flag.to(tensor.device)
-            tensor.copy_(torch.where(flags[tensor.device], old, tensor))
-        self._old = []
-        state, active = probe.optimizer.state, [probe.params[i] for i in probe.layout.active]
-        exchanged = [p for p in active if p in state and self._is_other(p, state[p])]
-        if exchanged and bool(self.flag):
-            for p in exchanged:
-                state.pop(p)
-                if p in self._states:
-                    state[p] = self._states[p]
-
-    def _is_other(self, parameter: Tensor, values: dict[str, Any]) -> bool:
-        """Whether a state holds other objects than before the step."""
-        old = self._states.get(parameter, {})
-        return any(value is not old.get(key) for key, value in values.items())
+        for kept in self._kept:
+            kept.restore(self.flag)
+        self._kept = []
 
     def _is_beyond(self, o: Observation, whole: Mapping[str, Tensor]) -> Tensor:
         """Whether gradient, loss or buffers of a step are beyond a threshold () or not finite.

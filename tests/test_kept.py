@@ -1,0 +1,374 @@
+"""What ``skip``, ``rollback`` and an own reaction bring back, whatever a step has done to it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.optim import LBFGS, SGD, Adam, Optimizer
+
+from steadyfit import SpikeMonitor, StepProbe, clip_updates
+from steadyfit.clipping import overwrites_gradients
+from steadyfit.watching.kept import Kept
+from steadyfit.watching.reactions import Reaction
+from tests.test_any_loop import make_data, make_model, same, spiked, state_of, training
+
+FLAGS = [None, torch.tensor(True), torch.tensor(False)]
+
+
+def replaced(owner: dict[str, Any]) -> None:
+    owner["x"] = owner["x"] + 1
+
+
+def resized(owner: dict[str, Any]) -> None:
+    owner["x"] = torch.ones(7)
+
+
+def written(owner: dict[str, Any]) -> None:
+    owner["x"].add_(1)
+
+
+def expanded(owner: dict[str, Any]) -> None:
+    owner["x"] = torch.ones(1).expand(3)
+
+
+def inferred(owner: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        owner["x"] = owner["x"] * 2
+
+
+def counted(owner: dict[str, Any]) -> None:
+    owner["n"] += 1
+
+
+def filled(owner: dict[str, Any]) -> None:
+    owner["list"].append(torch.zeros(1))
+    owner["list"][0].add_(1)
+
+
+def emptied(owner: dict[str, Any]) -> None:
+    owner["list"].clear()
+
+
+def nested(owner: dict[str, Any]) -> None:
+    owner["inner"]["y"].mul_(3)
+
+
+def added(owner: dict[str, Any]) -> None:
+    owner["new"] = 1
+
+
+def removed(owner: dict[str, Any]) -> None:
+    del owner["x"]
+
+
+CHANGES: list[Callable[[dict[str, Any]], None]] = [
+    written, replaced, resized, expanded, inferred, counted, filled, emptied, nested, added, removed
+]  # fmt: skip
+
+
+def make_owner() -> dict[str, Any]:
+    return {
+        "x": torch.arange(3.0),
+        "n": 5,
+        "list": [torch.ones(2), torch.zeros(2)],
+        "inner": {"y": torch.ones(2)},
+        "params": [torch.ones(1)],
+    }
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=["always", "yes", "no"])
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_a_dictionary_goes_back(change: Any, flag: Tensor | None) -> None:
+    owner, there, expected = make_owner(), make_owner(), make_owner()
+    kept = Kept(owners=[owner])
+    change(owner)
+    change(there)
+    kept.restore(flag)
+    assert same(owner, there if flag is not None and not flag else expected)
+
+
+@pytest.mark.parametrize("start", [expanded, inferred], ids=["expanded", "inferred"])
+def test_tensors_that_cannot_be_written_into_go_back(start: Any) -> None:
+    """``copy_`` into them is an error of torch."""
+    owner = make_owner()
+    start(owner)
+    before = owner["x"].clone()
+    kept = Kept(owners=[owner])
+    kept.restore(torch.tensor(True))
+    assert torch.equal(owner["x"], before)
+
+
+# In training
+
+
+class Running(nn.Module):
+    """Keeps a mean in a buffer that each forward pass puts anew, of another shape if asked."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = 0.9 * self.mean.reshape(-1, 8)[0] + 0.1 * x.detach().mean(0)
+        if self.change == "expanded":
+            self.mean = mean.expand(3, 8)
+            return x
+        if self.change == "inferred":
+            with torch.inference_mode():
+                self.mean = mean * 1
+            return x
+        self.mean = (
+            mean.repeat(1 + int(mean.abs().max() > 100)) if self.change == "longer" else mean
+        )
+        return x
+
+
+@pytest.mark.parametrize("reaction", ["skip", "stop"])
+@pytest.mark.parametrize("change", ["replaced", "longer", "expanded", "inferred"])
+def test_buffers_that_are_replaced_go_back(change: str, reaction: Any) -> None:
+    model = nn.Sequential(Running(change), make_model())
+    optimizer = SGD(model.parameters(), lr=0.01)
+    monitor = SpikeMonitor(model, optimizer, reaction=reaction, every=10)
+    data = make_data(factors={35: 1e4})
+    data[35][0].mul_(1e5)  # in what the buffer sees too
+    buffer, states = [], []
+    for step in training(model, optimizer, monitor, data[:36]):
+        buffer.append(model.get_buffer("0.mean").clone())
+        states.append(state_of(model, optimizer))
+        if step == 35:
+            assert not spiked(monitor)
+    assert 35 in spiked(monitor)
+    # of the forward pass of the spike nothing is left
+    assert torch.equal(buffer[35], buffer[36])
+    assert same(states[35], states[36])
+    assert "0.mean" in monitor.buffers.names
+
+
+def test_a_buffer_that_is_replaced_is_watched() -> None:
+    """The norm was that of the first tensor, for ever."""
+    model = nn.Sequential(Running("replaced"), make_model())
+    optimizer = SGD(model.parameters(), lr=0.0)
+    monitor = SpikeMonitor(model, optimizer, every=10)
+    data = make_data()
+    data[40][0].mul_(1e6)
+    list(training(model, optimizer, monitor, data))
+    [record] = [r for r in monitor.records if "buffer" in r["spiked"]]
+    assert record["step"] == 40
+    assert record["signals"]["buffer"]["name"] == "0.mean"
+
+
+class Counting(SGD):
+    """Keeps what it knows in its parameter groups, as Prodigy does."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group.setdefault("norms", []).append(torch.ones(1))
+        return super().step(closure)
+
+
+def test_what_stands_in_parameter_groups_goes_back() -> None:
+    model = make_model()
+    optimizer = Counting(model.parameters(), lr=0.01)
+    monitor = SpikeMonitor(model, optimizer, reaction="skip", every=10)
+    list(training(model, optimizer, monitor, make_data(factors={35: 1e4})))
+    [group] = optimizer.param_groups
+    assert (group["k"], len(group["norms"])) == (59, 59)
+
+
+def test_the_memory_of_lbfgs_goes_back() -> None:
+    """Its lists of directions are filled in place."""
+    model = make_model()
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    monitor = SpikeMonitor(model, optimizer, reaction="skip", every=10)
+    data = make_data(45, factors={40: 1e4})
+    states = []
+    for x, y in data:
+        states.append(state_of(model, optimizer))
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            monitor.before_step(loss)
+            return loss
+
+        optimizer.step(closure)
+    monitor.flush()
+    assert [r["step"] for r in monitor.records if r["reaction"] == "skip"] == [40]
+    assert same(states[40], states[41])
+
+
+def test_rollback_takes_lazy_modules() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(1))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    monitor = SpikeMonitor(model, optimizer, reaction="rollback", every=10)
+    list(training(model, optimizer, monitor, make_data(factors={55: 1e4})))
+    assert [r["step"] for r in monitor.records if r["reaction"] == "rollback"] == [55]
+
+
+# What is watched
+
+
+def test_parameters_that_are_exchanged_are_seen() -> None:
+    """As many as before, in the same group: they were neither watched nor clipped."""
+    model, other = make_model(), nn.Linear(16, 1)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    monitor = SpikeMonitor(nn.ModuleList([model, other]), optimizer, every=10)
+    for step in training(model, optimizer, monitor, make_data()):
+        if step == 25:
+            model[2] = other
+            optimizer.param_groups[0]["params"][2:] = list(other.parameters())
+    assert StepProbe.of(optimizer).params[2] is other.weight
+    assert monitor.monitor_of(0).names[2:] == ["1.weight", "1.bias"]
+    assert not spiked(monitor)
+
+
+@pytest.mark.parametrize("reaction", ["stop", "skip"])
+def test_a_layer_that_is_thawed_is_no_spike(reaction: Any) -> None:
+    """Its gradient comes on top of those there were, and ended the run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+    model.get_submodule("0").requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        model.get_parameter("2.weight").mul_(30)
+    optimizer = SGD(model.parameters(), lr=1e-4)
+    monitor = SpikeMonitor(model, optimizer, reaction=reaction, every=10)
+    norms: list[dict[str, float]] = []
+    monitor.log_rows = lambda rows: norms.extend(dict(row) for row in rows.values())  # type: ignore[method-assign]
+    for step in training(model, optimizer, monitor, make_data(120)):
+        if step == 64:
+            model.get_submodule("0").requires_grad_()
+    totals = [row["grad_norm/total"] for row in norms]
+    assert min(totals[64:70]) > 2 * max(totals[40:64])
+    assert not monitor.should_stop
+    assert not [r for r in monitor.records if r["reaction"] != "log"]
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-28])
+def test_norms_that_float32_cannot_square_are_numbers(scale: float) -> None:
+    """Of float32 the square of 1e20 is infinite, and that of 1e-23 is zero."""
+    seen: dict[int, Any] = {}
+    parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
+    optimizer = SGD(parameters, lr=0.0)
+    with SpikeMonitor(nn.ParameterList(parameters), optimizer, log=seen.update) as monitor:
+        for p in parameters:
+            p.grad = torch.full_like(p, scale)
+        monitor.before_step(1.0)
+        optimizer.step()
+    assert seen[0]["grad_norm/total"] == pytest.approx(scale * 8**0.5)
+    assert not monitor.records
+
+
+def test_two_monitors_that_count_differently() -> None:
+    """The second took the update from the first, since its step had another number."""
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    rows: list[dict[int, Any]] = [{}, {}]
+    first = SpikeMonitor(model, optimizer, log=rows[0].update)
+    second = None
+    for step in training(model, optimizer, first, make_data(30)):
+        if step == 10:
+            second = SpikeMonitor(model, optimizer, log=rows[1].update)
+            first.before_step = announced_to(first, second)  # type: ignore[method-assign]
+    assert second
+    second.flush()
+    updates = [[rows[0][s]["update_norm/total"] for s in range(10, 30)]]
+    updates.append([rows[1][s]["update_norm/total"] for s in range(20)])
+    assert updates[0] == updates[1]
+
+
+def announced_to(first: SpikeMonitor, second: SpikeMonitor) -> Any:
+    """Announce a step to both."""
+    announce = first.before_step
+
+    def both(*args: Any, **kwargs: Any) -> None:
+        announce(*args, **kwargs)
+        second.before_step(*args, **kwargs)
+
+    return both
+
+
+def test_layouts_of_ever_other_parameters_are_forgotten() -> None:
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(12)]
+    probe = StepProbe.of(SGD(parameters, lr=0.1))
+    for number in range(1, 300):
+        for bit, p in enumerate(parameters):
+            p.grad = torch.ones(1) if number >> bit & 1 else None
+        probe.find_active()
+        assert len(probe.layout.active) == number.bit_count()
+    assert len(probe._layouts) <= 64
+
+
+def test_a_state_of_another_model_is_begun_anew() -> None:
+    states: list[Any] = []
+    for model in (make_model(nn.Linear(16, 16)), make_model()):
+        optimizer = SGD(model.parameters(), lr=0.01)
+        monitor = SpikeMonitor(model, optimizer, every=10)
+        if states:
+            monitor.load_state_dict(states[0])
+        list(training(model, optimizer, monitor, make_data(30)))
+        states.append(monitor.state_dict())
+    assert monitor.monitor_of(0).history.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+# What is refused
+
+
+class Odd(Reaction):
+    def react(self, loop: Any, model: nn.Module, optimizer: Optimizer) -> Any:
+        return {"done": 1}
+
+
+def test_an_own_reaction_says_what_it_did_in_words() -> None:
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    monitor = SpikeMonitor(model, optimizer, reaction=Odd())
+    with pytest.raises(TypeError, match=r"^Odd\.react must return a string or None, got \{'done'"):
+        list(training(model, optimizer, monitor, make_data(factors={35: 1e4})))
+
+
+def test_what_steps_has_to_be_known() -> None:
+    model = make_model()
+    both = [SGD(model[0].parameters(), lr=0.1), Adam(model[2].parameters(), lr=0.1)]
+    for watched in ([], both):
+        monitor = SpikeMonitor(model, watched)
+        with pytest.raises(ValueError, match=f"which of the {len(watched)} watched .* got None"):
+            monitor.before_step(1.0)
+        with pytest.raises(ValueError, match="got SGD"):
+            monitor.before_step(1.0, SGD(model.parameters(), lr=0.1))
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for watch in (lambda: SpikeMonitor(model, optimizer), lambda: clip_updates(optimizer)):
+        with pytest.raises(ValueError, match="does not take complex parameters; train them as"):
+            watch()
+
+
+@pytest.mark.parametrize("value", [1.5, 0, -1])
+def test_whole_numbers_are_asked_for(value: Any) -> None:
+    model = make_model()
+    with pytest.raises(
+        ValueError, match=f"every must be a whole number of at least 1, got {value}"
+    ):
+        SpikeMonitor(model, SGD(model.parameters(), lr=0.1), every=value)
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_whose_gradients_are_overwritten(foreach: bool | None) -> None:
+    """By torch itself: what a step leaves in the gradients."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = SGD([parameter], lr=0.1, momentum=0.9, nesterov=True, foreach=foreach)
+    for _ in range(2):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+    assert parameter.grad is not None
+    assert overwrites_gradients(optimizer) == (not torch.equal(parameter.grad, torch.ones(3)))
