@@ -119,17 +119,21 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         home = tmp_path_factory.mktemp("home")
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(home))
-        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_MODE", "disabled")  # starting a run takes longer than most tests
         patch.setenv("WANDB_ERROR_REPORTING", "false")
         yield
 
 
-@pytest.fixture(autouse=True)
-def _own_wandb_service() -> Iterator[None]:
-    """W&B's service process resolves relative paths in the folder in which it was started."""
+@pytest.fixture
+def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B runs are written to the run's folder, as they are without settings of W&B.
+
+    Its service process resolves relative paths in the folder in which it was started.
+    """
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    end_wandb()
     yield
-    if "wandb" in sys.modules:
-        end_wandb()
+    end_wandb()
 
 
 @pytest.fixture(scope="session")
@@ -170,6 +174,7 @@ def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("trained")
         patch.chdir(home)
+        patch.setenv("WANDB_MODE", "offline")
         train.main(["fit", *small, "--run=first", "--trainer.max_epochs=6"])
         end_wandb()
         return home / "runs" / "cifar10_cpu" / "first"

@@ -22,7 +22,9 @@ DEMO = [
     f"--config={CONFIGS / 'demo.yaml'}",
     "--run=r",
     "--trainer.enable_progress_bar=false",
+    "--trainer.limit_train_batches=8",
     "--trainer.limit_val_batches=1",
+    "--model.network.widths=[4,4,4]",
     "--model.lr_scheduler=null",  # else another length is another run
 ]
 FOLDER = Path("runs/demo/r")
@@ -47,6 +49,7 @@ def callbacks_of(folder: Path) -> list[dict[str, Any]]:
     return [c for c in found if c["class_path"].endswith("GradientSpikeMonitor")]
 
 
+@pytest.mark.usefixtures("wandb_offline")
 def test_a_run_logs_its_gradient_norm_and_says_whether_it_spiked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -155,6 +158,7 @@ def test_what_it_cannot_watch_is_said_once_and_trained(
         fit(tmp_path / "named", make(), *(c() for c in before), GradientSpikeMonitor())
 
 
+@pytest.mark.usefixtures("wandb_offline")
 def test_what_a_run_left_undone_that_was_killed_behind_its_last_checkpoint() -> None:
     """The norms of each parameter, and W&B's table of spikes."""
     flags = [ADD, "--trainer.callbacks.threshold=1"]  # some step is a spike by that

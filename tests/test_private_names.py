@@ -194,6 +194,7 @@ def test_a_prefix_of_an_option_is_refused() -> None:
         ("wandb.proto.wandb_server_pb2", ""),
     ],
 )
+@pytest.mark.usefixtures("wandb_offline")
 def test_rows_reach_wandb(
     name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
