@@ -124,16 +124,31 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _own_wandb_run() -> Iterator[None]:
+    """The next logger starts its own run."""
+    yield
+    if (wandb := sys.modules.get("wandb")) and wandb.run:
+        wandb.finish()
+
+
+@contextmanager
+def offline_wandb() -> Iterator[None]:
     """W&B runs are written to the run's folder, as they are without settings of W&B.
 
     Its service process resolves relative paths in the folder in which it was started.
     """
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    end_wandb()
-    yield
-    end_wandb()
+    end_wandb()  # a process reads its settings once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        yield
+        end_wandb()
+
+
+@pytest.fixture
+def wandb_offline() -> Iterator[None]:
+    with offline_wandb():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -171,10 +186,8 @@ def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, ``runs/cifar10_cpu/first``, relative to an empty folder."""
     import train
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, offline_wandb():
         home = tmp_path_factory.mktemp("trained")
         patch.chdir(home)
-        patch.setenv("WANDB_MODE", "offline")
         train.main(["fit", *small, "--run=first", "--trainer.max_epochs=6"])
-        end_wandb()
         return home / "runs" / "cifar10_cpu" / "first"

@@ -414,6 +414,7 @@ def test_runs_of_the_same_last_name_are_two(capsys: pytest.CaptureFixture[str]) 
         assert f"--run='{name}' cannot be the name" in said
 
 
+@pytest.mark.usefixtures("wandb_offline")
 def test_any_id_of_wandb_is_found_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``WANDB_RUN_ID=exp-1`` at the start and absent at the resume made two W&B runs."""
     wandb = "--trainer.logger=[callbacks.MetricsCSV,callbacks.ResumableWandbLogger]"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, end_wandb
+from conftest import CONFIGS, end_wandb, offline_wandb
 from fake_data import write_books
 from torch import Tensor, nn
 
@@ -286,12 +286,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with books and a run that has learned to take out doubled words."""
     home = tmp_path_factory.mktemp("home")
     write_books(home / "data")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, offline_wandb():
         patch.chdir(home)
         patch.setattr(GrammarDataModule, "test_size", 40)
         config = f"--config={CONFIGS / 'grammar.yaml'}"
         train.main(["fit", config, *SMALL, "--run=x", "--trainer.max_epochs=10", "--test=true"])
-        end_wandb()
     return home
 
 

@@ -141,7 +141,7 @@ def test_what_was_learned_goes_on() -> None:
 
 @pytest.mark.parametrize("name", ["top_k", "every", "weight_norm_every"])
 def test_settings_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
         make(**{name: 0})
 
 

@@ -80,6 +80,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return sentence
 
 
+@pytest.mark.usefixtures("wandb_offline")
 def test_table_and_picture_of_points(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "--x", "rate", "--hue", "variant")
     stem = Path("runs/small/report/val-accuracy-by-rate-and-variant")

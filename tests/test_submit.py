@@ -501,7 +501,9 @@ def test_list_of_somebody_else(refusal: Refusal) -> None:
 
 
 @pytest.fixture
-def wandb_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def wandb_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, wandb_offline: None
+) -> Iterator[Path]:
     """The W&B folder of a run that was trained offline a while ago."""
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(workplace / "home"))
