@@ -11,21 +11,23 @@ import shlex
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import wandb
-from conftest import read_wandb
+from conftest import full_disk, read_wandb
 from hypothesis import given
 from hypothesis import strategies as st
-from kaggle_server import KEY, USERNAME, KaggleServer
+from kaggle_process import append_rows, start
+from kaggle_server import KEY, USERNAME, Fault, KaggleServer
 
 from core import kaggle_client
 from core.errors import UserError
 from core.sample_file import SampledSubmission
-from pipeline.kaggle import sending
+from pipeline.kaggle import ledger, sending
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.prediction_file import wilson_interval
 from submit import main
@@ -55,6 +57,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("COLUMNS", "200")  # tables are not folded
     monkeypatch.setattr(sending, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sending, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(kaggle_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(kaggle_client, "UPLOAD_SECONDS", 0.05)
     monkeypatch.chdir(tmp_path)
     Path("sample.csv").write_text(SAMPLE)
     return tmp_path
@@ -109,8 +114,7 @@ def make_run(text: str = GOOD, folder: str = RUN, **changes: Any) -> str:
 
 
 def records() -> list[dict[str, str]]:
-    with open("runs/submissions.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return [asdict(record) for record in ledger.read()]
 
 
 # ---- sending
@@ -122,7 +126,7 @@ def test_score_comes_back(kaggle: KaggleServer, capsys: pytest.CaptureFixture[st
     assert kaggle.uploads == [GOOD.encode()]
     assert kaggle.calls == [
         *("StartSubmissionUpload", "PUT", "CreateSubmission"),
-        *("ListSubmissions", "ListSubmissions"),
+        *("GetSubmission", "GetSubmission"),
     ]
     assert "validation accuracy 91.00% (95% interval 90.17% to 91.76%, 5000 samples)" in out
     assert "Public score 0.91230; validation accuracy was 0.9100." in out
@@ -142,8 +146,9 @@ def test_printed_command_is_the_one_that_was_sent(
     [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("The same by hand")]
     command = shlex.split(line.split(": ", 1)[1])
     assert command[:3] == ["kaggle", "competitions", "submit"]
-    assert command[3:] == ["-c", "cifar-10", "-f", f"{RUN}/submission.csv", "-m", "it's better"]
-    assert kaggle.submissions[0]["description"] == "it's better"
+    message = f"it's better, sha256 {hashlib.sha256(GOOD.encode()).hexdigest()[:8]}"
+    assert command[3:] == ["-c", "cifar-10", "-f", f"{RUN}/submission.csv", "-m", message]
+    assert kaggle.submissions[0]["description"] == message
 
 
 def test_histogram_shows_classes_that_are_never_predicted(
@@ -175,6 +180,174 @@ def test_same_bytes_are_sent_once(kaggle: KaggleServer, refusal: Refusal) -> Non
     assert [record["ref"] for record in records()] == ["4711", "4712", "4713"]
 
 
+@pytest.mark.parametrize("made", ["no", "yes", "late"])
+@pytest.mark.parametrize("how", ["reset", "500", "504", "html", "half", "empty", "slow"])
+def test_a_lost_answer_is_looked_for_before_anything_is_sent(
+    how: str, made: str, kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "Run the same command again" sent the file again, though Kaggle had it."""
+    monkeypatch.setattr(sending, "SETTLE_SECONDS", 0.5)
+    kaggle.slow, kaggle.patience = 0.3, 0.2
+    kaggle.faults["CreateSubmission"] = [Fault(how, made)]
+    with monkeypatch.context() as patch:
+        patch.setattr(kaggle_client, "TIMEOUT", (5.0, 0.2))
+        message = refusal(make_run())
+    assert "Kaggle may have made a submission or not" in message
+    assert "the same command again looks at Kaggle before it sends anything" in message
+    [record] = records()
+    assert (record["ref"], record["status"]) == ("", "SENDING")
+    main([RUN, "--message", "mine"])
+    assert len(kaggle.made) == 1
+    [record] = records()
+    assert (record["ref"], record["message"] == "mine") == ("4711", False)
+    assert "add --again" in refusal(RUN)
+
+
+def test_nothing_is_sent_while_the_list_of_submissions_is_not_to_be_had(
+    kaggle: KaggleServer, refusal: Refusal
+) -> None:
+    kaggle.faults["CreateSubmission"] = [Fault("reset")]
+    refusal(make_run())
+    kaggle.failures["ListSubmissions"] = (500, "Trouble")
+    message = refusal(RUN)
+    assert "nothing was sent: Kaggle may have these bytes from before" in message
+    assert "(Kaggle refused (500): Trouble)" in message
+    assert "add --again to send them nevertheless" in message
+    assert kaggle.made == []
+    main([RUN, "--again"])
+    assert len(kaggle.made) == 1
+    assert "as submission 4711" in refusal(RUN)
+
+
+def test_a_lost_submission_is_found_beyond_the_first_page(
+    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kaggle_client, "PAGE", 2)
+    kaggle.faults["CreateSubmission"] = [Fault("reset", "yes")]
+    refusal(make_run())
+    kaggle.submissions += [{"ref": 5000 + i, "description": f"sha256 {i:08}"} for i in range(5)]
+    main([RUN])
+    assert [record["ref"] for record in records()] == ["4711"]
+    assert kaggle.calls.count("ListSubmissions") == 3
+
+
+def test_the_list_finds_a_lost_submission(
+    kaggle: KaggleServer, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle.faults["CreateSubmission"] = [Fault("reset", "yes")]
+    refusal(make_run())
+    kaggle.verdicts = kaggle.verdicts[1:]
+    main(["--list"])
+    assert "0.91230" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_ctrl_c_while_sending(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(kaggle_client, "create", interrupt)
+        main([make_run()])
+    assert end.value.code == 130
+    assert f"made a submission or not; {sending.SEEK}\n" in capsys.readouterr().err
+    main([RUN])
+    assert len(kaggle.made) == 1
+
+
+def test_two_programs_do_not_send_at_once(kaggle: KaggleServer, refusal: Refusal) -> None:
+    make_run()
+    with ledger.sending():
+        assert "another submit.py is sending from this folder" in refusal(RUN)
+    assert kaggle.calls == []
+
+
+def test_a_file_changed_after_the_checks_is_not_sent(
+    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change() -> Any:
+        Path(RUN, "submission.csv").write_text(SAMPLE)
+        return authenticate()
+
+    authenticate = kaggle_client.authenticate
+    monkeypatch.setattr(kaggle_client, "authenticate", change)
+    assert "submission.csv has just been changed; run the same" in refusal(make_run())
+    assert kaggle.calls == []
+
+
+# ---- the list of what was sent
+
+OLD = """time,run,competition,ref,status,public_score,val_accuracy,file,sha256,message,error
+2026-01-02T03:04:05,runs/a/b,cifar-10,12,PENDING,,0.9100,x.csv,ab,"one,
+two",
+2026-01-02T03:04:06,,cifar-10,13,COMPLETE,0.5,,y.csv,cd,three,
+2026-01-02T03:05:05,runs/a/b,cifar-10,12,COMPLETE,0.9,0.9100,x.csv,ab,one,"""
+
+
+def write_list(text: str) -> Path:
+    ledger.ROOT.mkdir()
+    ledger.LEDGER.write_text(text)
+    return ledger.LEDGER
+
+
+def test_a_list_of_today_is_read_and_continued() -> None:
+    """Also without the end of its last line, and with blank lines, as an editor leaves it."""
+    write_list(OLD)
+    first, second = ledger.read()
+    assert (first.ref, first.public_score, second.ref) == ("12", "0.9", "13")
+    ledger.append(replace(second, ref="14", message="ü \udcff"))
+    assert ledger.LEDGER.read_bytes().startswith(OLD.encode() + b"\n")
+    assert [record.ref for record in ledger.read()] == ["12", "13", "14"]
+    write_list_again = ledger.LEDGER.read_bytes().replace(b"\n2026", b"\n\n2026") + b"\n\n"
+    ledger.LEDGER.write_bytes(write_list_again)
+    assert [record.ref for record in ledger.read()] == ["12", "13", "14"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (",13,", ",x,", 4),
+        (",13,", ",,", 4),
+        ("2026-01-02T03:04:06", "2.1.2026", 4),
+        (",three,", "", 4),
+        (",three,", ",three,,,", 4),
+        (",three,", ',"three', 5),
+    ],
+)
+def test_a_list_changed_by_hand_is_told_by_its_line(
+    refusal: Refusal, old: str, new: str, line: int
+) -> None:
+    write_list(OLD.replace(old, new))
+    assert f"runs/submissions.csv, line {line}: not a submission; mend" in refusal("--list")
+
+
+def test_a_list_that_leads_nowhere(refusal: Refusal) -> None:
+    """A link to a drive that is not there was taken for an empty list."""
+    ledger.ROOT.mkdir()
+    ledger.LEDGER.symlink_to("gone.csv")
+    assert "submissions.csv cannot be read (No such file" in refusal("--list")
+
+
+def test_three_programs_lose_no_row(workplace: Path) -> None:
+    """Of 120 rows 42 were left: each program wrote what it had read before the others wrote."""
+    jobs = [start(append_rows, workplace, number) for number in (100, 200, 300)]
+    for job in jobs:
+        job.join()
+    assert len(ledger.read()) == 120
+
+
+def test_a_row_that_does_not_fit_leaves_no_part(workplace: Path) -> None:
+    write_list(OLD + "\n")
+    [*_, record] = ledger.read()
+    with full_disk(len(OLD) + 20), pytest.raises(UserError, match="could not be written"):
+        ledger.append(record)
+    assert ledger.LEDGER.read_text() == OLD + "\n"
+
+
+# ---- what Kaggle refuses
+
+
 @pytest.mark.parametrize("method", ["StartSubmissionUpload", "CreateSubmission"])
 @pytest.mark.parametrize(
     ("status", "said", "remedy"),
@@ -193,19 +366,19 @@ def test_what_kaggle_refuses_can_be_sent_again(
     kaggle.failures[method] = (status, said)
     message = refusal(make_run(), "--wait")
     assert f"Kaggle refused ({status}): {said.rstrip('.')}; " in message
-    assert remedy in message
-    assert not Path("runs/submissions.csv").exists()
+    unclear = method == "CreateSubmission" and status == 503
+    assert (sending.SEEK if unclear else remedy) in message
+    assert len(records()) == unclear
     kaggle.failures.clear()
     main([RUN, "--wait"])
     assert records()[0]["public_score"] == "0.91230"
 
 
 def test_failed_upload_is_an_error(kaggle: KaggleServer, refusal: Refusal) -> None:
-    """The client does not raise: it answers "Could not submit to competition", without a ref."""
+    """The client does not raise, but answers "Could not submit to competition", without a ref."""
     kaggle.failures["PUT"] = (403, "Forbidden")
     message = refusal(make_run())
-    assert "Kaggle took no submission" in message
-    assert "Could not submit to competition; run the same command again" in message
+    assert "Kaggle did not take the file (403); run the same command again" in message
     assert "CreateSubmission" not in kaggle.calls
     assert not Path("runs/submissions.csv").exists()
 
@@ -246,8 +419,8 @@ def test_interrupted_waiting_goes_on(
 
 
 def test_trouble_while_waiting_loses_nothing(kaggle: KaggleServer, refusal: Refusal) -> None:
-    kaggle.failures["ListSubmissions"] = (503, "Unavailable")
-    assert "run the same command again" in refusal(make_run(), "--wait")
+    kaggle.failures["GetSubmission"] = (401, "Unauthenticated")
+    assert "make a new token" in refusal(make_run(), "--wait")
     kaggle.failures.clear()
     main([RUN, "--wait"])
     assert len(kaggle.uploads) == 1

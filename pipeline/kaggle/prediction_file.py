@@ -53,11 +53,16 @@ class Prediction:
         """Validation accuracy of the one run; that of an ensemble is not known."""
         return self.members[0].val_accuracy if len(self.members) == 1 else None
 
-    @property
-    def message(self) -> str:
-        """What Kaggle shows beside the score, unless the user says something better."""
+    def describe(self, message: str | None) -> str:
+        """What Kaggle shows beside the score: run and validation, unless the user says better."""
         accuracy = "" if self.val_accuracy is None else f", validation {self.val_accuracy:.4f}"
-        return f"{self.run or self.path.name}{accuracy}, sha256 {self.sha256[:8]}"
+        message = message or f"{self.run or self.path.name}{accuracy}"
+        return message if mark(self.sha256) in message else f"{message}, {mark(self.sha256)}"
+
+
+def mark(sha256: str) -> str:
+    """Part of each message, by which a submission is found again at Kaggle."""
+    return f"sha256 {sha256[:8]}"
 
 
 def find_csv(run_or_csv: str) -> Path:
