@@ -6,6 +6,7 @@ goes wrong is told in one sentence: of an error of its own only the type, as the
 text.
 """
 
+import base64
 import io
 import os
 import sys
@@ -316,9 +317,10 @@ def unreadable(reason: str) -> KaggleError:
 def clean(text: str) -> str:
     """A text of the server's without the user's keys, its control characters shown."""
     known = getattr(getattr(sys.modules.get("kaggle"), "api", None), "config_values", None)
-    for name in ("key", "token", "api_token"):
-        if isinstance(known, dict) and known.get(name):
-            text = text.replace(str(known[name]), "***")
+    if isinstance(known, dict):
+        basic = base64.b64encode(f"{known.get('username')}:{known.get('key')}".encode()).decode()
+        for secret in (known.get("key"), known.get("token"), known.get("api_token"), basic):
+            text = text.replace(str(secret or basic), "***")
     return visible(text)[:500]
 
 

@@ -1,5 +1,6 @@
 """Kaggle's side of the official client's protocol, on this machine alone."""
 
+import base64
 import json
 import os
 import signal
@@ -26,10 +27,14 @@ class Fault:
         how: An HTTP status; or ``reset``, ``html``, ``half``, ``empty``, ``slow``; or ``kill`` and
             ``interrupt`` (Ctrl-C), which end the client.
         made: Whether what was asked for is done: ``no``, ``yes`` or ``late``, after the answer.
+        body: What comes with an HTTP status; ``AUTHORIZATION`` is what the client sent as that.
+        kind: The type of ``body``.
     """
 
     how: str
     made: str = "no"
+    body: str = ""
+    kind: str = "application/json"
 
 
 class KaggleServer(ThreadingHTTPServer):
@@ -40,6 +45,7 @@ class KaggleServer(ThreadingHTTPServer):
         uploads: The files that were sent.
         failures: By method: the HTTP status and the message with which it fails.
         faults: By method: what goes wrong with the next answers, one after the other.
+        keys: The key or token that came with each call.
         made: Competition and content of every submission, parallel to ``submissions``.
         late: Submissions that will be made, and since when they wait.
         slow: Seconds of a slow answer.
@@ -56,6 +62,7 @@ class KaggleServer(ThreadingHTTPServer):
         self.uploads: list[bytes] = []
         self.failures: dict[str, tuple[int, str]] = {}
         self.faults: dict[str, list[Fault]] = {}
+        self.keys: list[str] = []
         self.made: list[tuple[str, bytes]] = []
         self.late: list[tuple[float, dict[str, Any]]] = []
         self.slow = 0.3
@@ -192,8 +199,9 @@ class Handler(BaseHTTPRequestHandler):
                 linger = struct.pack("ii", 1, 0)  # closing sends RST
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             case status:
-                text = json.dumps({"code": int(status), "message": f"trouble {status}"}).encode()
-                self.reply(int(status), text, "application/json")
+                body = fault.body or json.dumps({"code": int(status), "message": "trouble"})
+                body = body.replace("AUTHORIZATION", self.headers.get("Authorization", ""))
+                self.reply(int(status), body.encode(), fault.kind)
         self.close_connection = True
 
     def do_GET(self) -> None:
@@ -203,6 +211,7 @@ class Handler(BaseHTTPRequestHandler):
     def begin(self, method: str) -> str:
         """Note the call and read its body; an empty string if the call has been made to fail."""
         self.server.calls.append(method)
+        self.server.keys.append(key_of(self.headers.get("Authorization", "")))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if method not in self.server.failures:
             return method
@@ -222,3 +231,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep stderr for what the tested program says."""
+
+
+def key_of(authorization: str) -> str:
+    kind, _, value = authorization.partition(" ")
+    return base64.b64decode(value).decode("latin1").partition(":")[2] if kind == "Basic" else value

@@ -7,10 +7,13 @@ import io
 import json
 import math
 import os
+import random
 import shlex
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -467,6 +470,127 @@ def test_token(kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.Monke
     assert "no valid Kaggle credentials" in refusal(make_run())
     kaggle.failures["IntrospectToken"] = (503, "Unavailable")
     assert "Kaggle refused (503): Unavailable" in refusal(RUN)
+
+
+@pytest.mark.parametrize("name", ["KAGGLE_API_TOKEN", "KAGGLE_KEY"])
+def test_a_key_that_ends_in_a_newline(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """So files of secrets end; the traceback showed the token."""
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv(name, f"{KEY}\n")
+    main([make_run()])
+    assert kaggle.keys[-1] == KEY
+
+
+@pytest.mark.parametrize(
+    ("where", "content", "sentence"),
+    [
+        ("kaggle.json", f'["tester", "{KEY}"]', "the Kaggle client failed (TypeError)"),
+        ("kaggle.json", '{"username": "tester", "key": "\u0142"}', "(UnicodeEncodeError)"),
+        ("kaggle.json", f'{{"username": "tester", "key": "{KEY}', "no valid Kaggle credentials"),
+        ("KAGGLE_KEY", "\u0142", "the Kaggle client failed (UnicodeEncodeError)"),
+        ("KAGGLE_API_TOKEN", f"{KEY}\n{KEY}", "the Kaggle client failed (ValueError)"),
+        (
+            "KAGGLE_API_TOKEN",
+            KEY * 99,
+            "cannot use its folder or a file in it (File name too long)",
+        ),
+        (
+            "KAGGLE_CONFIG_DIR",
+            "sample.csv/none",
+            "cannot use its folder or a file in it (Not a dir",
+        ),
+    ],
+)
+def test_damaged_credentials_are_told_without_showing_them(
+    kaggle: KaggleServer,
+    refusal: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    content: str,
+    sentence: str,
+) -> None:
+    monkeypatch.delenv("KAGGLE_KEY")
+    if where == "kaggle.json":
+        monkeypatch.delenv("KAGGLE_USERNAME")
+        folder = Path("home", ".kaggle")
+        folder.mkdir()
+        folder.joinpath(where).write_text(content)
+    else:
+        monkeypatch.setenv(where, content)
+    said = refusal(make_run())
+    assert sentence in said
+    assert KEY not in said
+    for path in Path("home").rglob("kaggle.json"):
+        path.unlink()
+
+
+def test_an_unknown_status_word(kaggle: KaggleServer, refusal: Refusal) -> None:
+    kaggle.verdicts = [{"status": "BEING_JUDGED"}]
+    assert "the Kaggle client failed (KeyError); " in refusal(make_run(), "--wait")
+
+
+def test_escape_codes_of_the_server_are_shown(
+    kaggle: KaggleServer, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They cleared the screen, or wrote a title over the window."""
+    kaggle.failures["CreateSubmission"] = (400, "\x1b[2Jno\nmore \u202e")
+    assert r"(400): \x1b[2Jno\nmore \u202e; " in refusal(make_run())
+    kaggle.failures.clear()
+    kaggle.verdicts = [{"status": "ERROR", "errorDescription": "\x1b]0;title\x07"}]
+    assert r"4711: \x1b]0;title\x07" in refusal(RUN, "--wait")
+    [record] = ledger.read()
+    ledger.append(replace(record, error="\x1b[2J"))  # an older version wrote so
+    main(["--list"])
+    assert r"ERROR \x1b[2J" in capsys.readouterr().out
+
+
+BODIES = [
+    ("", "application/json"),
+    ("{}", "application/json"),
+    ("[1]", "application/json"),
+    ('{"ref": 47', "application/json"),
+    ('{"ref": "AUTHORIZATION"}', "application/json"),
+    ('{"code": 500}', "application/json"),
+    ('{"code": 403, "message": ["AUTHORIZATION"]}', "application/json"),
+    ('{"message": "AUTHORIZATION\\u001b[2J", "code": 400}', "application/json"),
+    ('{"submissions": [{"status": "AUTHORIZATION"}], "status": "AUTHORIZATION"}', "text/plain"),
+    ('{"token": "a", "createUrl": "http://localhost:0/AUTHORIZATION"}', "application/json"),
+    ("<html>AUTHORIZATION</html>", "text/html"),
+    ("AUTHORIZATION", "application/json; charset=utf-7"),
+]
+
+
+def test_no_secret_in_what_200_failures_say(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(0)
+    make_run()
+    secrets = [KEY, base64.b64encode(f"{USERNAME}:{KEY}".encode()).decode()]
+    told = Counter[str]()
+    for number in range(200):
+        method = draw.choice(["StartSubmissionUpload", "CreateSubmission", "GetSubmission"])
+        method = draw.choice([method, "ListSubmissions", "IntrospectToken", "PUT"])
+        body, kind = draw.choice(BODIES)
+        status = draw.choice(["200", "200", "302", "400", "401", "403", "404", "408", "429", "503"])
+        fault = draw.choice([Fault(status, body=body, kind=kind), Fault("reset"), Fault("half")])
+        kaggle.faults = {method: [fault] * 20}
+        with monkeypatch.context() as patch:
+            patch.setattr(sending, "WAIT_SECONDS", 0.02)
+            patch.setattr(sending, "SETTLE_SECONDS", 0.0)
+            if draw.random() < 0.5 or method == "IntrospectToken":
+                patch.setenv("KAGGLE_API_TOKEN", KEY)
+            options = draw.choice([["--wait"], ["--debug"], []])
+            with suppress(SystemExit, UserError):
+                main([RUN, *options, *["--again"] * (method != "ListSubmissions")])
+        out, err = capfd.readouterr()
+        assert not any(secret in out + err for secret in secrets), (number, method, fault)
+        assert "Traceback" not in err
+        assert "\x1b" not in out + err
+        told[err.partition(";")[0]] += 1
+    assert len(told) > 20
+    print(f"200 failures, {len(told)} different sentences, 0 secrets.")
 
 
 # ---- the file
