@@ -183,6 +183,67 @@ def test_same_bytes_are_sent_once(kaggle: KaggleServer, refusal: Refusal) -> Non
     assert [record["ref"] for record in records()] == ["4711", "4712", "4713"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("500"), "Kaggle refused (500): trouble; trying again in 0 s."),
+        (Fault("429"), "Kaggle refused (429): trouble; trying again in 0 s."),
+        (Fault("reset"), "Kaggle could not be reached (ProxyError); trying again in 0 s."),
+        (Fault("slow"), "Kaggle could not be reached (ReadTimeout); trying again in 0 s."),
+    ],
+    ids=lambda value: getattr(value, "how", None),
+)
+@pytest.mark.parametrize("method", ["StartSubmissionUpload", "PUT", "GetSubmission"])
+def test_trouble_that_passes_is_waited_for(
+    fault: Fault,
+    said: str,
+    method: str,
+    kaggle: KaggleServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One 500 ended the waiting, and an upload that was reset was silent for six minutes."""
+    monkeypatch.setattr(kaggle_client, "TIMEOUT", (5.0, 0.5))
+    monkeypatch.setattr(kaggle_client, "UPLOAD_SECONDS", 5.0)
+    kaggle.slow, kaggle.retry_after = 0.8, "0"
+    kaggle.faults[method] = [fault]
+    main([make_run(), "--wait"])
+    out = capsys.readouterr().out
+    if method == "PUT" and fault.how in ("500", "429"):
+        said = f"Kaggle did not take the file ({fault.how}); trying again in 0 s."
+    assert said in out
+    assert "Public score 0.91230" in out
+    assert len(kaggle.made) == 1
+
+
+def test_waiting_ends(
+    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submission that stayed PENDING was waited for without end."""
+    monkeypatch.setattr(sending, "WAIT_SECONDS", 0.1)
+    kaggle.verdicts = [{"status": "PENDING"}]
+    message = refusal(make_run(), "--wait")
+    assert "Kaggle has not scored submission 4711 in" in message
+    assert "go on with the same command, or see python submit.py --list later" in message
+    kaggle.verdicts = [{"status": "COMPLETE", "publicScore": "0.5"}]
+    main([RUN, "--wait"])
+    assert len(kaggle.made) == 1
+
+
+def test_the_score_is_asked_for_by_reference(kaggle: KaggleServer) -> None:
+    """More than 200 newer submissions hid it."""
+    main([make_run()])
+    kaggle.submissions += [{"ref": 5000 + i, "description": ""} for i in range(201)]
+    main([RUN, "--wait"])
+    assert records()[0]["public_score"] == "0.91230"
+
+
+def test_a_submission_that_cannot_be_read_yet_is_waited_for(kaggle: KaggleServer) -> None:
+    kaggle.faults["GetSubmission"] = [Fault("404")]
+    main([make_run(), "--wait"])
+    assert records()[0]["public_score"] == "0.91230"
+
+
 @pytest.mark.parametrize("made", ["no", "yes", "late"])
 @pytest.mark.parametrize("how", ["reset", "500", "504", "html", "half", "empty", "slow"])
 def test_a_lost_answer_is_looked_for_before_anything_is_sent(
