@@ -78,7 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="show all submissions, fetching scores still out"
     )
     parser.add_argument(
-        "--competition", metavar="NAME", help="Kaggle's name; default: the one predict.py recorded"
+        "--competition",
+        metavar="NAME",
+        help="Kaggle's name or its address; default: the one predict.py recorded",
     )
     parser.add_argument(
         "--sample",
@@ -105,11 +107,10 @@ def show(prediction: Prediction, table: sample_file.Table, message: str) -> None
     print(f"{path}: {len(table.ids)} rows for {prediction.competition}")
     for note in oddities(path):
         print(f"note: {note}")
+    if not prediction.members:
+        print("note: predict.py did not make this file: its validation accuracy is not known.")
     if prediction.labels is None:
-        print(
-            "note: predict.py did not make this file: "
-            "its labels are not checked and its validation accuracy is not known."
-        )
+        print(f"note: of its labels only the type is checked, that of {prediction.sample}.")
     for member in prediction.members:
         print(member)
     histogram = Table("label", "rows", "share", "", box=None)

@@ -27,9 +27,11 @@ from hypothesis import strategies as st
 from kaggle_process import append_rows, start
 from kaggle_server import KEY, USERNAME, Fault, KaggleServer
 
+import datamodules
 from core import kaggle_client
 from core.errors import UserError
 from core.sample_file import SampledSubmission
+from core.submission import KNOWN_LABELS
 from pipeline.kaggle import ledger, sending
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.prediction_file import wilson_interval
@@ -674,6 +676,104 @@ def test_no_secret_in_what_200_failures_say(
 )
 def test_wrong_file(refusal: Refusal, text: str, complaint: str) -> None:
     assert complaint in refusal(make_run(text), "--dry_run")
+
+
+@pytest.mark.parametrize(
+    ("sample", "label", "complaint"),
+    [
+        ("cat", "dog", ""),
+        ("cat", "Corn_(maize)", ""),
+        ("cat", "", "the label '' of id 2 is empty or padded with spaces, but sample.csv"),
+        ("", "", "the label '' of id 2 is empty or padded with spaces"),
+        ("cat", " cat", "the label ' cat' of id 2 is empty or padded with spaces"),
+        ("cat", "3", "the label '3' of id 2 is an integer, but sample.csv has text; write labels"),
+        ("cat", "nan", "the label 'nan' of id 2 is not finite, but sample.csv has text"),
+        ("cat", "tensor(3)", "the label 'tensor(3)' of id 2 is a printed array"),
+        ("cat", "np.int64(3)", "is a printed array"),
+        ("0", "3", ""),
+        ("0", "-1", ""),
+        ("0", "3.0", "the label '3.0' of id 2 is a number, but sample.csv has an integer"),
+        ("0", "cat", "the label 'cat' of id 2 is text, but sample.csv has an integer"),
+        ("0.5", "1", ""),
+        ("0.5", "1e-3", ""),
+        (
+            "0.5",
+            "inf",
+            "the label 'inf' of id 2 is not finite, but sample.csv has a number and an integer",
+        ),
+    ],
+)
+def test_labels_are_of_the_sample_files_type(
+    refusal: Refusal,
+    capsys: pytest.CaptureFixture[str],
+    sample: str,
+    label: str,
+    complaint: str,
+) -> None:
+    """A file of one's own passed with any label at all."""
+    Path("sample.csv").write_text(f"id,label\n1,{sample}\n2,{sample}\n")
+    Path("mine.csv").write_text(f"id,label\n1,{sample or 'cat'}\n2,{label}\n")
+    args = ["mine.csv", "--competition=some-other", "--sample=sample.csv", "--dry_run"]
+    if complaint:
+        assert complaint in refusal(*args)
+    else:
+        main(args)
+        assert "note: of its labels only the type is checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label", ["3", "", "nan", " cat", "tensor(3)", "Cat"])
+@pytest.mark.parametrize("competition", ["cifar-10", "https://www.kaggle.com/c/cifar-10/overview"])
+def test_labels_of_a_known_competition_are_known(
+    refusal: Refusal, competition: str, label: str
+) -> None:
+    Path("mine.csv").write_text(GOOD.replace("2,dog", f"2,{label}"))
+    said = refusal("mine.csv", f"--competition={competition}", "--sample=sample.csv", "--dry_run")
+    assert f"id 2 has the unknown label {label!r}; allowed are airplane, automobile" in said
+
+
+def test_known_labels_are_those_of_the_data_modules() -> None:
+    modules = [getattr(datamodules, name) for name in datamodules.__all__]
+    known = {cls.competition: cls().submission().labels for cls in modules if cls.competition}
+    assert known == KNOWN_LABELS
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://www.kaggle.com/competitions/digit-recognizer",
+        "kaggle.com/c/digit-recognizer/data?select=train.csv",
+        "http://kaggle.com/competitions/digit-recognizer/#evaluation",
+        "digit-recognizer",
+    ],
+)
+def test_a_competition_is_named_by_its_address(
+    capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    Path("mine.csv").write_text(GOOD)
+    main(["mine.csv", "--competition", address, "--sample=sample.csv", "--dry_run"])
+    assert "submit -c digit-recognizer -f mine.csv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["https://example.com/cifar-10", "../cifar", "a b", ""])
+def test_what_names_no_competition_is_refused(refusal: Refusal, name: str) -> None:
+    Path("mine.csv").write_text(GOOD)
+    said = refusal("mine.csv", f"--competition={name}", "--sample=sample.csv", "--dry_run")
+    assert f"--competition {name!r} is no competition's name; give the last part" in said
+
+
+def test_blank_lines_at_the_end_are_accepted(refusal: Refusal) -> None:
+    """An editor leaves them; they were a row that is not an integer and a label."""
+    main([make_run(GOOD + "\r\n\n"), "--dry_run"])
+    Path("mine.csv").write_text(GOOD.replace("\n2", "\n\n2"))
+    said = refusal("mine.csv", "--competition=cifar-10", "--sample=sample.csv")
+    assert "mine.csv, line 3: expected an integer id and a label, got ''" in said
+
+
+def test_links_that_lead_nowhere(refusal: Refusal) -> None:
+    Path("mine.csv").symlink_to("gone.csv")
+    assert "mine.csv does not exist; make it with predict.py" in refusal("mine.csv")
+    make_run(sample="mine.csv")
+    assert "mine.csv does not exist; name the competition's file" in refusal(RUN)
 
 
 @given(
