@@ -158,9 +158,9 @@ def create(api: "KaggleApi", token: str, message: str, competition: str) -> int:
         blob_file_tokens=token,
         submission_description=message,
     )
-    if not answer.ref:
+    if type(answer.ref) is not int or answer.ref == 0:
         raise unreadable("no reference")
-    return int(answer.ref)
+    return answer.ref
 
 
 def result(api: "KaggleApi", ref: int) -> Result:
@@ -184,8 +184,9 @@ def results(api: "KaggleApi", competition: str) -> Iterator[Result]:
 
 
 def read_result(submission: Any) -> Result:
-    texts = submission.public_score, submission.error_description, submission.description
-    return Result(submission.ref, submission.status.name, *(clean(text or "") for text in texts))
+    with quiet_client():
+        score, error = clean(submission.public_score), clean(submission.error_description)
+        return Result(submission.ref, submission.status.name, score, error, submission.description)
 
 
 def call(api: "KaggleApi", method: str, competition: str = "", **fields: Any) -> Any:

@@ -27,6 +27,7 @@ def locked(path: Path, what: Path, busy: str, wait: float = 0.0) -> Iterator[Non
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)
     except Timeout:
         raise UserError(busy) from None

@@ -285,6 +285,26 @@ def test_nothing_is_sent_while_the_list_of_submissions_is_not_to_be_had(
     assert "as submission 4711" in refusal(RUN)
 
 
+def test_a_refused_second_attempt_leaves_the_first_unclear(
+    kaggle: KaggleServer, refusal: Refusal
+) -> None:
+    kaggle.faults["CreateSubmission"] = [Fault("reset", "yes"), Fault("400")]
+    refusal(make_run())
+    assert "Kaggle refused (400)" in refusal(RUN, "--again")
+    main([RUN])
+    assert len(kaggle.made) == 1
+
+
+@pytest.mark.parametrize("message", [None, "mine", 600 * "long "])
+def test_any_message_carries_the_digest(
+    kaggle: KaggleServer, refusal: Refusal, message: str | None
+) -> None:
+    kaggle.faults["CreateSubmission"] = [Fault("reset", "yes")]
+    refusal(make_run(), *([] if message is None else ["--message", message]))
+    main([RUN])
+    assert len(kaggle.made) == 1
+
+
 def test_a_lost_submission_is_found_beyond_the_first_page(
     kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

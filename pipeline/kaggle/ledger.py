@@ -69,10 +69,6 @@ def sending() -> AbstractContextManager[None]:
     Raises:
         UserError: Another one is at it.
     """
-    try:
-        ROOT.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {ROOT} cannot be made ({error.strerror}).") from None
     busy = "another submit.py is sending from this folder; wait for it, then run this one again."
     return locked(ROOT / ".sending.lock", LEDGER, busy)
 
@@ -127,7 +123,6 @@ def append(record: Record) -> None:
     """
     busy = f"another program writes {LEDGER} for a minute already; end it."
     try:
-        ROOT.mkdir(parents=True, exist_ok=True)
         with (
             locked(ROOT / ".submissions.lock", LEDGER, busy, LOCK_SECONDS),
             LEDGER.open("a+b", buffering=0) as file,

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from core import kaggle_client
 from core.errors import UserError
@@ -63,13 +63,15 @@ def find_lost(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
     Raises:
         UserError: Kaggle does not hand out its list of submissions.
     """
-    settled = datetime.fromisoformat(record.time).astimezone() + timedelta(seconds=SETTLE_SECONDS)
+    age = datetime.now().astimezone() - datetime.fromisoformat(record.time).astimezone()
+    late = min(max(SETTLE_SECONDS - age.total_seconds(), 0.0), SETTLE_SECONDS)
+    end = time.monotonic() + late
     print(
         f"The attempt of {record.minute} ended without an answer: looking for it among Kaggle's "
-        f"submissions, and waiting until {settled:%H:%M:%S} should it come late."
+        f"submissions, for {late:.0f} s as it may come late."
     )
     while True:
-        left = (settled - datetime.now().astimezone()).total_seconds()
+        left = end - time.monotonic()
         try:
             found = recognise(record, kaggle_client.results(api, record.competition))
         except KaggleError as error:
@@ -112,12 +114,16 @@ def transmit(api: "kaggle_client.KaggleApi", prediction: Prediction, message: st
         sha256=prediction.sha256,
         message=message,
     )
+    earlier = ledger.last_sent(record.sha256, record.competition)
     ledger.append(record)
     try:
         ref = kaggle_client.create(api, token, message, prediction.competition)
     except KaggleError as error:
         if error.refused:
-            ledger.append(replace(record, status=ledger.UNSENT))
+            if earlier and not earlier.ref:  # --again: that one may still be at Kaggle
+                ledger.append(earlier)
+            else:
+                ledger.append(replace(record, status=ledger.UNSENT))
             raise
         raise UserError(f"Kaggle may have made a submission or not: {error.said}; {SEEK}") from None
     except KeyboardInterrupt:
