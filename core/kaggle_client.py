@@ -59,8 +59,8 @@ class KaggleError(UserError):
 
     @property
     def refused(self) -> bool:
-        """Whether Kaggle has certainly done nothing; 408 may come from a proxy in between."""
-        return self.status is not None and 400 <= self.status < 500 and self.status != 408
+        """Whether Kaggle has certainly done nothing; others may come from a proxy in between."""
+        return self.status in (400, 401, 403, 404, 422, 429)
 
     @property
     def passing(self) -> bool:

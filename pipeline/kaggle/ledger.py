@@ -12,7 +12,7 @@ import json
 import math
 import os
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -130,11 +130,10 @@ def append(record: Record) -> None:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 1, 0))
             whole = file.read() in (b"", b"\n")  # an editor may have left out the last line's end
-            text = io.StringIO("" if whole else "\n")
-            text.seek(0, os.SEEK_END)
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerows([FIELDS] * (not size) + [list(asdict(record).values())])
-            content = text.getvalue().encode(errors="surrogateescape")
+            rows = io.StringIO()
+            writer = csv.writer(rows, lineterminator="\n")
+            writer.writerows([astuple(record)] if size else [FIELDS, astuple(record)])
+            content = ("\n" * (not whole) + rows.getvalue()).encode(errors="surrogateescape")
             try:
                 if file.write(content) < len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -38,14 +38,7 @@ def sent_before(prediction: Prediction, wait: bool) -> Record | None:
 def send(
     api: "kaggle_client.KaggleApi", prediction: Prediction, message: str, again: bool, wait: bool
 ) -> Record:
-    """Send a file, unless Kaggle has it from before.
-
-    Args:
-        api: The client, logged in.
-        prediction: The file.
-        message: What Kaggle shows beside the score.
-        again: Send it, whatever was sent before.
-        wait: Go on with a submission whose score is out.
+    """Send a file, unless Kaggle has it from before; ``again`` sends it whatever there is.
 
     Raises:
         UserError: Kaggle has these bytes, does not take them, or does not tell whether it has them.
