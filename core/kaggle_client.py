@@ -212,7 +212,7 @@ def persistently(once: Callable[[], T], seconds: float) -> T:
             wait = error.pause or pause
             if not error.passing or time.monotonic() + wait > end:
                 raise
-            print(f"{error.said}; trying again in {wait:.0f} s.")
+            print(f"{error.said}; trying again in {wait:.0f} s.", flush=True)
         time.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 

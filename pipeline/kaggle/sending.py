@@ -61,7 +61,8 @@ def find_lost(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
     end = time.monotonic() + late
     print(
         f"The attempt of {record.minute} ended without an answer: looking for it among Kaggle's "
-        f"submissions, for {late:.0f} s as it may come late."
+        f"submissions, for {late:.0f} s as it may come late.",
+        flush=True,
     )
     while True:
         left = end - time.monotonic()
