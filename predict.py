@@ -67,6 +67,11 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"unknown argument {unknown[0]}; see predict.py --help.")
     if options.output is None and len(options.runs) > 1:
         raise UserError("several runs make one file: name it with --output FILE.")
+    if options.output and options.output.suffix in (".json", ".npz"):
+        raise UserError(
+            f"--output {options.output}: beside the predictions lie {options.output.stem}.npz and "
+            f"{options.output.stem}.json, which would take their place; choose another ending."
+        )
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
     if options.n_best is not None:

@@ -18,45 +18,42 @@ from rich.console import Console
 from rich.table import Table
 
 from core import kaggle_client, sample_file
-from core.errors import UserError
-from core.telling import told_in_one_sentence
-from pipeline.kaggle import ledger
+from core.telling import told_in_one_sentence, visible
+from pipeline.kaggle import ledger, sending
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.ledger import Record
 from pipeline.kaggle.prediction_file import Prediction, find_csv, oddities, read_prediction
-from pipeline.kaggle.sending import refresh, send, wait_for_score
 
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     with told_in_one_sentence(debug="--debug" in args):
-        run(make_parser().parse_args(args))
+        try:
+            run(make_parser().parse_args(args))
+        except KeyboardInterrupt:  # nothing is lost
+            raise SystemExit(130) from None  # as a shell reports a program ended by Ctrl-C
 
 
 def run(options: argparse.Namespace) -> None:
     """Check a file and send it, or list what was sent."""
     if options.list:
-        show_records(refresh(ledger.read()))
+        show_records(sending.refresh(ledger.read()))
         return
     path = find_csv(options.run_or_csv)
     prediction = read_prediction(path, options.competition, options.sample, options.dry_run)
-    message = options.message or prediction.message
+    message = prediction.describe(options.message)
     table = check_submission(prediction.path, prediction.sample, prediction.labels)
     show(prediction, table, message)
 
-    sent = None if options.again else ledger.last_sent(prediction.sha256, prediction.competition)
-    if sent and not (options.wait and sent.status == "PENDING"):
-        raise UserError(
-            f"these bytes went to {sent.competition} on {sent.time} as submission {sent.ref} "
-            f"({sent.public_score or sent.status}); add --again to send them a second time."
-        )
+    if not options.again:
+        sending.sent_before(prediction, options.wait)
     if options.dry_run:
         print("All checks passed; nothing was sent.")
         return
     api = kaggle_client.authenticate()
-    record = sent or send(api, prediction, message)
+    record = sending.send(api, prediction, message, options.again, options.wait)
     if options.wait:
-        wait_for_score(api, record)
+        sending.wait_for_score(api, record)
     else:
         print("See the score in a minute with: python submit.py --list")
 
@@ -81,7 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="show all submissions, fetching scores still out"
     )
     parser.add_argument(
-        "--competition", metavar="NAME", help="Kaggle's name; default: the one predict.py recorded"
+        "--competition",
+        metavar="NAME",
+        help="Kaggle's name or its address; default: the one predict.py recorded",
     )
     parser.add_argument(
         "--sample",
@@ -108,11 +107,10 @@ def show(prediction: Prediction, table: sample_file.Table, message: str) -> None
     print(f"{path}: {len(table.ids)} rows for {prediction.competition}")
     for note in oddities(path):
         print(f"note: {note}")
+    if not prediction.members:
+        print("note: predict.py did not make this file: its validation accuracy is not known.")
     if prediction.labels is None:
-        print(
-            "note: predict.py did not make this file: "
-            "its labels are not checked and its validation accuracy is not known."
-        )
+        print(f"note: of its labels only the type is checked, that of {prediction.sample}.")
     for member in prediction.members:
         print(member)
     histogram = Table("label", "rows", "share", "", box=None)
@@ -135,8 +133,8 @@ def show_records(records: list[Record]) -> None:
     for name in ("sent", "run or file", "competition", "ref", "validation", "public", "status"):
         table.add_column(name, overflow="fold", no_wrap=name not in ("run or file", "status"))
     for record in records:
-        table.add_row(
-            record.time[:16].replace("T", " "),
+        cells = (
+            record.minute,
             record.run or record.file,
             record.competition,
             record.ref,
@@ -144,6 +142,7 @@ def show_records(records: list[Record]) -> None:
             record.public_score,
             f"{record.status} {record.error}".strip(),
         )
+        table.add_row(*map(visible, cells))
     Console(markup=False, highlight=False).print(table)
 
 

@@ -2,17 +2,15 @@
 
 import math
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from core.errors import UserError
+from core.locks import locked
 
 ROOT = Path("runs")
 CHECKPOINT: dict[str, type] = {
@@ -104,34 +102,17 @@ class Run:
         # beside the run, so that nothing but the run is in its folder
         return folder.with_name(f".{folder.name}.lock")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other programs from training the same run; a program that dies lets go by itself.
-
-        Where the file system has no locks (some NFS and Lustre) it goes on without, after a
-        warning.
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other programs from training the same run.
 
         Raises:
             UserError: Another one is at it.
         """
-        lock = FileLock(self.lock_file, fallback_to_soft=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(
-                f"{self.folder} is being trained by another program; wait for it, or choose "
-                "another name with --run."
-            ) from None
-        except OSError as error:
-            warnings.warn(
-                f"{self.folder} cannot be locked ({error}); do not train it by two programs at "
-                "once.",
-                stacklevel=3,
-            )
-        try:
-            yield
-        finally:
-            lock.release()
+        busy = (
+            f"{self.folder} is being trained by another program; wait for it, or choose "
+            "another name with --run."
+        )
+        return locked(self.lock_file, self.folder, busy)
 
     @property
     def config(self) -> Path:

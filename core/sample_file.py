@@ -53,7 +53,7 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a UTF-8 text file.") from None
-    rows = csv.reader(io.StringIO(text, newline=""))
+    rows = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""))  # blank lines at the end
     header = next(rows, None)
     if not header:
         raise UserError(f"{path} is empty.")
@@ -62,7 +62,7 @@ def read_table(path: Path) -> Table:
     ids, labels = [], []
     try:
         for row in rows:
-            if len(row) != 2 or not row[0].isdecimal():
+            if len(row) != 2 or not (row[0].isascii() and row[0].isdecimal()):
                 raise UserError(
                     f"{path}, line {rows.line_num}: expected an integer id and a label, "
                     f"got {','.join(row)!r}."

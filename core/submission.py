@@ -10,6 +10,15 @@ import numpy as np
 from core.errors import UserError
 from core.files import atomic_write
 
+# what is written for class 0, 1, ..., by competition; here, as submit.py does without torch
+KNOWN_LABELS = {
+    "cifar-10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+    "ucsb-cs291k-hw2-2022-fall": tuple("0123456789"),
+}
+
 
 @dataclass(frozen=True)
 class Submission:

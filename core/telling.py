@@ -44,6 +44,11 @@ def of_constructor(error: BaseException) -> bool:
     return isinstance(error, TypeError) and (inside or "__init__()" in str(error))
 
 
+def visible(text: str) -> str:
+    """A stranger's text, with its control characters shown: a terminal would obey them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def told_in_one_sentence(debug: bool = False) -> Iterator[Telling]:
     """End the program with exit status 1 and the sentence of a user's mistake on stderr.

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from callbacks import ProgressBar
 from core.errors import UserError
 from core.files import atomic_write, sha256
+from core.locks import locked
 from core.provenance import provenance
 from core.telling import Telling
 from pipeline.loading import Member
@@ -199,17 +201,27 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
     submission = members[0].data.submission()
     folder = single.parent if single.is_file() else single
     output = options.output or folder / submission.filename
+    if submission.sendable and output.suffix != ".csv":
+        raise UserError(f"--output {output}: submit.py takes .csv files alone; name it so.")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it.")
     parts = output.parent / f".{output.name}.parts"
     try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output.parent} cannot be written to ({error.strerror}).") from None
+    busy = f"{output} is being written by another predict.py; wait for it, or choose --output."
+    with ExitStack() as held:
+        if trainer.is_global_zero:
+            held.enter_context(locked(parts / "lock", output, busy))
+            held.callback(shutil.rmtree, parts, ignore_errors=True)
         ids, outputs = predict(trainer, members, parts)
-        if trainer.is_global_zero:
-            write(members, ids, outputs, output)
-            if told:
-                count = members[0].data.submission().count(ids)
-                print(f"{count:,} predictions in {output}")
-            if submission.sendable:
-                target = single if single.is_dir() and options.output is None else output
-                print(f"Next: python submit.py {shlex.quote(str(target))} --dry_run")
-    finally:
-        if trainer.is_global_zero:
-            shutil.rmtree(parts, ignore_errors=True)
+        if not trainer.is_global_zero:
+            return
+        write(members, ids, outputs, output)
+        if told:
+            count = members[0].data.submission().count(ids)
+            print(f"{count:,} predictions in {output}")
+        if submission.sendable:
+            target = single if single.is_dir() and options.output is None else output
+            print(f"Next: python submit.py {shlex.quote(str(target))} --dry_run")

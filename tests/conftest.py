@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from kaggle_place import Refusal
+    from kaggle_server import KaggleServer
     from lightning import LightningDataModule, LightningModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -191,3 +193,60 @@ def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(home)
         train.main(["fit", *small, "--run=first", "--trainer.max_epochs=6"])
         return home / "runs" / "cifar10_cpu" / "first"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, without an account and with offline W&B."""
+    from kaggle_place import SAMPLE
+
+    from core import kaggle_client
+    from pipeline.kaggle import sending
+
+    for name in [name for name in os.environ if name.startswith(("KAGGLE_", "WANDB_"))]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("COLUMNS", "200")  # tables are not folded
+    monkeypatch.setattr(sending, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sending, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(kaggle_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(kaggle_client, "UPLOAD_SECONDS", 0.05)
+    monkeypatch.chdir(tmp_path)
+    Path("sample.csv").write_text(SAMPLE)
+    return tmp_path
+
+
+@pytest.fixture
+def kaggle(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KaggleServer]:
+    """A Kaggle of this machine, and the user's account there."""
+    from kaggle_server import KEY, KaggleServer
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
+        monkeypatch.delitem(sys.modules, name)  # the client reads its settings when imported
+    with KaggleServer().running() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+    for path in workplace.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """The one sentence with which ``submit.py`` refuses."""
+    from submit import main
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(args))
+        message = capsys.readouterr().err
+        assert end.value.code == 1
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
+
+    return run

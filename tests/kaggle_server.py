@@ -1,15 +1,40 @@
 """Kaggle's side of the official client's protocol, on this machine alone."""
 
+import base64
 import json
+import os
+import signal
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 USERNAME = "tester"
 KEY = "0123456789abcdef-this-key-must-never-be-seen"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How one answer goes wrong.
+
+    Args:
+        how: An HTTP status; or ``reset``, ``html``, ``half``, ``empty``, ``slow``; or ``kill`` and
+            ``interrupt`` (Ctrl-C), which end the client.
+        made: Whether what was asked for is done: ``no``, ``yes`` or ``late``, after the answer.
+        body: What comes with an HTTP status; ``AUTHORIZATION`` is what the client sent as that.
+        kind: The type of ``body``.
+    """
+
+    how: str
+    made: str = "no"
+    body: str = ""
+    kind: str = "application/json"
 
 
 class KaggleServer(ThreadingHTTPServer):
@@ -19,6 +44,13 @@ class KaggleServer(ThreadingHTTPServer):
         calls: The methods that were called, in order.
         uploads: The files that were sent.
         failures: By method: the HTTP status and the message with which it fails.
+        faults: By method: what goes wrong with the next answers, one after the other.
+        keys: The key or token that came with each call.
+        made: Competition and content of every submission, parallel to ``submissions``.
+        late: Submissions that will be made, and since when they wait.
+        slow: Seconds of a slow answer.
+        patience: Seconds after which a late submission is there.
+        clients: Processes that a fault may kill.
         retry_after: Seconds, as the header of that name in every failure.
         verdicts: What each question for scores is answered with; the last one stays.
         archive: The bytes of the competition's zip file.
@@ -29,6 +61,14 @@ class KaggleServer(ThreadingHTTPServer):
         self.calls: list[str] = []
         self.uploads: list[bytes] = []
         self.failures: dict[str, tuple[int, str]] = {}
+        self.faults: dict[str, list[Fault]] = {}
+        self.keys: list[str] = []
+        self.made: list[tuple[str, bytes]] = []
+        self.late: list[tuple[float, dict[str, Any]]] = []
+        self.slow = 0.3
+        self.patience = 0.2
+        self.clients: list[Any] = []
+        self.lock = threading.Lock()
         self.retry_after = "7"
         self.verdicts = [{"status": "PENDING"}, {"status": "COMPLETE", "publicScore": "0.91230"}]
         self.archive = b""
@@ -67,14 +107,41 @@ class KaggleServer(ThreadingHTTPServer):
         if method == "IntrospectToken":
             return {"active": True, "username": USERNAME}
         if method == "StartSubmissionUpload":
-            return {"token": "blob", "createUrl": "http://localhost/upload/blob"}
+            number = len(self.uploads)
+            self.uploads.append(b"")
+            return {"token": f"blob{number}", "createUrl": f"http://localhost/upload/blob{number}"}
         if method == "CreateSubmission":
-            ref = 4711 + len(self.submissions)
-            self.submissions.append({"ref": ref, "description": request["submissionDescription"]})
-            return {"message": "Successfully submitted", "ref": ref}
+            return {"message": "Successfully submitted", "ref": self.make(request)}
+        if method == "GetSubmission":
+            found = [one for one in self.submissions if one["ref"] == request["ref"]]
+            return found[0] | self.verdict()
         assert method == "ListSubmissions", method
-        verdict = self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
-        return {"submissions": [submission | verdict for submission in self.submissions]}
+        return self.page(int(request.get("pageToken") or 0), request.get("pageSize", 20))
+
+    def make(self, request: dict[str, Any]) -> int:
+        ref = 4711 + len(self.submissions)
+        self.submissions.append({"ref": ref, "description": request["submissionDescription"]})
+        content = self.uploads[int(request["blobFileTokens"].removeprefix("blob"))]
+        self.made.append((request["competitionName"], content))
+        return ref
+
+    def verdict(self) -> dict[str, Any]:
+        return self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
+
+    def page(self, start: int, size: int) -> dict[str, Any]:
+        """A page of submissions, the newest first; what is late comes after it, if it may."""
+        now = time.monotonic()
+        verdict = self.verdict()
+        self.make_late(now - self.patience)
+        newest = [one | verdict for one in reversed(self.submissions)]
+        self.make_late(now)
+        more = str(start + size) if start + size < len(newest) else ""
+        return {"submissions": newest[start : start + size], "nextPageToken": more}
+
+    def make_late(self, before: float) -> None:
+        for since, request in [one for one in self.late if one[0] <= before]:
+            self.late.remove((since, request))
+            self.make(request)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,13 +155,54 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
         elif method:
-            answer = self.server.answer(method, json.loads(self.body))
-            self.reply(200, json.dumps(answer).encode(), "application/json")
+            request = json.loads(self.body)
+            with self.server.lock:
+                faults = self.server.faults.get(method)
+                fault = faults.pop(0) if faults else None
+                if fault is None or fault.made == "yes":
+                    answer = self.server.answer(method, request)
+                elif fault.made == "late":
+                    self.server.late.append((time.monotonic(), request))
+            if fault is None:
+                self.reply(200, json.dumps(answer).encode(), "application/json")
+            else:
+                self.fail(fault)
 
     def do_PUT(self) -> None:
         if self.begin("PUT"):
-            self.server.uploads.append(self.body)
+            faults = self.server.faults.get("PUT")
+            if faults:
+                self.fail(faults.pop(0))
+                return
+            self.server.uploads[int(self.path.rpartition("blob")[2])] = self.body
             self.reply(200)
+
+    def fail(self, fault: Fault) -> None:
+        match fault.how:
+            case "html":
+                self.reply(200, b"<html>Sign in</html>", "text/html")
+            case "half":
+                self.reply(200, b'{"message": "Success', "application/json")
+            case "empty":
+                self.reply(200, b"{}", "application/json")
+            case "slow":
+                time.sleep(self.server.slow)
+            case "kill":
+                for client in self.server.clients:
+                    client.kill()
+            case "interrupt":
+                for client in self.server.clients:
+                    with suppress(ProcessLookupError):
+                        os.kill(client.pid, signal.SIGINT)
+                time.sleep(self.server.slow)
+            case "reset":
+                linger = struct.pack("ii", 1, 0)  # closing sends RST
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            case status:
+                body = fault.body or json.dumps({"code": int(status), "message": "trouble"})
+                body = body.replace("AUTHORIZATION", self.headers.get("Authorization", ""))
+                self.reply(int(status), body.encode(), fault.kind)
+        self.close_connection = True
 
     def do_GET(self) -> None:
         if self.begin("GET"):
@@ -103,6 +211,7 @@ class Handler(BaseHTTPRequestHandler):
     def begin(self, method: str) -> str:
         """Note the call and read its body; an empty string if the call has been made to fail."""
         self.server.calls.append(method)
+        self.server.keys.append(key_of(self.headers.get("Authorization", "")))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if method not in self.server.failures:
             return method
@@ -117,8 +226,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if status >= 400:
             self.send_header("Retry-After", self.server.retry_after)
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the client has been killed, or has lost its patience
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep stderr for what the tested program says."""
+
+
+def key_of(authorization: str) -> str:
+    kind, _, value = authorization.partition(" ")
+    return base64.b64decode(value).decode("latin1").partition(":")[2] if kind == "Basic" else value

@@ -333,10 +333,17 @@ def test_hidden_files_and_other_kinds_are_left_alone(root: Path, folder: Path) -
     assert len(data(root).read_predict()[0]) == 30
 
 
-@pytest.mark.parametrize("name", ["cat.png", "01.png", "-1.png", "1 copy.png"])
+@pytest.mark.parametrize("name", ["cat.png", "01.png", "-1.png", "1 copy.png", "\u0661.png"])
 def test_a_name_that_is_no_id_is_refused(root: Path, folder: Path, name: str) -> None:
     shutil.copy(folder / "test" / "1.png", folder / "test" / name)
     with pytest.raises(UserError, match=rf"{name} is not named <id>.png; move it away"):
+        data(root).read_predict()
+
+
+def test_a_link_that_leads_nowhere_is_told(root: Path, folder: Path) -> None:
+    (folder / "test" / "1.png").unlink()
+    (folder / "test" / "1.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"1.png cannot be read \(No such file"):
         data(root).read_predict()
 
 

@@ -22,9 +22,10 @@ from fake_data import draw, labels_of, write_batch
 
 import predict
 from core.files import sha256
+from core.locks import locked
 from datamodules import CIFAR10DataModule
 from datamodules.images.base import ImageDataModule
-from pipeline import loading
+from pipeline import loading, prediction
 
 KAGGLE = "KaggleCIFAR10DataModule"
 
@@ -334,6 +335,46 @@ def test_two_processes_refuse_other_data(run: Path, data_dir: Path) -> None:
     result = by_two(run, other, "--data.eval_batch_size=9")
     assert result.returncode == 1
     assert "predict different samples" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("foo.json", "--output foo.json: beside the predictions lie foo.npz and foo.json"),
+        ("foo.npz", "--output foo.npz: beside the predictions lie foo.npz and foo.json"),
+        ("foo.txt", "--output foo.txt: submit.py takes .csv files alone; name it so."),
+        ("foo", "--output foo: submit.py takes .csv files alone"),
+        ("runs.csv", "--output runs.csv is a folder; name a file in it."),
+        ("a.npy/foo.csv", "a.npy cannot be written to (Not a directory)."),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_prediction(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    said: str,
+) -> None:
+    """foo.json was reported as written, though the record had taken the predictions' place."""
+    Path("runs.csv").mkdir()
+    Path("a.npy").touch()
+    monkeypatch.setattr(prediction, "predict", None)
+    assert said in sentence(capsys, run, f"--output={output}")
+    assert sorted(path.name for path in Path().iterdir()) == ["a.npy", "runs", "runs.csv"]
+
+
+def test_two_predictions_into_one_file_at_once(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each read the other's parts, or took them away."""
+    parts = run / ".submission.csv.parts"
+    parts.mkdir()
+    with locked(parts / "lock", parts, "busy"):
+        said = sentence(capsys, run)
+        assert "submission.csv is being written by another predict.py; wait for it" in said
+        assert (parts / "lock").exists()
+    predict_csv(run)
+    assert not parts.exists()
 
 
 def test_what_a_killed_prediction_left_behind_is_not_read(run: Path) -> None:

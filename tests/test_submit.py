@@ -1,116 +1,24 @@
 """``submit.py`` against the real Kaggle client and a Kaggle that lives on this machine."""
 
-import base64
-import csv
 import hashlib
 import io
 import json
-import math
-import os
 import shlex
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import wandb
 from conftest import read_wandb
-from hypothesis import given
-from hypothesis import strategies as st
-from kaggle_server import KEY, USERNAME, KaggleServer
+from kaggle_place import GOOD, RUN, Refusal, make_run, records
+from kaggle_server import KaggleServer
 
 from core import kaggle_client
 from core.errors import UserError
-from core.sample_file import SampledSubmission
-from pipeline.kaggle import sending
-from pipeline.kaggle.checks import check_submission
-from pipeline.kaggle.prediction_file import wilson_interval
 from submit import main
 
-RUN = "runs/digits/first"
-SAMPLE = "id,label\n1,cat\n2,cat\n3,cat\n4,cat\n"
-GOOD = "id,label\n1,cat\n2,dog\n3,dog\n4,dog\n"
-CONFIG = """
-trainer:
-  logger:
-  - class_path: callbacks.MetricsCSV
-  - class_path: lightning.pytorch.loggers.WandbLogger
-    init_args: {project: steadyfit}
-"""
-
-Refusal = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in, without an account and with offline W&B."""
-    for name in [name for name in os.environ if name.startswith(("KAGGLE_", "WANDB_"))]:
-        monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("COLUMNS", "200")  # tables are not folded
-    monkeypatch.setattr(sending, "POLL_SECONDS", 0.01)
-    monkeypatch.chdir(tmp_path)
-    Path("sample.csv").write_text(SAMPLE)
-    return tmp_path
-
-
-@pytest.fixture
-def kaggle(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KaggleServer]:
-    """A Kaggle of this machine, and the user's account there."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
-        monkeypatch.delitem(sys.modules, name)  # the client reads its settings when imported
-    with KaggleServer().running() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
-    for path in workplace.rglob("*"):
-        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
-
-
-@pytest.fixture
-def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
-    """The one sentence with which ``submit.py`` refuses."""
-
-    def run(*args: str) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main(list(args))
-        message = capsys.readouterr().err
-        assert end.value.code == 1
-        assert message.startswith("error: ")
-        assert message.count("\n") == 1
-        return message
-
-    return run
-
-
-def make_run(text: str = GOOD, folder: str = RUN, **changes: Any) -> str:
-    """A run folder as ``train.py`` and ``predict.py`` leave it; returns its name."""
-    path = Path(folder, "submission.csv")
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    (path.parent / "config.yaml").write_text(CONFIG)
-    made = {
-        "csv": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "competition": "cifar-10",
-        "sample": "sample.csv",
-        "labels": ["bird", "cat", "dog"],
-        "runs": [{"run": folder, "validation_accuracy": 0.91, "validation_samples": 5000}],
-    }
-    path.with_suffix(".json").write_text(json.dumps(made | changes))
-    return folder
-
-
-def records() -> list[dict[str, str]]:
-    with open("runs/submissions.csv", newline="") as file:
-        return list(csv.DictReader(file))
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 # ---- sending
@@ -122,7 +30,7 @@ def test_score_comes_back(kaggle: KaggleServer, capsys: pytest.CaptureFixture[st
     assert kaggle.uploads == [GOOD.encode()]
     assert kaggle.calls == [
         *("StartSubmissionUpload", "PUT", "CreateSubmission"),
-        *("ListSubmissions", "ListSubmissions"),
+        *("GetSubmission", "GetSubmission"),
     ]
     assert "validation accuracy 91.00% (95% interval 90.17% to 91.76%, 5000 samples)" in out
     assert "Public score 0.91230; validation accuracy was 0.9100." in out
@@ -142,8 +50,9 @@ def test_printed_command_is_the_one_that_was_sent(
     [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("The same by hand")]
     command = shlex.split(line.split(": ", 1)[1])
     assert command[:3] == ["kaggle", "competitions", "submit"]
-    assert command[3:] == ["-c", "cifar-10", "-f", f"{RUN}/submission.csv", "-m", "it's better"]
-    assert kaggle.submissions[0]["description"] == "it's better"
+    message = f"it's better, sha256 {hashlib.sha256(GOOD.encode()).hexdigest()[:8]}"
+    assert command[3:] == ["-c", "cifar-10", "-f", f"{RUN}/submission.csv", "-m", message]
+    assert kaggle.submissions[0]["description"] == message
 
 
 def test_histogram_shows_classes_that_are_never_predicted(
@@ -173,291 +82,6 @@ def test_same_bytes_are_sent_once(kaggle: KaggleServer, refusal: Refusal) -> Non
     main([RUN, "--competition", "another"])
     main([RUN, "--again"])
     assert [record["ref"] for record in records()] == ["4711", "4712", "4713"]
-
-
-@pytest.mark.parametrize("method", ["StartSubmissionUpload", "CreateSubmission"])
-@pytest.mark.parametrize(
-    ("status", "said", "remedy"),
-    [
-        (400, "You have used all 5 submissions for today.", "the limits and the deadline are at"),
-        (401, "Unauthenticated", "make a new token at https://www.kaggle.com/settings/api"),
-        (403, "You must accept the rules", "https://www.kaggle.com/competitions/cifar-10/rules"),
-        (404, "Not found", "is 'cifar-10' the last part of the competition's address"),
-        (429, "Too many requests", "run the same command again in 7 seconds"),
-        (503, "Unavailable", "run the same command again in a few minutes"),
-    ],
-)
-def test_what_kaggle_refuses_can_be_sent_again(
-    kaggle: KaggleServer, refusal: Refusal, method: str, status: int, said: str, remedy: str
-) -> None:
-    kaggle.failures[method] = (status, said)
-    message = refusal(make_run(), "--wait")
-    assert f"Kaggle refused ({status}): {said.rstrip('.')}; " in message
-    assert remedy in message
-    assert not Path("runs/submissions.csv").exists()
-    kaggle.failures.clear()
-    main([RUN, "--wait"])
-    assert records()[0]["public_score"] == "0.91230"
-
-
-def test_failed_upload_is_an_error(kaggle: KaggleServer, refusal: Refusal) -> None:
-    """The client does not raise: it answers "Could not submit to competition", without a ref."""
-    kaggle.failures["PUT"] = (403, "Forbidden")
-    message = refusal(make_run())
-    assert "Kaggle took no submission" in message
-    assert "Could not submit to competition; run the same command again" in message
-    assert "CreateSubmission" not in kaggle.calls
-    assert not Path("runs/submissions.csv").exists()
-
-
-def test_unreachable(
-    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with KaggleServer().running() as gone:
-        nobody = gone.environment["http_proxy"]
-    monkeypatch.setenv("http_proxy", nobody)
-    assert "Kaggle could not be reached (ProxyError)" in refusal(make_run())
-
-
-def test_failed_scoring_is_an_error(kaggle: KaggleServer, refusal: Refusal) -> None:
-    kaggle.verdicts = [{"status": "ERROR", "errorDescription": "ID column not found"}]
-    message = refusal(make_run(), "--wait")
-    assert "could not score submission 4711: ID column not found" in message
-    assert records()[0]["status"] == "ERROR"
-
-
-def test_interrupted_waiting_goes_on(
-    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    make_run()
-    with monkeypatch.context() as patch:
-        patch.setattr(sending.time, "sleep", interrupt)
-        with pytest.raises(SystemExit) as end:
-            main([RUN, "--wait"])
-    assert end.value.code == 130
-    assert records()[0]["status"] == "PENDING"
-    assert json.loads(Path(RUN, "score.json").read_text())["public_score"] is None
-    main([RUN, "--wait"])
-    assert len(kaggle.uploads) == 1
-    assert "Public score 0.91230" in capsys.readouterr().out
-
-
-def test_trouble_while_waiting_loses_nothing(kaggle: KaggleServer, refusal: Refusal) -> None:
-    kaggle.failures["ListSubmissions"] = (503, "Unavailable")
-    assert "run the same command again" in refusal(make_run(), "--wait")
-    kaggle.failures.clear()
-    main([RUN, "--wait"])
-    assert len(kaggle.uploads) == 1
-    assert records()[0]["public_score"] == "0.91230"
-
-
-def test_reference_is_told_when_it_cannot_be_written(
-    kaggle: KaggleServer, refusal: Refusal
-) -> None:
-    Path(make_run()).joinpath("score.json").mkdir()
-    message = refusal(RUN)
-    assert "submission 4711 is at Kaggle, do not send it again; but" in message
-    assert "score.json could not be written" in message
-
-
-def test_command_never_shows_the_key(
-    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """With VERBOSE=1 the client prints its request headers."""
-    monkeypatch.setenv("VERBOSE", "1")
-    main([make_run(), "--wait"])
-    out, err = capfd.readouterr()
-    assert "Public score 0.91230" in out
-    for secret in (KEY, base64.b64encode(f"{USERNAME}:{KEY}".encode()).decode()):
-        assert secret not in out + err
-
-
-# ---- logging in
-
-
-def test_no_credentials(
-    kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("KAGGLE_KEY")
-    assert "no valid Kaggle credentials were found; run `kaggle auth login`" in refusal(make_run())
-    assert not kaggle_client.has_credentials()
-
-
-def test_token(kaggle: KaggleServer, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KAGGLE_KEY")
-    monkeypatch.setenv("KAGGLE_API_TOKEN", KEY)
-    assert kaggle_client.has_credentials()
-    kaggle.failures["IntrospectToken"] = (404, "Not found")
-    assert "no valid Kaggle credentials" in refusal(make_run())
-    kaggle.failures["IntrospectToken"] = (503, "Unavailable")
-    assert "Kaggle refused (503): Unavailable" in refusal(RUN)
-
-
-# ---- the file
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "submission.csv is empty."),
-        ("id,label\n", "submission.csv has a header but no rows."),
-        (GOOD.replace("id,", "Id,"), "the header is Id,label, but sample.csv has id,label"),
-        (GOOD.replace(",label", ""), "the header must name two columns, got 'id'"),
-        (GOOD.replace("1,cat\n", ""), "1 of the 4 ids in sample.csv are missing, the first is 1"),
-        (GOOD + "4,dog\n", "1 ids come more than once, the first is 4"),
-        (GOOD + "5,dog\n", "1 ids are not in sample.csv, the first is 5"),
-        (GOOD.replace("2,dog", "2,frog"), "id 2 has the unknown label 'frog'; allowed are bird"),
-        (GOOD.replace("2,dog", "two,dog"), "line 3: expected an integer id and a label"),
-        (GOOD.replace("2,dog", '2,"' + 200_000 * "x"), "line 3: field larger than field limit"),
-    ],
-)
-def test_wrong_file(refusal: Refusal, text: str, complaint: str) -> None:
-    assert complaint in refusal(make_run(text), "--dry_run")
-
-
-@given(
-    ids=st.lists(st.integers(0, 10**6), min_size=2, unique=True),
-    labels=st.lists(st.text(min_size=1), min_size=1, unique=True),
-    mistake=st.sampled_from([None, "drop", "double", "add", "label"]),
-    data=st.data(),
-)
-def test_any_order_is_right_and_any_mistake_is_seen(
-    tmp_path_factory: pytest.TempPathFactory,
-    ids: list[int],
-    labels: list[str],
-    mistake: str | None,
-    data: st.DataObject,
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    sample, path = folder / "sample.csv", folder / "submission.csv"
-    rows = [(i, data.draw(st.sampled_from(labels))) for i in data.draw(st.permutations(ids))]
-    right = list(rows)
-    match mistake:
-        case "drop":
-            rows.pop()
-        case "double":
-            rows.append(rows[0])
-        case "add":
-            rows.append((max(ids) + 1, labels[0]))
-        case "label":
-            rows[-1] = (rows[-1][0], "".join(labels) + "!")
-    for where, content in (sample, [(i, labels[0]) for i in ids]), (path, rows):
-        with where.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("id", "label"), *content])
-    if mistake:
-        with pytest.raises(UserError, match=r"missing|more than once|not in|unknown label"):
-            check_submission(path, sample, labels)
-    else:
-        table = check_submission(path, sample, labels)
-        assert list(zip(table.ids, table.labels, strict=True)) == right
-
-
-def test_written_file_is_in_the_order_of_the_sample_and_passes() -> None:
-    Path("sample.csv").write_text("id,label\n3,cat\n1,cat\n2,cat\n")
-    form = SampledSubmission(labels=("cat", "dog"), sample=Path("sample.csv"))
-    path = Path("new", "submission.csv")
-    form.write(path, np.array([1, 2, 3]), np.array([0, 1, 1]))
-    assert path.read_bytes() == b"id,label\n3,dog\n1,cat\n2,dog\n"
-    assert check_submission(path, Path("sample.csv"), form.labels).ids == [3, 1, 2]
-    with pytest.raises(UserError, match=r"2 ids differ .* sample.csv, the first is 3; check"):
-        form.write(path, np.array([1, 2, 4]), np.array([0, 1, 1]))
-
-
-def test_crlf_and_byte_order_mark_are_accepted_and_told(
-    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sent = b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode()
-    Path("mine.csv").write_bytes(sent)
-    main(["mine.csv", "--competition", "cifar-10", "--sample", "sample.csv"])
-    out = capsys.readouterr().out
-    assert "note: the file starts with a byte-order mark" in out
-    assert "note: the lines end in CRLF" in out
-    assert "note: predict.py did not make this file" in out
-    assert kaggle.uploads == [sent]
-    assert not Path("score.json").exists()
-    assert records()[0]["file"] == "mine.csv"
-
-
-def test_file_must_be_the_one_that_was_made(refusal: Refusal) -> None:
-    Path(make_run(), "submission.csv").write_text(GOOD.replace("1,cat", "1,dog"))
-    assert "is not the file that runs/digits/first/submission.json records" in refusal(RUN)
-    Path(RUN, "submission.json").write_text('{"sha256": "0"}')
-    assert "submission.json is not whole; run predict.py again" in refusal(RUN)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sha256": 3},
-        {"labels": "cat"},
-        {"labels": ["cat", None]},
-        {"labels": 5},
-        {"sendable": "no"},
-        {"competition": ["cifar-10"]},
-        {"sample": 7},
-        {"sample": "a\0b"},
-        {"runs": {}},
-        {"runs": None},
-        {"runs": ["first"]},
-        {"runs": [{"run": 1, "validation_accuracy": 0.5, "validation_samples": 9}]},
-        {"runs": [{"run": "x", "validation_accuracy": "0.5", "validation_samples": 9}]},
-        {"runs": [{"run": "x", "validation_accuracy": 1.5, "validation_samples": 9}]},
-        {"runs": [{"run": "x", "validation_accuracy": float("nan"), "validation_samples": 9}]},
-        {"runs": [{"run": "x", "validation_accuracy": 0.5, "validation_samples": 0}]},
-        {"runs": [{"run": "x", "validation_accuracy": 0.5, "validation_samples": None}]},
-        {"runs": [{"run": "x", "validation_accuracy": 0.5, "validation_samples": True}]},
-    ],
-)
-def test_a_changed_record_is_told_in_a_sentence(changes: dict[str, Any], refusal: Refusal) -> None:
-    """Nine of twenty-two ended in a traceback, or were taken as they were."""
-    make_run(**changes)
-    assert "submission.json is not whole; run predict.py again" in refusal(RUN)
-
-
-def test_what_is_not_known_is_asked_for(refusal: Refusal) -> None:
-    Path("mine.csv").write_text(GOOD)
-    assert "say which with --competition NAME and --sample FILE" in refusal("mine.csv")
-    assert "say which" in refusal("mine.csv", "--competition", "cifar-10")
-    assert "none.csv does not exist; make it with predict.py" in refusal("none.csv")
-    made = make_run(sample="data/gone.csv")
-    assert "data/gone.csv does not exist; name the competition's file: --sample" in refusal(made)
-    main([made, "--sample", "sample.csv", "--dry_run"])
-    Path(made, "submission.csv").unlink()
-    assert "has no submission.csv; make it: python predict.py runs/digits/first" in refusal(made)
-
-
-def test_unreadable_file(tmp_path: Path) -> None:
-    Path("binary.csv").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"binary.csv is not a UTF-8 text file"):
-        check_submission(Path("binary.csv"), Path("sample.csv"))
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        check_submission(tmp_path, Path("sample.csv"))
-
-
-@pytest.mark.parametrize(("right", "samples"), [(4550, 5000), (1, 7)])
-def test_wilson_interval_ends_where_the_score_test_does(right: int, samples: int) -> None:
-    """At its ends the observed fraction is z standard deviations of the end away."""
-    fraction = right / samples
-    for end in wilson_interval(fraction, samples):
-        deviation = math.sqrt(end * (1 - end) / samples)
-        assert abs(fraction - end) == pytest.approx(1.96 * deviation)
-
-
-def test_wilson_interval_stays_within_zero_and_one() -> None:
-    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-
-
-def test_ensemble_and_run_without_validation(capsys: pytest.CaptureFixture[str]) -> None:
-    one = {"run": "runs/digits/first", "validation_accuracy": 0.5, "validation_samples": 4}
-    two = {"run": "runs/digits/second", "validation_accuracy": None, "validation_samples": 0}
-    main([make_run(runs=[one, two]), "--dry_run"])
-    out = capsys.readouterr().out
-    assert "runs/digits/second: no validation part" in out
-    assert "'runs/digits/first + runs/digits/second, sha256" in out
 
 
 # ---- the list

@@ -20,7 +20,8 @@ def png_ids(folder: Path) -> np.ndarray:
     if not names:
         raise UserError(f"{folder} holds no PNG files; delete it and run the same command again.")
     numbers = [name[:-4] for name in names]
-    if strange := [number for number in numbers if not number.isdecimal() or number[0] == "0"]:
+    # another script's digits would be a second file of the same id
+    if strange := [n for n in numbers if not (n.isascii() and n.isdecimal()) or n[0] == "0"]:
         raise UserError(f"{folder / min(strange)}.png is not named <id>.png; move it away.")
     return np.sort(np.array(list(map(int, numbers))))
 
@@ -59,7 +60,13 @@ def read_images(folder: Path, ids: np.ndarray, size: tuple[int, int]) -> tuple[n
 def fingerprint(folder: Path, ids: np.ndarray) -> str:
     """A digest that changes when files come, go or are renamed, or when many are overwritten."""
     probes = [folder / f"{i}.png" for i in ids[:: len(ids) // PROBES + 1]]
-    times = [path.stat().st_mtime_ns for path in (folder, *probes)]
+    try:
+        times = [path.stat().st_mtime_ns for path in (folder, *probes)]
+    except OSError as error:  # a link to what is not there
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); unpack or download "
+            f"{folder} again."
+        ) from None
     return hashlib.sha256(ids.tobytes() + repr(times).encode()).hexdigest()
 
 

@@ -10,22 +10,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from core.errors import UserError
+from core.submission import KNOWN_LABELS
 from datamodules.base import Tensors
 from datamodules.image_files.safe_pickle import load_arrays
 from datamodules.images.base import ImageDataModule
 
-CLASS_NAMES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+CLASS_NAMES = KNOWN_LABELS["cifar-10"]
 
 # SHA-1 of the same batches in the official binary version, as published in MXNet Gluon: it covers
 # what is learned from, labels and pixels in order, and not how a pickle happens to be written.

@@ -1,11 +1,17 @@
 """Whether a file is what a competition asks for."""
 
+import math
+import re
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
 from core.errors import UserError
 from core.sample_file import Table, read_table
+
+TYPES = {"an integer", "a number", "text"}
+PRINTED = re.compile(r"(tensor|array|np\.\w+)\(.*\)", re.DOTALL)
+INTEGER = re.compile(r"[+-]?\d+")
 
 
 def check_submission(path: Path, sample: Path, labels: Collection[str] | None = None) -> Table:
@@ -16,7 +22,8 @@ def check_submission(path: Path, sample: Path, labels: Collection[str] | None = 
     Args:
         path: The file to be sent.
         sample: The competition's sample file.
-        labels: The labels that may occur; None if they are not known.
+        labels: The labels that may occur; None if they are not known, and only have to be of the
+            sample file's type.
 
     Raises:
         UserError: What differs, how often, and where first.
@@ -43,9 +50,32 @@ def check_submission(path: Path, sample: Path, labels: Collection[str] | None = 
             f"{path}: {len(foreign)} ids are not in {sample}, the first is {min(foreign)}; "
             "is that the sample file of this competition?"
         )
+    kinds = {kind_of(label) for label in expected.labels} & TYPES or TYPES
+    if "a number" in kinds:
+        kinds |= {"an integer"}
     for i, label in zip(table.ids, table.labels, strict=True):
         if labels is not None and label not in labels:
             raise UserError(
                 f"{path}: id {i} has the unknown label {label!r}; allowed are {', '.join(labels)}."
             )
+        if not label or (labels is None and kind_of(label) not in kinds):
+            raise UserError(
+                f"{path}: the label {label!r} of id {i} is {kind_of(label)}, but {sample} has "
+                f"{' and '.join(sorted(kinds))}; write labels like those."
+            )
     return table
+
+
+def kind_of(label: str) -> str:
+    """The type of a label, which may be one that comes from a mistake."""
+    if not label or label != label.strip():
+        return "empty or padded with spaces"
+    if PRINTED.fullmatch(label):
+        return "a printed array"
+    try:
+        number = float(label)
+    except ValueError:
+        return "text"
+    if not math.isfinite(number):
+        return "not finite"
+    return "an integer" if INTEGER.fullmatch(label) else "a number"

@@ -1,22 +1,32 @@
 """What was sent to Kaggle and what came back.
 
-One list of all submissions, ``runs/submissions.csv``; ``score.json`` beside each file that
-``predict.py`` made; and the score on the W&B run.
+One list of all submissions, ``runs/submissions.csv``, that only grows: a row before a submission is
+made, one when its reference is known, one with its score; of each, the last row counts.
+``score.json`` lies beside each file that ``predict.py`` made; and the score is on the W&B run.
 """
 
 import csv
+import errno
+import io
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 
 import yaml
 
 from core.errors import UserError
 from core.files import atomic_write
+from core.locks import locked
 from core.runs import ROOT, Run
 
 LEDGER = ROOT / "submissions.csv"
+UNCLEAR = "SENDING"  # nobody knows whether Kaggle made a submission of it
+UNSENT = "UNSENT"  # Kaggle refused: it made none
+LOCK_SECONDS = 60.0  # far more than it takes to append a row
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Record:
     time: str
     run: str
     competition: str
-    ref: str
+    ref: str  # empty until Kaggle has named one
     status: str
     public_score: str
     val_accuracy: str
@@ -35,41 +45,112 @@ class Record:
     message: str
     error: str = ""
 
+    @property
+    def minute(self) -> str:
+        return self.time[:16].replace("T", " ")
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.ref,) if self.ref else (self.sha256, self.competition)
+
+    def check(self) -> None:
+        """Raise a ValueError or TypeError if it is no row of the list."""
+        datetime.fromisoformat(self.time)
+        if not (self.ref.isdecimal() if self.ref else self.status in (UNCLEAR, UNSENT)):
+            raise ValueError(self.ref)
+
 
 FIELDS = [field.name for field in fields(Record)]
 
 
-def read() -> list[Record]:
-    """All submissions, oldest first.
+def sending() -> AbstractContextManager[None]:
+    """Keep other programs from sending, from the look into the list to the new row.
 
     Raises:
-        UserError: The file has been changed by hand into something else.
+        UserError: Another one is at it.
     """
-    if not LEDGER.is_file():
+    busy = "another submit.py is sending from this folder; wait for it, then run this one again."
+    return locked(ROOT / ".sending.lock", LEDGER, busy)
+
+
+def read() -> list[Record]:
+    """All submissions, oldest first, and what may have become one.
+
+    Raises:
+        UserError: The file cannot be read, or has been changed by hand into something else.
+    """
+    records: dict[tuple[str, ...], Record] = {}
+    if not os.path.lexists(LEDGER):
         return []
-    with LEDGER.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != FIELDS:
-            raise UserError(
-                f"{LEDGER} is not a list of submissions; move it away to start a new one."
-            )
-        return [Record(**row) for row in rows]
+    try:
+        with LEDGER.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = csv.reader(file, strict=True)
+            if next(rows, FIELDS) != FIELDS:
+                raise UserError(
+                    f"{LEDGER} is not a list of submissions; move it away to start a new one."
+                )
+            for row in filter(None, rows):
+                record = Record(*row)
+                record.check()
+                if record.status == UNSENT or record.key not in records:
+                    records.pop((record.sha256, record.competition), None)  # it became this one
+                if record.status != UNSENT:
+                    records[record.key] = record
+    except OSError as error:
+        raise UserError(f"{LEDGER} cannot be read ({error.strerror}); mend it.") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError, csv.Error):
+        raise UserError(
+            f"{LEDGER}, line {rows.line_num}: not a submission; mend the row or remove it."
+        ) from None
+    return list(records.values())
 
 
 def last_sent(sha256: str, competition: str) -> Record | None:
-    """The last submission of the same bytes to the same competition."""
+    """The last submission of the same bytes to the same competition, or what may be one."""
     key = (sha256, competition)
     same = [record for record in read() if (record.sha256, record.competition) == key]
+    same = [record for record in same if record.ref] or same
     return same[-1] if same else None
 
 
+def append(record: Record) -> None:
+    """Add a row to the list, whole or not at all.
+
+    Raises:
+        UserError: The list cannot be written.
+    """
+    busy = f"another program writes {LEDGER} for a minute already; end it."
+    try:
+        with (
+            locked(ROOT / ".submissions.lock", LEDGER, busy, LOCK_SECONDS),
+            LEDGER.open("a+b", buffering=0) as file,
+        ):
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            whole = file.read() in (b"", b"\n")  # an editor may have left out the last line's end
+            rows = io.StringIO()
+            writer = csv.writer(rows, lineterminator="\n")
+            writer.writerows([astuple(record)] if size else [FIELDS, astuple(record)])
+            content = ("\n" * (not whole) + rows.getvalue()).encode(errors="surrogateescape")
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{LEDGER} could not be written ({error.strerror or error}); free space or make it "
+            "writable."
+        ) from error
+
+
 def save(record: Record) -> None:
-    """Write the submission into the list of all, in place of its former row, and to the run."""
-    records = {known.ref: known for known in read()} | {record.ref: record}
-    with atomic_write(LEDGER, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(known) for known in records.values())
+    """Add the state of a submission to the list of all, and write it to the run."""
+    append(record)
     path = Path(record.file)
     if path.with_suffix(".json").is_file():  # a file of the user's own gets nothing beside it
         numbers = {
@@ -82,7 +163,11 @@ def save(record: Record) -> None:
 
 
 def as_number(text: str) -> float | None:
-    return float(text) if text else None
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def tell_wandb(record: Record) -> None:

@@ -3,6 +3,8 @@
 import codecs
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from core.errors import UserError
 from core.file_table import FileTable
 from core.files import sha256
 from core.runs import Run
-from core.submission import Submission
+from core.submission import KNOWN_LABELS, Submission
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Prediction:
     sha256: str
     competition: str
     sample: Path
-    labels: list[str] | None  # None: a file that predict.py did not make
+    labels: Sequence[str] | None  # None: nobody knows them
     members: list[Member]
 
     @property
@@ -53,11 +55,16 @@ class Prediction:
         """Validation accuracy of the one run; that of an ensemble is not known."""
         return self.members[0].val_accuracy if len(self.members) == 1 else None
 
-    @property
-    def message(self) -> str:
-        """What Kaggle shows beside the score, unless the user says something better."""
+    def describe(self, message: str | None) -> str:
+        """What Kaggle shows beside the score: run and validation, unless the user says better."""
         accuracy = "" if self.val_accuracy is None else f", validation {self.val_accuracy:.4f}"
-        return f"{self.run or self.path.name}{accuracy}, sha256 {self.sha256[:8]}"
+        message = message or f"{self.run or self.path.name}{accuracy}"
+        return message if mark(self.sha256) in message else f"{message}, {mark(self.sha256)}"
+
+
+def mark(sha256: str) -> str:
+    """Part of each message, by which a submission is found again at Kaggle."""
+    return f"sha256 {sha256[:8]}"
 
 
 def find_csv(run_or_csv: str) -> Path:
@@ -87,8 +94,9 @@ def read_prediction(
         raise UserError(f"{path} does not exist; make it with predict.py, or name another file.")
     digest = sha256(path)
     origin = path.with_suffix(".json")
-    labels: list[str] | None = None
+    labels: Sequence[str] | None = None
     members: list[Member] = []
+    competition = competition_name(competition) if competition is not None else None
     if origin.is_file():
         made = read_origin(origin)
         labels = made["labels"]
@@ -115,9 +123,26 @@ def read_prediction(
             f"{path} is not recorded as made for a competition; "
             "say which with --competition NAME and --sample FILE."
         )
+    labels = labels or KNOWN_LABELS.get(competition)
     if not sample.is_file():
         raise UserError(f"{sample} does not exist; name the competition's file: --sample FILE.")
     return Prediction(path, digest, competition, sample, labels, members)
+
+
+def competition_name(name_or_address: str) -> str:
+    """The name of a competition, which may be given as the address of one of its pages.
+
+    Raises:
+        UserError: It is neither.
+    """
+    name = re.sub(r"(https?://)?(www\.)?kaggle\.com/(competitions|c)/", "", name_or_address)
+    name = re.split(r"[/?#]", name)[0] if name != name_or_address else name
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(
+            f"--competition {name_or_address!r} is no competition's name; give the last part of "
+            "https://www.kaggle.com/competitions/NAME."
+        )
+    return name
 
 
 def read_origin(path: Path) -> dict[str, Any]:
