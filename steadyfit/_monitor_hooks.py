@@ -163,7 +163,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         )
 
     def before_reaction(self, o: Observation) -> None:
-        if o.scale is not None or "scale" in o.numbers:
+        if o.is_left_scaled:
             # without gradients, the scaler could not say later that they were finite
             grad_scaler(self.trainer).unscale_(self.optimizers[o.optimizer])
 

@@ -75,6 +75,8 @@ class StepProbe:
         self.back: list[Tensor] = []
         self.shortened: Tensor | None = None
         self._before: list[Tensor] = []
+        self._before_layout = Layout([], [], [])
+        self._versions: list[int] = []  # of the parameters in it
         self._asked: dict[object, int] = {}  # who watches the coming step, and its number
         self._collect()
         self.is_stepping = False
@@ -93,6 +95,7 @@ class StepProbe:
     def _collect(self) -> None:
         groups = self.optimizer.param_groups
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._sizes = [len(group["params"]) for group in groups]
         self._all = list(range(len(self.params)))
         self._groups = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._layouts: dict[tuple[int, ...], Layout] = {}  # by the indices of the active
@@ -103,8 +106,9 @@ class StepProbe:
 
     def find_active(self) -> list[Tensor]:
         """Note in ``layout`` which parameters have a gradient, and return these gradients."""
-        now = list(chain.from_iterable([g["params"] for g in self.optimizer.param_groups]))
-        if len(now) != len(self.params) or not all(map(is_, now, self.params)):  # fine-tuning
+        now = [group["params"] for group in self.optimizer.param_groups]
+        same = list(map(len, now)) == self._sizes
+        if not same or not all(map(is_, chain.from_iterable(now), self.params)):  # fine-tuning
             self._collect()
         found = [p.grad for p in self.params]
         gradients = [g for g in found if g is not None]
@@ -161,17 +165,17 @@ class StepProbe:
 
         Call it when the gradients are there. A second watcher takes part in what the first has
         asked for, whatever it counts; one that comes again with another step says that the one
-        before was never taken.
+        before was never taken, and so do parameters that others have written into.
 
         Args:
             step: Its number, as the watcher counts.
             watcher: Who asks.
         """
-        if not self._asked or self._asked.get(watcher, step) != step:
-            self._asked.clear()
+        joins = bool(self._asked) and self._asked.get(watcher, step) == step
+        if not joins or self._versions != [p._version for p in self.params]:
+            self._asked = {watcher: step}
             self.update = Update()
             self.find_active()
-            self._asked[watcher] = step
             self.copy()
         self._asked[watcher] = step
         return self.update
@@ -185,7 +189,8 @@ class StepProbe:
     def copy(self) -> None:
         """Take the parameters as they are for those before the step."""
         if self._asked:
-            self._before = self.layout.copy(self.active)
+            self._before, self._before_layout = self.layout.copy(self.active), self.layout
+            self._versions = [p._version for p in self.params]
 
     @torch.no_grad()
     def weight_squares(self) -> Tensor:
@@ -201,6 +206,7 @@ class StepProbe:
         if not self._asked:
             return
         self._asked.clear()
+        self.layout = self._before_layout  # whoever has looked for gradients since
         layout, active = self.layout, self.active
         before, self._before = self._before, []
         if active:
@@ -285,6 +291,13 @@ def index_of(optimizer: Optimizer | None, watched: Sequence[Optimizer]) -> int:
         kind = "None" if optimizer is None else type(optimizer).__name__
         raise ValueError(f"tell which of the {len(watched)} watched optimizers steps, got {kind}.")
     return watched.index(unwrapped(optimizer))
+
+
+def names_of(params: Iterable[Tensor], model: nn.Module) -> list[str]:
+    """What a model calls parameters, without what ``torch.compile`` puts into names."""
+    known: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    names = [known.get(p, f"parameter {i}") for i, p in enumerate(params)]
+    return [name.replace("_orig_mod.", "") for name in names]
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 Dimensions: B batch, T time, D features.
 """
 
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .watching.records import replace_file
+from .watching.records import save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,9 +75,7 @@ class WorstStep:
         return max(found, key=lambda worst: worst.grad_norm, default=None)
 
     def save(self, folder: Path) -> None:
-        content = io.BytesIO()
-        torch.save(vars(self), content)
-        replace_file(folder / "worst_spike.pt", content.getvalue())
+        save(vars(self), folder / "worst_spike.pt")
 
     def remake(self, data: Any) -> list[list[Tensor]]:
         """Its batches, made again by a datamodule of this process."""

@@ -5,11 +5,14 @@ Dimensions: Q buffers are watched.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..layout import norms
 from .kept import Kept
+
+WATCHED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Buffers:
@@ -17,7 +20,7 @@ class Buffers:
 
     Attributes:
         names: Those with floating-point values, which are watched (Q).
-        kept: All of them, as they were before the last forward pass.
+        kept: All of them, as they were at the last :meth:`keep`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,13 +30,12 @@ class Buffers:
 
     def find(self) -> None:
         """Look for them; a lazy module has none at first."""
-        modules = list(self.model.named_modules())
-        self._owners = [module._buffers for _, module in modules if module._buffers]
         places = {
             f"{path}.{key}".removeprefix(".").replace("_orig_mod.", ""): (module._buffers, key)
-            for path, module in modules
+            for path, module in self.model.named_modules()
             for key, b in module._buffers.items()
-            if b is not None and b.is_floating_point() and not is_lazy(b)
+            if b is not None and b.dtype in WATCHED and not is_lazy(b)
+            if b.layout is torch.strided
         }
         self.names: Sequence[str] = list(places)
         self._places = list(places.values())  # a forward pass may put another tensor there
@@ -47,4 +49,4 @@ class Buffers:
 
     def keep(self) -> None:
         """Copy them."""
-        self.kept = Kept(owners=self._owners)
+        self.kept = Kept(owners=[m._buffers for m in self.model.modules() if m._buffers])

@@ -1,15 +1,17 @@
 """What a step may change, kept as it is, and the way back."""
 
-from collections.abc import Iterable, MutableMapping
+from collections import deque
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from ..layout import local
 
-Owner = MutableMapping[str, Any]  # holds tensors, numbers and containers of them under names
+Owner = MutableMapping[Any, Any]  # holds tensors, numbers and containers of them under names
 Entries = dict[Any, tuple[Any, Any]]  # by key or index: a value, and its copy or entries
 
 
@@ -21,32 +23,45 @@ class Kept:
 
     Args:
         params: Tensors that are written into.
-        states: Of optimizers: what they remember of ``params`` is kept, what they add is dropped.
-        owners: Further dictionaries: the buffers of a module, a parameter group without its
-            parameters.
+        optimizers: What these remember of ``params`` is kept, and what they remember of none;
+            what they add is dropped.
+        owners: Further dictionaries, as the buffers of a module.
+        groups: Keep what stands in the parameter groups of the optimizers as well.
         on_host: Keep the copies in main memory.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] = (),
-        states: Iterable[MutableMapping[Tensor, Owner]] = (),
+        optimizers: Sequence[Optimizer] = (),
         owners: Iterable[Owner] = (),
         *,
+        groups: bool = False,
         on_host: bool = False,
     ) -> None:
         self._on_host = on_host
         self._params = [(p, self._copy(p)) for p in params if not is_lazy(p)]
-        self._states = [(state, {p for p, _ in self._params if p in state}) for state in states]
-        owned = [state[p] for state, known in self._states for p in known]
-        self._owners = [(owner, self._entries(owner)) for owner in (*owned, *owners)]
+        self._states = [(optimizer, self._states_of(optimizer)) for optimizer in optimizers]
+        self._owners = [(owner, self._entries(owner)) for owner in owners]
+        for group in [group for o in optimizers for group in o.param_groups if groups]:
+            entries = self._entries({k: v for k, v in group.items() if k != "params"})
+            self._owners.append((group, entries | {"params": (group["params"], None)}))
 
-    def _entries(self, owner: Owner | list[Any]) -> Entries:
-        items = enumerate(owner) if isinstance(owner, list) else owner.items()
-        return {key: (value, self._copy(value)) for key, value in items if key != "params"}
+    def _states_of(self, optimizer: Optimizer) -> dict[Any, Entries]:
+        known = {p for p, _ in self._params}
+        known.add(optimizer.param_groups[0]["params"][0])  # L-BFGS has all of it there
+        return {
+            key: self._entries(state)
+            for key, state in optimizer.state.items()
+            if key in known or not isinstance(key, Tensor)
+        }
+
+    def _entries(self, owner: Any) -> Entries:
+        items = owner.items() if isinstance(owner, dict) else enumerate(owner)
+        return {key: (value, self._copy(value)) for key, value in items}
 
     def _copy(self, value: Any) -> Any:
-        if isinstance(value, (list, dict)):
+        if isinstance(value, (dict, list, tuple, deque)):
             return self._entries(value)
         if not isinstance(value, Tensor) or is_lazy(value):
             return None
@@ -59,71 +74,80 @@ class Kept:
         return self
 
     @torch.no_grad()
-    def restore(self, flag: Tensor | None = None) -> None:
-        """Go back to what was kept, or only if a flag () on the device says so.
-
-        The flag is read once where something has become other than a tensor of the same kind.
-        """
-        choice = Choice(flag)
+    def restore(self, choice: "Choice | None" = None) -> None:
+        """Go back to what was kept, or to where a choice leads."""
+        choice = choice or Choice()
         for param, copy in self._params:
             choice.write(param, copy)
         for owner, entries in self._owners:
             restore(owner, entries, choice)
-        for state, known in self._states:
-            added = [p for p, _ in self._params if p in state and p not in known]
-            if added and choice.is_back:
+        for optimizer, states in self._states:
+            state = optimizer.state  # another one, if it was loaded
+            lost = states.keys() - state.keys()
+            added = [p for p, _ in self._params if p in state and p not in states]
+            if (lost or added) and choice.is_back:
+                state.update({key: {} for key in lost})
                 for p in added:
                     del state[p]
+            for key in states.keys() & state.keys():
+                restore(state[key], states[key], choice)
 
 
 class Choice:
-    """Between the old and the new, by a flag () on a device; the old without one."""
+    """Between the old and the new, by a flag () on a device; the old without one.
 
-    def __init__(self, flag: Tensor | None) -> None:
-        self._flag = flag
-        self._flags: dict[torch.device, Tensor] = {}
+    The flag is read once where something has become other than a tensor of the same kind.
+    """
+
+    def __init__(self, flag: Tensor | None = None) -> None:
+        self._flags = {} if flag is None else {flag.device: flag}
+        self._is_back: bool | None = True if flag is None else None
 
     @property
     def is_back(self) -> bool:
-        """Whether it is the old, read once, where tensors cannot decide."""
-        if self._flag is not None:
-            self._flag = self._flag.cpu()
-        return self._flag is None or bool(self._flag)
+        """Whether it is the old, where tensors cannot decide."""
+        if self._is_back is None:
+            self._is_back = any(bool(flag) for flag in list(self._flags.values())[:1])
+        return self._is_back
 
     def of(self, old: Tensor, new: Tensor) -> Tensor:
-        if self._flag is None:
+        if not self._flags:
             return old.to(new.device)
         if new.device not in self._flags:
-            self._flags[new.device] = self._flag.to(new.device)
+            self._flags[new.device] = next(iter(self._flags.values())).to(new.device)
         return torch.where(self._flags[new.device], old, new)
 
     def write(self, tensor: Tensor, old: Tensor) -> None:
-        tensor = local(tensor)
+        tensor = local(tensor).data  # a graph that is used again may hold it: no new version
         tensor.copy_(self.of(old, tensor))
 
 
 def restore(owner: Any, entries: Entries, choice: Choice) -> None:
-    """Bring a dictionary or a list back to its entries, and what they hold to its copies."""
-    keys = set(range(len(owner)) if isinstance(owner, list) else owner) - {"params"}
+    """Bring a container back to its entries, and what they hold to its copies."""
+    keys = owner.keys() if isinstance(owner, dict) else set(range(len(owner)))
     if keys != entries.keys():
         if not choice.is_back:
             return
-        if isinstance(owner, list):
-            owner[:] = [value for value, _ in entries.values()]
-        else:
-            owner.update({key: value for key, (value, _) in entries.items()})
+        if isinstance(owner, dict):
             for key in keys - entries.keys():
                 del owner[key]
+            owner.update({key: value for key, (value, _) in entries.items()})
+        else:
+            owner.clear()
+            owner.extend(value for value, _ in entries.values())
     for key, (value, copy) in entries.items():
         now = owner[key]
         if isinstance(copy, Tensor):
-            if now is value and fits(now, copy):
+            if fits(now, copy):
                 choice.write(now, copy)
-            elif is_plain(now) and (now.shape, now.dtype) == (copy.shape, copy.dtype):
+            elif isinstance(owner, tuple):
+                continue
+            elif is_like(now, copy):
                 owner[key] = choice.of(copy, now)
             elif choice.is_back:
                 owner[key] = value if fits(value, copy) else copy.to(value.device)
-                choice.write(owner[key], copy)
+                if owner[key] is value:
+                    choice.write(value, copy)
             continue
         if now is not value and choice.is_back:
             owner[key] = value
@@ -137,15 +161,24 @@ def to_host(copy: Any) -> Any:
     return copy.cpu() if isinstance(copy, Tensor) else copy
 
 
-def fits(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether a tensor takes a copy in place.
+def is_like(value: Any, copy: Tensor) -> bool:
+    """Whether a value can stand for a copy, element by element."""
+    if not isinstance(value, Tensor):
+        return False
+    part = local(value)
+    dense = part.layout is torch.strided and not part.is_quantized and part.dtype not in NARROW
+    return dense and (part.shape, part.dtype) == (copy.shape, copy.dtype)
+
+
+def fits(value: Any, copy: Tensor) -> bool:
+    """Whether a value takes a copy in place.
 
     None does in which places share memory (an expanded one), nor one of inference mode.
     """
-    tensor = local(tensor)
-    same = (tensor.shape, tensor.dtype) == (copy.shape, copy.dtype)
-    return same and 0 not in tensor.stride() and not tensor.is_inference()
+    if not is_like(value, copy):
+        return False
+    part = local(value)
+    return 0 not in part.stride() and not part.is_inference()
 
 
-def is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value is local(value)
+NARROW = {getattr(torch, n) for n in dir(torch) if n.startswith(("float8", "float4"))}

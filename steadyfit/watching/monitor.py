@@ -1,9 +1,7 @@
 """What the steps of a training say together: which spiked, and what followed."""
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,12 +12,12 @@ from torch.optim import Optimizer
 from .. import processes
 from ..clipping import overwrites_gradients
 from ..detector import SpikeDetector
-from ..probe import StepProbe, index_of, refuse_complex, unwrapped, unwrapped_model
+from ..probe import StepProbe, index_of, names_of, refuse_complex, unwrapped, unwrapped_model
 from .buffers import Buffers
 from .observation import BEHIND, Observation, learning_rate, read, scalar
 from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import Reaction, ReactionName, Rollback, act, reaction_of
-from .records import replace_file
+from .records import save
 from .skip import Skip
 from .spike_log import CONFIRM, COUNTED, SpikeLog
 
@@ -126,6 +124,7 @@ class SpikeMonitor:
         self.monitors: dict[int, OptimizerMonitor] = {}  # by optimizer
         self.skip: dict[int, Skip] = {}
         self._pending: list[Observation] = []
+        self._coming: dict[int, Observation] = {}  # the last one of each optimizer
         self._unread: list[Observation] = []  # of these, for a reaction
         self._due = False  # a read, as soon as no step is about to be taken
         self._late = False  # an update has spiked since a reaction could act
@@ -136,16 +135,14 @@ class SpikeMonitor:
         """Watch these from now on."""
         self.model = model = unwrapped_model(model)
         self.optimizers = [unwrapped(o) for o in optimizers]
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._names = {key: name.replace("_orig_mod.", "") for key, name in names.items()}
         self.spikes.open(self.folder / "spikes.jsonl" if self.folder else None)
         for index, optimizer in enumerate(self.optimizers):
             probe = StepProbe.of(optimizer)
             refuse_complex(type(self).__name__, probe.params)
             probe.asks_products |= not overwrites_gradients(optimizer)
             self._name_parameters(index, probe.params)
-            if self.skips:
-                self._attach_skip(index, probe)
+            if self.skips or self.reaction:
+                self._attach_reaction(index, probe)
         if isinstance(self.reaction, Rollback):
             self.reaction.learned = self._learned, self._unlearn
         if self.reaction and self.optimizers:
@@ -167,18 +164,18 @@ class SpikeMonitor:
         """What reactions act on."""
         return self
 
-    def _attach_skip(self, index: int, probe: StepProbe) -> None:
-        skip = self.skip.setdefault(index, Skip())
+    def _attach_reaction(self, index: int, probe: StepProbe) -> None:
+        skip = self.skip.setdefault(index, Skip()) if self.skips else None
 
-        def take_back() -> None:
-            for o in self._pending:
-                if o.update is probe.update:
-                    skip.after_step(probe)
-                    o.skipped = skip.flag
-                    self.keep_buffers()
+        def behind_step() -> None:
+            o = self._coming.get(index)
+            if skip and o and o.update is probe.update:
+                skip.after_step(probe)
+                o.skipped = skip.flag
+            self.keep_buffers()
 
-        probe.after_step.append(take_back)
-        self._hooks.append((probe, take_back))
+        probe.after_step.append(behind_step)
+        self._hooks.append((probe, behind_step))
 
     def monitor_of(self, index: int) -> OptimizerMonitor:
         """What is known of this optimizer's steps."""
@@ -192,8 +189,7 @@ class SpikeMonitor:
         if monitor.params is not params:
             if monitor.params:
                 self.flush(refresh=self._due)  # what is pending was of those before
-            names = [self._names.get(id(p), f"parameter {i}") for i, p in enumerate(params)]
-            monitor.set_parameters(names, params)
+            monitor.set_parameters(names_of(params, self.model), params)
 
     # Collecting, without a read from the device
 
@@ -228,10 +224,11 @@ class SpikeMonitor:
         step, index = self.global_step, index_of(optimizer, self.optimizers)
         optimizer = self.optimizers[index]
         probe = StepProbe.of(optimizer)
-        if probe.is_stepping and any(o.is_coming for o in self._pending if o.probe is probe):
+        coming = {i for i, o in self._coming.items() if o.is_coming}
+        if probe.is_stepping and index in coming:
             return  # a step that evaluates its closure more than once, as L-BFGS does
         self._due |= step % self.every == 0
-        if self._due and not any(o.is_coming and o.optimizer != index for o in self._pending):
+        if self._due and not coming - {index}:
             self.flush(refresh=True)
         if not self._pending:
             self.buffers.find()
@@ -257,17 +254,19 @@ class SpikeMonitor:
             is_new=self.monitor_of(index).is_new(probe.layout.active),
         )
         self._pending.append(o)
+        self._coming[index] = o
         self.global_step = step + 1
         if self.skips:
             self.skip[index].before_step(o, self.buffers.kept)
         elif self.reaction:
             self._react(self.reaction, o, optimizer)
-        self.keep_buffers()
+        if scaled:  # a scaler that throws the step away tells nobody
+            self.keep_buffers()
 
     def keep_buffers(self) -> None:
         """Copy the buffers as they are before a forward pass, for a step that is left out.
 
-        Next after a step is observed: a scaler that throws it away tells nobody.
+        It is done behind every step; who writes into buffers elsewhere calls it behind that.
         """
         if self.skips or self.reaction:
             self.buffers.keep()
@@ -300,15 +299,16 @@ class SpikeMonitor:
 
     def before_reaction(self, o: Observation) -> None:
         """Hook: a reaction is about to act on a step."""
+        if o.is_left_scaled:
+            raise ValueError("a reaction needs gradients that scaler.unscale_ has unscaled.")
 
     def _learned(self) -> Any:
         """What is usual by now, for a rollback."""
-        return {i: deepcopy((m.detectors, m.ratios)) for i, m in self.monitors.items()}
+        return {index: monitor.learned() for index, monitor in self.monitors.items()}
 
-    def _unlearn(self, learned: Any) -> None:
-        for index, (detectors, ratios) in learned.items():
-            self.monitors[index].detectors, self.monitors[index].ratios = detectors, ratios
-            ratios.grow(len(self.monitors[index].names))  # some may have been added since
+    def _unlearn(self, learned: Mapping[int, Any]) -> None:
+        for index, own in learned.items():
+            self.monitors[index].unlearn(own)
 
     # Reading and judging
 
@@ -320,7 +320,7 @@ class SpikeMonitor:
                 something else wants to know, so that a resumed run skips the same steps.
             alone: The other processes may not be listening, so do not wait for them.
         """
-        pending, self._pending, self._unread, self._due = self._pending, [], [], False
+        pending, self._pending, self._unread = self._pending, [], []
         if pending:
             read(pending, None if alone else processes.average)
             for index in {o.optimizer for o in pending}:
@@ -343,6 +343,7 @@ class SpikeMonitor:
                 self.on_records(self.records[before:])
                 self.log_rows(rows)
         if refresh:
+            self._due = False
             for index, skip in self.skip.items():
                 skip.refresh(self.monitor_of(index))
 
@@ -362,9 +363,8 @@ class SpikeMonitor:
         if not processes.is_first():
             return ""
         if self.folder and self.monitors:
-            content = io.BytesIO()
-            torch.save({str(i): m.history.state_dict() for i, m in self.monitors.items()}, content)
-            replace_file(self.folder / "norms.pt", content.getvalue())
+            states = {str(i): m.history.state_dict() for i, m in self.monitors.items()}
+            save(states, self.folder / "norms.pt")
         return self.spikes.summary(self.global_step)
 
     def __enter__(self) -> Self:
@@ -382,6 +382,8 @@ class SpikeMonitor:
             **self.spikes.state_dict(self.global_step),
             "last_spike": self._last_spike,
             "now": self.global_step,
+            "due": self._due,
+            "late": self._late,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -392,5 +394,7 @@ class SpikeMonitor:
             self.skip.setdefault(int(key), Skip()).load_state_dict(own)
         self.spikes.load_state_dict(state)
         self._last_spike = state["last_spike"]
+        self._due, self._late = state.get("due", False), state.get("late", False)
         self.global_step = state.get("now", 0)  # callbacks of Lightning learn it from the trainer
         self.spikes.resume(self.global_step)
+        self.keep_buffers()  # the model's may have been loaded before

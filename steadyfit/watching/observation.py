@@ -76,6 +76,7 @@ class Observation:
     weight: Tensor | None = None  # squared norms (A,), now and then
     buffers: Tensor | None = None  # norms (Q,)
     skipped: Tensor | None = None  # (), whether a reaction took the step back
+    is_left_scaled: bool = False  # its gradients, until the optimizer unscales them itself
     is_new: bool = False  # some of its parameters take part for the first time
     count: int = 0  # of all parameters (P)
     active: list[int] = field(default_factory=list)  # those with a gradient (A)
@@ -86,6 +87,7 @@ class Observation:
     left_out: bool = False  # by a reaction, before it was taken
 
     def __post_init__(self) -> None:
+        self.is_left_scaled = self.scale is not None
         self.active, self.count = self.probe.layout.active, len(self.probe.params)
         # how often the squares of this process's part make up the mean over the processes
         sharded = self.probe.is_sharded

@@ -7,7 +7,9 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ class OptimizerMonitor:
         self.params: Sequence[Tensor] = ()  # as the probe lists them
         self.used: set[int] = set()  # those that have had a gradient
         self._active: list[int] = []  # in the last step
+        self.begun = False  # whether there was one
         self._norm_detector = partial(SpikeDetector, window, threshold, NORM_MIN_SCALE)
         self.detectors = {
             "gradient": self._norm_detector(),
@@ -55,20 +58,33 @@ class OptimizerMonitor:
 
     def set_parameters(self, names: list[str], params: Sequence[Tensor]) -> None:
         """Take these parameters (P) from now on; what others have taught is forgotten."""
-        if names[: len(self.names)] != self.names:
+        is_other = names[: len(self.names)] != self.names
+        if is_other:
             self.history = NormHistory([])
+        if is_other or not all(map(is_, self.params, params)):
             self.ratios = ParameterRatios(self.ratios.window, self.ratios.limit)
             self.used = set()
         self.names, self.params = names, params
         self.history.grow(names)
         self.ratios.grow(len(names))
 
+    def learned(self) -> Any:
+        """What is usual by now, for :meth:`unlearn`."""
+        return deepcopy((self.names, self.detectors, self.ratios))
+
+    def unlearn(self, learned: Any) -> None:
+        """Go by what was usual then."""
+        names, self.detectors, ratios = learned
+        if self.names[: len(names)] == names:  # else there are other parameters by now
+            self.ratios = ratios
+            ratios.grow(len(self.names))
+
     def is_new(self, active: list[int]) -> bool:
         """Whether some parameters take part for the first time, as those of a layer just thawed."""
         if active is self._active:
             return False
-        new, begun = set(active) - self.used, bool(self.used)
-        self._active, self.used = active, self.used | new
+        new, begun = set(active) - self.used, self.begun
+        self._active, self.used, self.begun = active, self.used | new, True
         return begun and bool(new)
 
     def judge(self, steps: Sequence[Observation], buffer_names: Sequence[str] = ()) -> None:
@@ -146,6 +162,7 @@ class OptimizerMonitor:
         with np.errstate(divide="ignore", invalid="ignore"):
             growth = np.where(last > 0, norms / last, 1.0)
         growth = np.where(np.isfinite(norms), growth, np.inf)
+        growth = np.where(np.isfinite(last), growth, 1.0)  # a mask may be infinite
         most = int(growth.argmax())
         verdict = Verdict.of(self.detectors["buffer"], float(growth[most]))
         o.judged["buffer"] = verdict._replace(name=names[most])
@@ -253,6 +270,7 @@ class OptimizerMonitor:
         self.before.extend(json.loads(state["before"]))
         self.lr = state["lr"]
         self.used = set(state.get("used", range(len(self.names))))
+        self.begun = True
         buffers = state.get("buffers")
         self.buffers = None if buffers is None else np.array(buffers)
 

@@ -122,8 +122,7 @@ class Rollback(Reaction):
         params = dict.fromkeys(
             [*model.parameters(), *(p for probe in probes for p in probe.params)]
         )
-        states = [probe.optimizer.state for probe in probes]
-        kept = [Kept(params, states, on_host=True), buffers.to_host()]
+        kept = [Kept(params, [p.optimizer for p in probes], on_host=True), buffers.to_host()]
         self.copies = [*self.copies, (learned, kept)][-self.keep :]
 
     def react(self, loop: Any, model: nn.Module, optimizer: Optimizer) -> str | None:

@@ -1,11 +1,14 @@
 """Spikes as records: lines of JSON, and in words."""
 
+import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 FOLLOW = 20  # optimizer steps over which the outcome of a spike is watched
 
@@ -117,6 +120,13 @@ class RecordFile:
 
 def lines_of(records: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(f"{json.dumps(json_safe(record))}\n" for record in records).encode()
+
+
+def save(content: Any, path: Path) -> None:
+    """What torch writes of it, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_file(path, buffer.getvalue())
 
 
 def replace_file(path: Path, content: bytes) -> None:

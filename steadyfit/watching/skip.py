@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import processes
 from ..detector import SHIFT_AFTER
 from ..probe import StepProbe
-from .kept import Kept
+from .kept import Choice, Kept
 from .observation import Observation
 from .optimizer_monitor import OptimizerMonitor
 
@@ -68,11 +68,11 @@ class Skip:
         whole = processes.average_all(o.tensors())  # each process has to decide the same
         self._open = self._open | o.is_new  # nothing is known of what is thawed
         self.flag = self._is_beyond(o, whole)
-        optimizer, active = o.probe.optimizer, [o.probe.params[i] for i in o.active]
-        self._kept = [Kept(active, [optimizer.state], optimizer.param_groups), buffers]
+        active = [o.probe.params[i] for i in o.active]
+        self._kept = [Kept(active, [o.probe.optimizer], groups=True), buffers]
         if (norms := whole.get("buffers")) is not None:
-            kept = norms if self._buffers is None else self._buffers
-            self._buffers = torch.where(self.flag, kept, norms)
+            last = self._last_buffers(norms)
+            self._buffers = torch.where(self.flag, norms if last is None else last, norms)
 
     @torch.no_grad()
     def after_step(self, probe: StepProbe) -> None:
@@ -87,8 +87,9 @@ class Skip:
             self.flag = self.flag | (beyond & ~self._open) | ~total.isfinite()
         self._row = torch.where(self.flag, self._row + 1, 0)
         self._open = self._open | (self._row >= SHIFT_AFTER)
+        choice = Choice(self.flag)
         for kept in self._kept:
-            kept.restore(self.flag)
+            kept.restore(choice)
         self._kept = []
 
     def _is_beyond(self, o: Observation, whole: Mapping[str, Tensor]) -> Tensor:
@@ -116,10 +117,17 @@ class Skip:
 
     def _growth(self, norms: Tensor | None, none: Tensor) -> Tensor:
         """The largest factor () by which the norm of a buffer has grown."""
-        if norms is None or self._buffers is None or self._buffers.shape != norms.shape:
+        if norms is None or (last := self._last_buffers(norms)) is None:
             return none
-        growth = torch.where(self._buffers > 0, norms / self._buffers, 1.0)
-        return torch.where(norms.isfinite(), growth, math.inf).amax().to(none)
+        growth = torch.where(last > 0, norms / last, 1.0)
+        growth = torch.where(norms.isfinite(), growth, math.inf)
+        return torch.where(last.isfinite(), growth, 1.0).amax().to(none)  # a mask may be infinite
+
+    def _last_buffers(self, like: Tensor) -> Tensor | None:
+        """The norms after the last step, if it had as many."""
+        if self._buffers is None or self._buffers.shape != like.shape:
+            return None
+        return self._buffers.to(like.device)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._limits:
