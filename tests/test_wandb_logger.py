@@ -16,6 +16,8 @@ ROWS = {step: {"train/loss": 1 / (step + 1), "grad_norm/total": 2.0} for step in
 def make_logger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str], ResumableWandbLogger]]:
+    end_wandb()  # a process reads its settings once
+
     def make(mode: str) -> ResumableWandbLogger:
         monkeypatch.setenv("WANDB_MODE", mode)
         monkeypatch.setenv("WANDB_SILENT", "true")
