@@ -185,6 +185,7 @@ class Again(CLI):
         if "precision" in options:  # a plugin may have it
             plugins = self.config_init.fit.trainer.plugins or []
             options["plugins"] = [p for p in plugins if not isinstance(p, MixedPrecision)]
+        self.model.float()  # a half precision makes itself what it needs
         course = follow.course
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -3,16 +3,17 @@
 ``at`` is the first optimizer step that is another one. Dimensions: B samples of a batch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.loaders.resident import ResidentLoader
+from lit_models.base import LitModel
 
 SECOND_MOMENTS = ("square_avg", "exp_avg_sq")  # of torch's optimizers
 MOMENTA = ("momentum_buffer", "exp_avg")
@@ -146,10 +147,10 @@ class KeptBuffers(Callback):
         self.kept: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.kept = {name: b.clone() for name, b in module.network.named_buffers()}
+        self.kept = {name: b.clone() for name, b in network_of(module).named_buffers()}
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        for name, buffer in module.network.named_buffers():
+        for name, buffer in network_of(module).named_buffers():
             buffer.copy_(self.kept[name])
 
 
@@ -160,10 +161,15 @@ class OtherDropout(Callback):
         self.seed = seed
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.usual, module.seed = module.seed, self.seed
+        self.usual = cast(LitModel, module).seed
+        module.seed = self.seed  # type: ignore[assignment]
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        module.seed = self.usual
+        module.seed = self.usual  # type: ignore[assignment]
+
+
+def network_of(module: LightningModule) -> nn.Module:
+    return cast(LitModel, module).network
 
 
 def states(optimizer: Optimizer, names: Iterable[str]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -172,6 +178,3 @@ def states(optimizer: Optimizer, names: Iterable[str]) -> Iterable[tuple[Tensor,
         for name in names:
             if isinstance(found := state.get(name), Tensor):
                 yield p, found
-
-
-Make = Callable[[int], list[Callback]]  # the change, by the seed of what it draws

@@ -77,6 +77,8 @@ def explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress
     again.train(snapshot, Follow(course, spike.end + MORE, weights=steps))
     if control.is_exact:  # the way of a fork has to be exact as well
         _, control.differing = compare(course.rows, rows)
+    before = range(spike.start - len(control.rates), spike.start)
+    course.rates |= zip(before, control.rates, strict=True)
     case = Case(spike, again, course, kept)
     trials = Trials(case, snapshot, path, header | {"control": control.facts()}, advance)
     report.trials, report.case = trials, case

@@ -1,16 +1,17 @@
 """The run repeated without a change: is it the same, bit for bit, and does it spike again?"""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 
 from core.errors import UserError
 from core.runs import Run, load_checkpoint
 from pipeline.why.again import Again, Course, Follow, Rows
 from pipeline.why.spike import Spike
+from steadyfit.watching.records import FOLLOW
 
 MORE = 10  # steps behind a spike that forks may want to know of
 
@@ -26,6 +27,7 @@ class Control:
         differing: The first of them that was another one, in words.
         checkpoints: Recorded checkpoints whose weights were compared, and those with others.
         spikes: Whether the spike came again.
+        rates: Learning rates of the steps just before the fork.
     """
 
     since: str | None
@@ -35,6 +37,7 @@ class Control:
     checkpoints: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     spikes: bool = True
+    rates: list[float] = field(default_factory=list)
 
     @property
     def is_exact(self) -> bool:
@@ -83,13 +86,14 @@ def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path)
     control = Control(path.name if path else None, len(course.rates), checkpoints=names)
     control.values, control.differing = compare(course.rows, recorded)
     control.changed = [f"the weights of {name}" for name in course.differing]
+    control.rates = [rate for step, rate in course.rates.items() if step < spike.start][-FOLLOW:]
     control.spikes = spike.is_in(course, spike.first, spike.end)
     return control
 
 
-def checkpoints(run: Run) -> dict[int, tuple[Path, Mapping[str, Any]]]:
+def checkpoints(run: Run) -> dict[int, tuple[Path, dict[str, Tensor]]]:
     """Checkpoints of a run and their weights, by optimizer steps; damaged ones are left out."""
-    found: dict[int, tuple[Path, Mapping[str, Any]]] = {}
+    found: dict[int, tuple[Path, dict[str, Tensor]]] = {}
     for path in sorted(run.folder.glob("checkpoints/*.ckpt")):
         try:
             checkpoint = load_checkpoint(path)
@@ -100,10 +104,12 @@ def checkpoints(run: Run) -> dict[int, tuple[Path, Mapping[str, Any]]]:
 
 
 def compare(rows: Rows, recorded: Rows) -> tuple[int, str | None]:
-    """How many values both have, and the first that differs, in words."""
+    """How many values of the training both have, and the first that differs, in words."""
     count, first = 0, None
     for step in sorted(rows.keys() & recorded.keys()):
-        for name in sorted(rows[step].keys() & recorded[step].keys()):
+        names = rows[step].keys() & recorded[step].keys()
+        # thresholds and counts are the monitor's, not of the training
+        for name in sorted(n for n in names if n.startswith("train/") or n.endswith("/total")):
             count += 1
             was, now = recorded[step][name], float(f"{rows[step][name]:.9g}")
             if was != now and not (was != was and now != now) and first is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from core.files import atomic_write
@@ -159,6 +160,8 @@ class Report:
             axes.axhline(spike.limit, color=BLUE, lw=0.8, ls=":", label="half the height")
         axes.axvline(spike.start, color=GREY, lw=0.8, ls=":")
         axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(ScalarFormatter())
         axes.set_title(f"Step {spike.first}: {SAID[self.verdict.cause]}")
         axes.legend(loc="upper left", fontsize=8)
         return figure
