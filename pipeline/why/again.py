@@ -98,12 +98,12 @@ class Follow(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.save == 0 and self.path:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if step == self.save and self.path:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             self.save = None  # the next batch may be accumulated for the same step
         if step in self.checkpoints:
             name, weights = self.checkpoints.pop(step)
