@@ -172,12 +172,24 @@ def test_a_spike_is_gone_below_half_its_height_on_the_logarithmic_scale() -> Non
     spike = Spike.of([record_of(40, "gradient"), record_of(41, "loss")], rows)
     assert (spike.first, spike.peak, spike.usual, spike.height) == (40, 41, 1.0, 9.0)
     assert spike.limit == pytest.approx(3.0)
-    assert spike.is_in(Course(rows), spike.first, spike.end)
+    assert spike.is_in(Course(rows), spike.onset, spike.end)
     calm = rows_of([1.0] * 40 + [2.0, 2.9, 2.0] + [1.0] * 20)
     assert not spike.is_in(Course(calm), spike.first, spike.end)
     broken = rows_of([1.0] * 40 + [2.0, float("nan"), 2.0] + [1.0] * 20)
     assert spike.is_in(Course(broken), spike.first, spike.end)
     assert not Spike.of([record_of(40, "loss")], broken).is_in(Course(calm), 40, 46)
+
+
+def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
+    """A hard sequence makes a loss of .16, and the update after it one of 4."""
+    rows = rows_of([0.003] * 40 + [0.16, 2.7, 4.2] + [0.003] * 20)
+    spike = Spike.of([record_of(40, "loss"), record_of(41, "loss")], rows)
+    assert not spike.is_own
+    assert spike.onset == 41
+    calm = rows_of([0.003] * 40 + [0.16, 0.003] + [0.003] * 20)
+    assert not spike.is_in(Course(calm), spike.onset, spike.end)
+    bad = rows_of([0.003] * 40 + [4.2, 0.3] + [0.003] * 20)
+    assert Spike.of([record_of(40, "loss")], bad).is_own
 
 
 def test_a_spike_without_a_loss_is_what_the_monitor_sees() -> None:

@@ -87,7 +87,7 @@ def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path)
     control.values, control.differing = compare(course.rows, recorded)
     control.changed = [f"the weights of {name}" for name in course.differing]
     control.rates = [rate for step, rate in course.rates.items() if step < spike.start][-FOLLOW:]
-    control.spikes = spike.is_in(course, spike.first, spike.end)
+    control.spikes = spike.is_in(course, spike.onset, spike.end)
     return control
 
 

@@ -110,8 +110,9 @@ class Case:
         to = self.elsewhere(step)
         if to is None or len(slots) > len(self.slots(to)):
             return None
+        first = to + (step == self.spike.first and not self.spike.is_own)
         last = to + min(APART - 1, self.spike.peak - step + 1)
-        return Experiment(name, lambda s: [self.moved(slots, to, s)], to, looks_at=(to, last))
+        return Experiment(name, lambda s: [self.moved(slots, to, s)], to, looks_at=(first, last))
 
     def experiments(self) -> list[Experiment]:
         """All but those of single samples, without those that cannot matter."""

@@ -27,6 +27,7 @@ class Spike:
         peak: That of the highest loss in the ``FOLLOW`` steps from there.
         usual: Median loss before it.
         height: Loss of the peak.
+        own: Loss of the first step, before the update that is taken with it.
         signals: Of its records up to the peak.
         record: The first one.
     """
@@ -35,6 +36,7 @@ class Spike:
     peak: int
     usual: float
     height: float
+    own: float
     signals: frozenset[str]
     record: Record
 
@@ -47,7 +49,18 @@ class Spike:
         finite = [loss for loss in before if math.isfinite(loss)] or [math.nan]
         upto = [r for r in records if r["step"] <= peak] or records[:1]
         signals = frozenset(signal for r in upto for signal in r["spiked"])
-        return cls(first, peak, median(finite), losses.get(peak, math.nan), signals, records[0])
+        height, own = losses.get(peak, math.nan), losses.get(first, math.nan)
+        return cls(first, peak, median(finite), height, own, signals, records[0])
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is in the loss of its first batch already, not made by an update with it."""
+        return "loss" not in self.signals or not self.own < self.height / 2
+
+    @property
+    def onset(self) -> int:
+        """The first step that is looked at: a hard batch that only sets a spike off is none."""
+        return self.first if self.is_own else self.first + 1
 
     @property
     def end(self) -> int:

@@ -108,7 +108,7 @@ class Trials:
 
     def fork(self, experiment: Experiment, seed: int, noise: float) -> Line:
         case, spike = self.case, self.case.spike
-        place = experiment.looks_at or (spike.first, spike.end)
+        place = experiment.looks_at or (spike.onset, spike.end)
         at = spike.start if noise == TINY else experiment.at
         last = max(place[1], spike.end)
         asked = [experiment.at + 1] if seed == 0 and experiment.at else []

@@ -10,9 +10,13 @@ from pipeline.why.spike import Spike
 from pipeline.why.trials import SEEDS, Tally, Trials
 
 # Causes overlap: half the rate, a fresh second moment and clipping all take the classic spike away.
-# The first that counts is the verdict. The order of samples comes late: some batch sets every
-# spike off, and what is decisive is whether the training would have stood any order.
-PRECEDENCE = ("buffer", "samples", "precision", "jump", "moment", "rate", "order", "dropout")
+# The first that counts is the verdict. Samples come early if the spike is in their own loss, and
+# late if they only set off the update that made it: a hard sample sets off many a spike that the
+# optimizer makes. The order of samples comes late for the same reason.
+PRECEDENCE = (
+    *("buffer", "own samples", "precision", "jump"),
+    *("moment", "rate", "samples", "order", "dropout"),
+)
 
 SAID = {
     "irreproducible": "the machine or a kernel that is not deterministic, not the training",
@@ -55,7 +59,7 @@ def decide(case: Case, trials: Trials) -> Verdict:
     experiments = case.experiments()
     found: Verdict | None = None
     for cause in PRECEDENCE:
-        if found is None and cause == "samples":
+        if found is None and cause == ("own samples" if case.spike.is_own else "samples"):
             found = samples_at_fault(case, trials)
         for experiment in experiments:
             if experiment.cause == cause and found is None and trials.counts(experiment):
