@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +17,8 @@ from pipeline.why.spike import Spike
 
 JUMP = 1.5  # times the rate of the step before
 EVER = 10**9
+CLIPPED = "gradient norm at most "
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 APART = 5  # optimizer steps by which samples are moved
 
 Make = Callable[[int], Sequence[Callback]]
@@ -144,6 +147,15 @@ class Case:
         if self.states.intersection(changes.MOMENTA):
             add(None, "momentum cleared", lambda s: [changes.NoMomentum(start, EVER)])
         add(None, "update clipping", lambda s: [UpdateClipping()])
+        norms = [row.get("grad_norm/total", 0.0) for row in self.course.rows.values()]
+        usual = float(f"{median(norms):.2g}")
+        trainer = self.again.config.fit.trainer
+        clipped = trainer.gradient_clip_val or any(
+            "Clipping" in c.class_path for c in trainer.callbacks
+        )
+        if usual > 0 and not clipped:
+            name = f"{CLIPPED}{usual:g}"
+            add(None, name, lambda s: [], gradient_clip_val=usual)
         if parameter in dict(module.named_parameters()):
             first, last = max(start, spike.first - 1), spike.peak
             name = f"{parameter} not updated"
@@ -162,8 +174,6 @@ class Case:
 
 def has_dropout(network: nn.Module) -> bool:
     """Whether a layer drops something."""
-    rates = [
-        getattr(m, "p" if isinstance(m, nn.modules.dropout._DropoutNd) else "dropout", 0)
-        for m in network.modules()
-    ]
+    rates = [getattr(m, "dropout", 0.0) for m in network.modules()]  # of recurrence, attention
+    rates += [m.p for m in network.modules() if isinstance(m, DROPOUT)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

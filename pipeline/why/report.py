@@ -16,8 +16,9 @@ from core.files import atomic_write
 from core.runs import Run
 from pipeline.continuing import named
 from pipeline.why.again import Rows
+from pipeline.why.changes import MOMENTA
 from pipeline.why.control import Control
-from pipeline.why.experiments import Case
+from pipeline.why.experiments import CLIPPED, Case
 from pipeline.why.spike import Spike
 from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
@@ -122,13 +123,17 @@ class Report:
         }.get(cause, "Another spike of the run may tell more: --step N.")
 
     def calmer(self) -> str:
-        """Of update clipping and half the rate the one whose forks lose the spike more often."""
-        by_name = {tally.name: tally for tally in self.tallies}
-        clipped, halved = by_name.get("update clipping"), by_name.get("half the learning rate")
-        if clipped and clipped.mostly and self.verdict.cause == "moment":
+        """The first remedy, of those that suit the optimizer, whose forks mostly lose the spike."""
+        helps = {tally.name: tally for tally in self.tallies if tally.mostly}
+        settings = dict(named(self.settings))
+        rate, betas = (settings.get(f"model.optimizer.{name}") for name in ("lr", "betas"))
+        moved = bool(self.case and self.case.states.intersection(MOMENTA))
+        moved = moved and not (betas and betas[0] == 0)
+        if "update clipping" in helps and not moved:  # with momentum it does harm: docs/spikes.md
             return "--trainer.callbacks+=callbacks.UpdateClipping"
-        rate = dict(named(self.settings)).get("model.optimizer.lr")
-        if halved and halved.mostly and isinstance(rate, float):
+        if norms := [name for name in helps if name.startswith(CLIPPED)]:
+            return f"--trainer.gradient_clip_val={norms[0].removeprefix(CLIPPED)}"
+        if "half the learning rate" in helps and isinstance(rate, float):
             return f"--model.init_args.optimizer.init_args.lr={rate / 2:g}"
         return ""
 
@@ -160,8 +165,9 @@ class Report:
             axes.axhline(spike.limit, color=BLUE, lw=0.8, ls=":", label="half the height")
         axes.axvline(spike.start, color=GREY, lw=0.8, ls=":")
         axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
-        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter(ScalarFormatter())
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # hardly a power of ten to be labelled
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_title(f"Step {spike.first}: {SAID[self.verdict.cause]}")
         axes.legend(loc="upper left", fontsize=8)
         return figure

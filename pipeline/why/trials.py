@@ -145,16 +145,13 @@ class Trials:
         )
 
     def smallest(
-        self, places: Sequence[Any], without: Callable[[Sequence[Any], str], Experiment]
+        self, places: Sequence[Any], without: Callable[[Sequence[Any]], Experiment]
     ) -> Sequence[Any]:
         """Halve what it takes to lose the spike, as long as one half alone does."""
         while len(places) > 1:
             half = len(places) // 2
             parts = [places[:half], places[half:]]
-            found = [
-                self.run(without(part, f"without {len(part)} samples from {part[0]}"), 1).count
-                for part in parts
-            ]
+            found = [self.run(without(part), 1).count for part in parts]
             if sum(found) != 1:
                 break
             places = parts[found.index(1)]

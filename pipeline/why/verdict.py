@@ -6,7 +6,6 @@ from typing import Any
 
 from pipeline.why.changes import Slot
 from pipeline.why.experiments import Case, Experiment
-from pipeline.why.spike import Spike
 from pipeline.why.trials import SEEDS, Tally, Trials
 
 # Causes overlap: half the rate, a fresh second moment and clipping all take the classic spike away.
@@ -96,8 +95,9 @@ def samples_at_fault(case: Case, trials: Trials) -> Verdict | None:
         if moved is None or not trials.screen(moved).mostly:
             continue
 
-        def without(part: Sequence[Slot], name: str, step: int = step) -> Experiment:
-            return case.replaced(part, step, name)
+        def without(part: Sequence[Slot], step: int = step) -> Experiment:
+            first, last = (place % case.batch_size for _, place in (part[0], part[-1]))
+            return case.replaced(part, step, f"without samples {first} to {last} of step {step}")
 
         fewest = trials.smallest(slots, without)
         some = describe(case, fewest, step)
@@ -135,9 +135,3 @@ def describe(case: Case, slots: Sequence[Slot], step: int) -> str:
         batch, number = divmod(place, case.batch_size)
         return f"sample {number} of batch {batch} in epoch {epoch}"
     return f"{len(slots)} samples of step {step}"
-
-
-def spike_in_words(spike: Spike) -> str:
-    return (
-        f"step {spike.first}: loss {spike.height:.3g} at step {spike.peak}, usual {spike.usual:.3g}"
-    )
