@@ -163,6 +163,7 @@ def settings(tasks: list[str], seeds: list[int]) -> list[Setting]:
         for seed in seeds
         for task in tasks
         for plant in CAUSES
+        if (task, plant) != ("cnn", "float16 overflow")  # such convolutions take a CPU minutes
     ]
 
 

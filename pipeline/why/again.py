@@ -73,7 +73,7 @@ class Follow(Callback):
         stop: Optimizer steps after which training ends.
         save: Optimizer steps after which the state goes to ``path``.
         weights: Optimizer steps before which the weights are copied.
-        checkpoints: Weights to compare with, by name and optimizer steps.
+        checkpoints: Names and weights of checkpoints to compare with, by optimizer steps.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class Again(CLI):
         trainer, schedule = config.trainer, config.model.init_args.get("lr_scheduler")
         settle(trainer)
         looking = set(CALLBACKS_MAY_CHANGE)
-        name_of = [(c, c.class_path.rpartition(".")[2]) for c in trainer.callbacks]
-        trainer.callbacks = [c for c, name in name_of if name not in looking]
-        self.watched = any(name == "GradientSpikeMonitor" for _, name in name_of)
+        trainer.callbacks = [
+            c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in looking
+        ]
         trainer.logger, trainer.max_time, trainer.profiler = False, None, None
         trainer.min_epochs = trainer.min_steps = None
         trainer.enable_progress_bar = trainer.enable_checkpointing = False
