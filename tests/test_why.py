@@ -245,11 +245,11 @@ def test_bad_input_gets_one_sentence(
 
 def test_noise_is_relative_and_of_the_seed() -> None:
     module = torch.nn.Linear(100, 100)
-    before = [p.clone() for p in module.parameters()]
+    before = [p.detach().clone() for p in module.parameters()]
     trainer = type("At", (), {"global_step": 3})()
     noise = Noise(3, 1e-3, 0)
     noise.on_train_batch_start(trainer, module, None, 0)  # type: ignore[arg-type]
-    after = [p.clone() for p in module.parameters()]
+    after = [p.detach().clone() for p in module.parameters()]
     noise.on_train_batch_start(trainer, module, None, 0)  # type: ignore[arg-type]
     size = (after[0] - before[0]).norm() / before[0].norm()
     assert float(size) == pytest.approx(1e-3, rel=0.1)
