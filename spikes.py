@@ -1,4 +1,7 @@
-"""Compare the spikes of finished runs:  python spikes.py runs/plain/1 runs/steady/1"""
+"""Compare the spikes of finished runs:  python spikes.py runs/plain/1 runs/steady/1
+
+Ask one of them why it spiked:  python spikes.py why runs/plain/1
+"""
 
 import argparse
 import sys
@@ -37,14 +40,40 @@ def parse(args: list[str]) -> argparse.Namespace:
     return options
 
 
+def parse_why(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="spikes.py why",
+        description="Train a run again up to a spike, change one thing at a time, and say which "
+        "change makes the spike go away.",
+        epilog="What is found goes to why.json and why.png in the run folder; interrupted, the "
+        "same command goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--step", type=int, help="optimizer step of the spike (default: the worst)")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="import whatever the run names: only for runs you trust",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser.parse_args(args)
+
+
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     with told_in_one_sentence(debug="--debug" in args):
-        options = parse(args)
+        asks_why = args[:1] == ["why"]
+        options = parse_why(args[1:]) if asks_why else parse(args)
         limit_spinning()
-        from pipeline.comparison import compare
+        if asks_why:
+            from pipeline.why.command import why
 
-        compare(options)
+            why(options)
+        else:
+            from pipeline.comparison import compare
+
+            compare(options)
 
 
 if __name__ == "__main__":

@@ -353,22 +353,24 @@ def run(args: list[str]) -> None:
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
         os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()
-        options = {"default_config_files": [str(DEFAULTS)]}
-        CLI(
-            args,
-            telling,
-            held,
-            model_class=LitModel,
-            datamodule_class=BaseDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            parser_class=Parser,
-            parser_kwargs={
-                "description": "Train a network, validate it, test it.",
-                **{name: dict(options) for name in SUBCOMMANDS},
-            },
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        CLI(args, telling, held, **cli_options())
+
+
+def cli_options() -> dict[str, Any]:
+    """What LightningCLI is to know of this project."""
+    defaults = {"default_config_files": [str(DEFAULTS)]}
+    return {
+        "model_class": LitModel,
+        "datamodule_class": BaseDataModule,
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
+        "save_config_callback": None,
+        "parser_class": Parser,
+        "parser_kwargs": {
+            "description": "Train a network, validate it, test it.",
+            **{name: dict(defaults) for name in SUBCOMMANDS},
+        },
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+    }

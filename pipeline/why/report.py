@@ -1,0 +1,199 @@
+"""What is shown of a verdict: a table, ``why.json``, a picture, and what to do."""
+
+import json
+import math
+import os
+import shlex
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from callbacks.run.wandb_logger import ResumableWandbLogger
+from core.files import atomic_write
+from core.runs import Run
+from pipeline.continuing import named
+from pipeline.why.again import Rows
+from pipeline.why.changes import MOMENTA
+from pipeline.why.control import Control
+from pipeline.why.experiments import CLIPPED, Case
+from pipeline.why.spike import Spike
+from pipeline.why.trials import Tally, Trials
+from pipeline.why.verdict import SAID, Verdict
+from steadyfit.watching.records import json_safe
+
+WIDTH = 80  # columns of a terminal
+GREY, RED, BLUE = "0.7", "tab:red", "tab:blue"
+
+
+@dataclass
+class Report:
+    """A verdict and all that it rests on."""
+
+    run: Run
+    spike: Spike
+    rows: Rows
+    control: Control
+    verdict: Verdict = field(default_factory=lambda: Verdict("unknown", "nothing was tried."))
+    trials: Trials | None = None
+    case: Case | None = None
+
+    @property
+    def tallies(self) -> list[Tally]:
+        return self.trials.tallies if self.trials else []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = yaml.safe_load(self.run.config.read_text())
+        return settings
+
+    def write(self) -> None:
+        """Leave ``why.json`` and ``why.png`` in the run folder, and print the table."""
+        remedy = self.remedy()
+        facts = {
+            "cause": self.verdict.cause,
+            "verdict": str(self.verdict),
+            "samples": self.verdict.samples,
+            "spike": {k: v for k, v in asdict(self.spike).items() if k != "record"}
+            | {"signals": sorted(self.spike.signals), "limit": self.spike.limit},
+            "control": asdict(self.control) | {"equal": self.control.is_exact},
+            "experiments": [
+                {"name": t.name, "cause": t.cause, "gone": t.count, "forks": t.forks}
+                for t in self.tallies
+            ],
+            "steps": {
+                "repeated": self.control.steps,
+                "forks": self.trials.steps if self.trials else 0,
+            },
+            "remedy": remedy,
+        }
+        with atomic_write(self.run.folder / "why.json", "w") as file:
+            json.dump(json_safe(facts), file, indent=2)
+        figure = self.picture()
+        with atomic_write(self.run.folder / "why.png") as file:
+            figure.savefig(file, format="png", dpi=120)
+        self.show(remedy)
+        self.to_wandb(figure)
+
+    def show(self, remedy: str) -> None:
+        spike = self.spike
+        print(
+            f"Spike at step {spike.first}: loss {spike.height:.3g} at step {spike.peak}, usual "
+            f"{spike.usual:.3g}"
+        )
+        print(wrapped(f"Control: {self.control}."))
+        if self.tallies:
+            print(f"\n{'change':<62}{'spike gone':>18}")
+            print(f"{'-' * 62:<62}{'-' * 12:>18}")
+        for tally in self.tallies:
+            print(f"{shortened(tally.name, 62):<62}{tally!s:>18}")
+        print()
+        print(wrapped(f"Why: {self.verdict}"))
+        print(wrapped(remedy))
+        print(f"why.json and why.png are in {self.run.folder}")
+
+    def remedy(self) -> str:
+        """What to do, with the command that trains the run with it, and what its fork has shown."""
+        flags, cause = "", self.verdict.cause
+        if cause == "samples" and self.verdict.samples:
+            path = self.run.folder / "why_exclude.txt"
+            with atomic_write(path, "w") as file:
+                file.writelines(f"{sample}\n" for sample in self.verdict.samples)
+            flags = f"--data.exclude={shlex.quote(str(path))}"
+        elif cause == "precision":
+            flags = "--trainer.precision=32-true"
+        elif cause in ("moment", "rate"):
+            flags = self.calmer()
+        if flags:
+            folder = self.run.folder.resolve()
+            config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
+            return (
+                f"To train it again: python train.py fit --config {config} "
+                f"--trainer.default_root_dir={root} --run {folder.name}_why {flags}"
+            )
+        return {
+            "irreproducible": "Repeat the run, and test the machine's memory if it happens again.",
+            "buffer": "Look for what writes into a buffer: a forward pass of inputs not finite?",
+            "samples": "The samples have no ids that --data.exclude takes; mend the data.",
+            "jump": "Raise the learning rate in small steps there, as a warm-up does.",
+            "order": "Shuffle with another --seed_everything, or take larger batches.",
+            "dropout": "Try less dropout.",
+        }.get(cause, "Another spike of the run may tell more: --step N.")
+
+    def calmer(self) -> str:
+        """The first remedy, of those that suit the optimizer, whose forks mostly lose the spike."""
+        helps = {tally.name: tally for tally in self.tallies if tally.mostly}
+        settings = dict(named(self.settings))
+        rate, betas = (settings.get(f"model.optimizer.{name}") for name in ("lr", "betas"))
+        moved = bool(self.case and self.case.states.intersection(MOMENTA))
+        moved = moved and not (betas and betas[0] == 0)
+        if "update clipping" in helps and not moved:  # with momentum it does harm: docs/spikes.md
+            return "--trainer.callbacks+=callbacks.UpdateClipping"
+        if norms := [name for name in helps if name.startswith(CLIPPED)]:
+            return f"--trainer.gradient_clip_val={norms[0].removeprefix(CLIPPED)}"
+        if "half the learning rate" in helps and isinstance(rate, float):
+            return f"--model.init_args.optimizer.init_args.lr={rate / 2:g}"
+        return ""
+
+    def picture(self) -> Figure:
+        """The recorded loss around the spike, and all forks on the same axis."""
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        spike = self.spike
+        told: set[str] = set()
+
+        def draw(losses: list[Any], label: str, color: str, **style: Any) -> None:
+            values = [x if isinstance(x, float) and math.isfinite(x) else math.nan for x in losses]
+            steps = range(spike.start, spike.start + len(values))
+            axes.plot(steps, values, color=color, label=None if label in told else label, **style)
+            told.add(label)
+
+        best = self.verdict.tally
+        for tally in self.tallies:
+            for line in tally.lines:
+                if tally.name.startswith(("neutral", "noise")):
+                    draw(line["losses"], "neutral changes", GREY, lw=0.8, zorder=1)
+                elif tally is best:
+                    draw(line["losses"], tally.name, RED, lw=1, zorder=3)
+        steps = range(spike.start - 2 * (spike.end - spike.start), spike.end + 1)
+        shown = [s for s in steps if s in self.rows]
+        recorded = [self.rows[s].get("train/loss", math.nan) for s in shown]
+        axes.plot(shown, recorded, color="black", lw=1.2, ls="--", label="recorded", zorder=2)
+        if math.isfinite(spike.limit):
+            axes.axhline(spike.limit, color=BLUE, lw=0.8, ls=":", label="half the height")
+        axes.axvline(spike.start, color=GREY, lw=0.8, ls=":")
+        axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # hardly a power of ten to be labelled
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.set_title(f"Step {spike.first}: {SAID[self.verdict.cause]}")
+        axes.legend(loc="upper left", fontsize=8)
+        return figure
+
+    def to_wandb(self, figure: Figure) -> None:
+        """Add the verdict to the run's W&B run, if it has one."""
+        if (id := self.run.wandb_id) is None:
+            return
+        os.environ.setdefault("WANDB_MODE", "offline")
+        project = dict(named(self.settings)).get("trainer.logger.ResumableWandbLogger.project")
+        folder = str(self.run.folder)
+        logger = ResumableWandbLogger(save_dir=folder, id=id, project=project, resume="allow")
+        logger.log_image("why", [figure])
+        logger.experiment.summary["why"] = str(self.verdict)
+        logger.experiment.finish()
+
+
+def shortened(text: str, width: int) -> str:
+    return text if len(text) < width else f"{text[: width - 2]}…"
+
+
+def wrapped(text: str) -> str:
+    """Lines of a terminal's width; words such as commands are never cut."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > WIDTH:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return "\n".join(lines)
