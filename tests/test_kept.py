@@ -690,3 +690,23 @@ def test_a_reaction_takes_no_scaled_gradients() -> None:
             loss = mse_loss(model(x), y)
             (8 * loss).backward()
             monitor.before_step(loss, scale=torch.tensor(8.0))
+
+
+@pytest.mark.parametrize("change", ["rate", "thawed"])
+def test_where_a_read_falls_changes_no_threshold(change: str) -> None:
+    """A jump of the rate was told to the detector of updates before those of the block's begin."""
+    rows: list[dict[int, Any]] = []
+    for every in (1, 7, 50):
+        model = make_model()
+        first = model.get_submodule("0")
+        first.requires_grad_(change == "rate")
+        optimizer = SGD(model.parameters(), lr=0.01)
+        rows.append({})
+        monitor = SpikeMonitor(model, optimizer, every=every, log=rows[-1].update)
+        for step in training(model, optimizer, monitor, make_data(100)):
+            if step == 72:
+                first.requires_grad_()
+                optimizer.param_groups[0]["lr"] = 0.05 if change == "rate" else 0.01
+    names = [f"{kind}_norm/threshold" for kind in ("grad", "update")]
+    found = [[(s, r.get(n)) for s, r in sorted(own.items()) for n in names] for own in rows]
+    assert found[0] == found[1] == found[2]

@@ -77,6 +77,7 @@ class Observation:
     buffers: Tensor | None = None  # norms (Q,)
     skipped: Tensor | None = None  # (), whether a reaction took the step back
     is_left_scaled: bool = False  # its gradients, until the optimizer unscales them itself
+    rate_jumps: bool = False  # its learning rate is another one than that of the step before
     is_new: bool = False  # some of its parameters take part for the first time
     count: int = 0  # of all parameters (P)
     active: list[int] = field(default_factory=list)  # those with a gradient (A)

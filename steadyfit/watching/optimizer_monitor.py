@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..detector import NORM_MIN_SCALE, DriftDetector, SpikeDetector
 from .history import NormHistory
-from .observation import SPIKES, Observation, Verdict
+from .observation import BEHIND, SPIKES, Observation, Verdict
 from .ratios import ParameterRatios
 
 PROMISE = 5.0  # times its loss that a step may promise to take off it,
@@ -94,6 +94,8 @@ class OptimizerMonitor:
             self._judge_before(before, buffer_names)
         for o in steps:
             taken = o.judged["gradient"].kind != "overflow" and not o.left_out
+            if "update" not in o.judged:
+                self._expect(o, BEHIND)
             if taken and "update" in o.numbers and "update" not in o.judged:
                 value = norm(o.numbers["update"])
                 o.judged["update"] = Verdict.of(self.detectors["update"], value)
@@ -128,10 +130,9 @@ class OptimizerMonitor:
         first = scores.argmax(1).tolist()
         spiked = np.asarray(spikes.any(1)).tolist()
         for k, o in enumerate(steps):
-            self._notice_rate(float(max(o.lrs)))
-            if o.is_new:  # there are other gradients: their level has to be learned again
-                for name in ("gradient", "update", "promise"):
-                    self.detectors[name] = self._norm_detector()
+            rate, last, self.lr = float(max(o.lrs)), self.lr, float(max(o.lrs))
+            o.rate_jumps = last not in (None, rate) and not 2 * last < 3 * rate < 4.5 * last
+            self._expect(o, ("gradient", "loss", "buffer"))
             if o.scaled and not math.isfinite(totals[k]):
                 # the scaler throws this step away: no spike, and never in the statistics
                 o.judged["gradient"] = Verdict(totals[k], "overflow")
@@ -171,12 +172,16 @@ class OptimizerMonitor:
         """The buffers are what they were before the last step."""
         self.buffers = self._last_buffers
 
-    def _notice_rate(self, lr: float) -> None:
-        """A jump of the learning rate is no spike of what follows from it."""
-        if self.lr is not None and lr != self.lr and not 2 * self.lr < 3 * lr < 4.5 * self.lr:
-            for detector in self.detectors.values():
-                detector.rate_changed()
-        self.lr = lr
+    def _expect(self, o: Observation, signals: Sequence[str]) -> None:
+        """Another level of signals is no spike if the rate has jumped or there are new gradients.
+
+        It is said when their values of this step are next: those of a block are judged together.
+        """
+        for name in signals:
+            if o.rate_jumps:
+                self.detectors[name].rate_changed()
+            if o.is_new and name in ("gradient", *BEHIND):
+                self.detectors[name] = self._norm_detector()
 
     def remember(self, steps: Sequence[Observation]) -> None:
         """Put the norms of each parameter into the history."""
