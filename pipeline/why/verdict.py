@@ -95,8 +95,10 @@ def samples_at_fault(case: Case, trials: Trials) -> Verdict | None:
         if moved is None or not trials.screen(moved).mostly:
             continue
 
-        def without(part: Sequence[Slot], step: int = step) -> Experiment:
-            first, last = (place % case.batch_size for _, place in (part[0], part[-1]))
+        def without(
+            part: Sequence[Slot], step: int = step, slots: list[Slot] = slots
+        ) -> Experiment:
+            first, last = slots.index(part[0]), slots.index(part[-1])
             return case.replaced(part, step, f"without samples {first} to {last} of step {step}")
 
         fewest = trials.smallest(slots, without)
