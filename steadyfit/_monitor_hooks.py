@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from . import processes
 from ._hooks import (
+    SHARDING,
     Losses,
     StepHooks,
     grad_scaler,
@@ -18,10 +19,59 @@ from ._hooks import (
     wandb_loggers,
 )
 from .probe import StepProbe
+from .watching.black_box import BlackBox
 from .watching.monitor import SpikeMonitor
 from .watching.observation import Observation
 from .watching.reactions import Reaction, ReactionName
 from .watching.records import format_spike, top_parameter
+
+
+class BlackBoxHooks:
+    """Copies for the black box of a monitor, on log steps: then the device is read in any case.
+
+    It stands behind all other callbacks, so that a copy holds what they have learned of the step.
+    """
+
+    def __init__(self, monitor: "MonitorHooks", keep: int) -> None:
+        self._spikes = monitor
+        self.box = BlackBox(keep)
+        self.step = 0  # whose end was seen
+
+    def stand_last(self, trainer: Any) -> None:
+        if type(trainer.strategy).__name__ in (*SHARDING, "ModelParallelStrategy"):
+            self._spikes.refuse(
+                "black_box keeps whole states, and the strategy shards them; use ddp."
+            )
+        trainer.callbacks[:] = [*(c for c in trainer.callbacks if c is not self), self]
+
+    @property
+    def is_on(self) -> bool:
+        return not self._spikes.off and self._spikes.folder is not None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.step, self.box.due = trainer.global_step, 0
+        folder = self._spikes.folder
+        if folder and self.is_on and processes.is_first():
+            self.box.open(folder / "black_box", self.step, self._spikes.records)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        if not self.is_on or step % self._spikes.every or step == self.step:
+            return  # or another batch is accumulated for the next step
+        self.step = step
+        self.box.judge(step, self._spikes.records)
+        if step >= self.box.due:
+            # as trainer.save_checkpoint does, in every process, but without the file
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trained = sum(len(StepProbe.of(o).params) for o in trainer.optimizers)
+            self.box.take(step, state, trained, self._spikes.every)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.is_on:
+            self.box.close(trainer.global_step, self._spikes.records)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 class MonitorHooks(SpikeMonitor, StepHooks):
@@ -47,7 +97,11 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         weight_norm_every: Optimizer steps between two readings of the weight norms.
         alert: Send a W&B alert about spikes, at most every ten minutes.
         optional: A training that cannot be watched is not refused: a line says why, once.
+        black_box: Keep the states before so many of the worst spikes in ``black_box/`` of the run's
+            folder, each a checkpoint; see :class:`~steadyfit.watching.black_box.BlackBox`.
     """
+
+    black_box_callback: type["BlackBoxHooks"]  # a callback of the same package
 
     def __init__(
         self,
@@ -58,7 +112,12 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         weight_norm_every: int = 10,
         alert: bool = True,
         optional: bool = False,
+        black_box: int = 0,
     ) -> None:
+        if black_box < 0 or black_box != int(black_box):
+            raise ValueError(
+                f"black_box must be a whole number of states to keep, or 0, got {black_box}."
+            )
         super().__init__(
             nn.Module(),  # until there is one
             (),
@@ -76,6 +135,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         self._losses = Losses()
         self._early: dict[int, Tensor] = {}  # squared gradient norms (A,) after the backward pass
         self._looks_early = False
+        self._black_box = self.black_box_callback(self, black_box) if black_box else None
 
     @property
     def loop(self) -> Any:
@@ -93,6 +153,8 @@ class MonitorHooks(SpikeMonitor, StepHooks):
             self.forget()  # what an earlier training has left; a checkpoint is loaded after this
             self.off = False
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._black_box:
+            self._black_box.stand_last(trainer)
 
     # Collecting, without a read from the device
 

@@ -4,7 +4,7 @@ from lightning.pytorch.callbacks import Callback
 
 from . import _hooks
 from ._hooks import scale_left
-from ._monitor_hooks import MonitorHooks
+from ._monitor_hooks import BlackBoxHooks, MonitorHooks
 
 __all__ = ["Clipping", "GradientSpikeMonitor", "StepCallback", "UpdateClipping", "scale_left"]
 
@@ -21,5 +21,10 @@ class UpdateClipping(_hooks.UpdateClippingHooks, Clipping):
     __doc__ = _hooks.UpdateClippingHooks.__doc__
 
 
+class BlackBox(BlackBoxHooks, Callback):
+    __doc__ = BlackBoxHooks.__doc__
+
+
 class GradientSpikeMonitor(MonitorHooks, StepCallback):
     __doc__ = MonitorHooks.__doc__
+    black_box_callback = BlackBox

@@ -25,7 +25,7 @@ from callbacks.run.termination import Termination
 from core.errors import UserError
 from core.telling import Telling
 from pipeline.cli import CLI, PLATEAU, cli_options
-from pipeline.continuing import CALLBACKS_MAY_CHANGE
+from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
 from pipeline.trainer import quiet_libraries, settle
 from steadyfit.lightning import GradientSpikeMonitor
 
@@ -144,6 +144,9 @@ class Again(CLI):
         trainer.callbacks = [
             c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in looking
         ]
+        for callback in trainer.callbacks:
+            if callback.class_path.endswith(MONITOR):
+                callback.init_args.black_box = 0
         trainer.logger, trainer.max_time, trainer.profiler = False, None, None
         trainer.min_epochs = trainer.min_steps = None
         trainer.enable_progress_bar = trainer.enable_checkpointing = False

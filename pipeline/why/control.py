@@ -92,9 +92,9 @@ def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path)
 
 
 def checkpoints(run: Run) -> dict[int, tuple[Path, dict[str, Tensor]]]:
-    """Checkpoints of a run and their weights, by optimizer steps; damaged ones are left out."""
+    """States of a run and their weights, by optimizer steps; damaged ones are left out."""
     found: dict[int, tuple[Path, dict[str, Tensor]]] = {}
-    for path in sorted(run.folder.glob("checkpoints/*.ckpt")):
+    for path in sorted(run.folder.glob("*/*.ckpt")):  # of checkpoints, of the black box
         try:
             checkpoint = load_checkpoint(path)
         except UserError:

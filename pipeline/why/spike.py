@@ -9,10 +9,10 @@ from typing import Any
 
 from core.errors import UserError
 from pipeline.why.again import Course, Rows
+from steadyfit.watching.black_box import LEAD
 from steadyfit.watching.records import FOLLOW, last_step, read_records
 from steadyfit.watching.spike_log import CONFIRM
 
-LEAD = 10  # optimizer steps between the fork and the spike
 USUAL = 32  # steps before a spike, whose median loss is the usual one
 
 Record = dict[str, Any]
