@@ -200,7 +200,9 @@ class CLI(LightningCLI):
         if not self.config.fit.trust:
             admit(recorded, checkpoint, typed=now)
         whole = self.parser.parse_object({"subcommand": "fit", "fit": recorded})
-        for warning in refuse_changes(self.settings(whole), now, str(run.folder)):
+        branches = not run.last_checkpoint.is_file()
+        changes = self.settings(whole), now, str(run.folder)
+        for warning in refuse_changes(*changes, branches=branches):
             rank_zero_warn(warning)
 
     def instantiate_classes(self) -> None:

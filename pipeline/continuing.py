@@ -30,6 +30,8 @@ CALLBACKS_MAY_CHANGE = (
     *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
     *("BestCheckpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer"),
 )
+# where a new run branches off from a state of another one; a state holds nothing of these
+BRANCH_MAY_CHANGE = ("trainer.gradient_clip_*", "trainer.callbacks.*Clipping*")
 MONITOR = "GradientSpikeMonitor"  # only looks unless it is told to react
 SHOWN = 4  # differences in a sentence
 
@@ -79,8 +81,16 @@ def differences(recorded: Settings, current: Settings) -> list[tuple[str, Any, A
     return found
 
 
-def refuse_changes(recorded: Settings, current: Settings, run: str) -> list[str]:
+def refuse_changes(
+    recorded: Settings, current: Settings, run: str, *, branches: bool = False
+) -> list[str]:
     """Compare the settings that a run was trained with and those it is to go on with.
+
+    Args:
+        recorded: Those of the checkpoint.
+        current: Those typed.
+        run: What goes on, for the message.
+        branches: It is a new run, which may clip what the other did not.
 
     Returns:
         What is worth a warning.
@@ -93,7 +103,9 @@ def refuse_changes(recorded: Settings, current: Settings, run: str) -> list[str]
     refused = [
         (name, old, new)
         for name, old, new in found
-        if not may_change(name) and not (looking and MONITOR in name)
+        if not may_change(name)
+        and not (looking and MONITOR in name)
+        and not (branches and any(fnmatchcase(name, pattern) for pattern in BRANCH_MAY_CHANGE))
     ]
     if refused:
         told = [

@@ -98,7 +98,7 @@ def test_a_state_is_that_of_a_checkpoint_and_why_begins_with_it(
     shutil.rmtree(folder / "checkpoints")  # which may be nearer
     spikes.main(["why", str(folder), "--trust"])
     facts = json.loads((folder / "why.json").read_text())
-    assert facts["control"]["since"].startswith("step_")
+    assert facts["control"]["since"].startswith("black_box/step_")
     assert facts["control"]["equal"]
     assert facts["steps"]["repeated"] < 200
 

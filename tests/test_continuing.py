@@ -174,6 +174,16 @@ def test_other_batches_inside_an_epoch_are_refused(
     assert "the run stopped after 4 of 10 batches of 50 samples, and this epoch has 20 of" in said
 
 
+def test_a_branch_may_clip_what_the_run_did_not(capsys: pytest.CaptureFixture[str]) -> None:
+    state = fit("--trainer.max_epochs=1") / "checkpoints" / "last.ckpt"
+    flags = ["--trainer.max_epochs=2", f"--ckpt_path={state}"]
+    clipped = "--trainer.callbacks+=UpdateClipping"
+    new = fit(*flags, clipped, "--trainer.gradient_clip_val=1", run="new")
+    assert last(new)["global_step"] == 2 * load_checkpoint(state)["global_step"]
+    said = sentence(["fit", *BASE, *flags, "--run=third", "--model.optimizer.lr=1"], capsys)
+    assert "--model.optimizer.lr was" in said
+
+
 def test_a_run_goes_on_from_its_own_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     other = fit("--trainer.max_epochs=1", run="other") / "checkpoints" / "last.ckpt"
     fit("--trainer.max_epochs=1")

@@ -16,7 +16,7 @@ import spikes
 from benchmarks.spike_plants import ONCE
 from benchmarks.spike_why import configuration
 from callbacks.run.run_folder import MetricsCSV
-from core.runs import Run
+from core.runs import Run, load_checkpoint
 from pipeline.why.again import Again, Course, Follow
 from pipeline.why.changes import Noise, OtherSamples, Rate
 from pipeline.why.control import compare, repeat
@@ -117,6 +117,26 @@ def test_a_sample_is_named(trained: Trained, task: str, capsys: pytest.CaptureFi
     command = facts["remedy"].partition("train.py ")[2].split()
     main([*command, "--trust"])
     assert "Left out of training: 1 of 1 samples" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_printed_command_goes_on_from_before_the_spike(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, step = trained("lstm", "calm stretch")
+    spikes.main(["why", str(folder), f"--step={step}", "--trust"])
+    facts = json.loads((folder / "why.json").read_text())
+    assert facts["cause"] == "moment"
+    state = facts["control"]["since"]
+    assert f"go on from before the spike, with {state}" in facts["remedy"]
+    command = facts["remedy"].partition("train.py ")[2].split()
+    main([*command, "--trust"])
+    new, old = (MetricsCSV(str(folder.with_name(name))).rows for name in ("x_why", "x"))
+    begin = load_checkpoint(folder / state)["global_step"]
+    assert min(new) == begin
+    assert new[begin]["train/loss"] == old[begin]["train/loss"]
+    spike = facts["spike"]
+    assert new[spike["peak"]]["train/loss"] < spike["limit"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ class Control:
     """How an exact repetition went.
 
     Attributes:
-        since: The checkpoint that it began with, by its name; None for the start.
+        since: The checkpoint that it began with, in the run folder; None for the start.
         steps: Optimizer steps that it took.
         values: Recorded values that were compared.
         differing: The first of them that was another one, in words.
@@ -83,7 +83,8 @@ def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path)
             f"the run ends before step {spike.peak} when it is trained again: it has been "
             "continued with other settings, or its data are others."
         )
-    control = Control(path.name if path else None, len(course.rates), checkpoints=names)
+    since_file = path.relative_to(run.folder).as_posix() if path else None
+    control = Control(since_file, len(course.rates), checkpoints=names)
     control.values, control.differing = compare(course.rows, recorded)
     control.changed = [f"the weights of {name}" for name in course.differing]
     control.rates = [rate for step, rate in course.rates.items() if step < spike.start][-FOLLOW:]

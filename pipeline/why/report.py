@@ -107,10 +107,18 @@ class Report:
         elif cause in ("moment", "rate"):
             flags = self.calmer()
         if flags:
-            folder = self.run.folder.resolve()
+            folder, state = self.run.folder.resolve(), self.control.since
             config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
+            said = "To train it again from the start"
+            if cause == "samples" or ".lr=" in flags:  # of another epoch; a state has its own rate
+                said += ", since no state of it can go on with this"
+            elif state is None:
+                said += ", since there is no state before the spike"
+            else:
+                said = f"To go on from before the spike, with {state}"
+                flags = f"--ckpt_path={shlex.quote(str(self.run.folder / state))} {flags}"
             return (
-                f"To train it again: python train.py fit --config {config} "
+                f"{said}: python train.py fit --config {config} "
                 f"--trainer.default_root_dir={root} --run {folder.name}_why {flags}"
             )
         return {
