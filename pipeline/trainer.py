@@ -32,7 +32,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def settle(trainer: Namespace) -> None:
     """Fill in what depends on the machine, and leave out what a Trainer would refuse."""
-    if trainer.precision is None:
+    if trainer.precision is None and not has_precision_plugin(trainer):
         trainer.precision = fastest_precision(trainer.accelerator)
     for several in ("logger", "callbacks"):
         if isinstance(trainer[several], Namespace):  # one alone, as it is typed
@@ -51,6 +51,13 @@ def settle(trainer: Namespace) -> None:
         loggers.insert(0, settings)  # what a run keeps is not asked of the list
     idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
     trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
+
+
+def has_precision_plugin(trainer: Namespace) -> bool:
+    """Whether a plugin decides on the precision, as for float16 with a scaler on the CPU."""
+    plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
+    paths = [getattr(plugin, "class_path", "") for plugin in plugins]
+    return any(path.endswith("Precision") for path in paths)
 
 
 def once_each(callbacks: list[Namespace]) -> list[Namespace]:

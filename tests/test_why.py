@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_data import write_books
 
 import spikes
 from benchmarks.spike_plants import ONCE
@@ -137,6 +138,60 @@ def test_the_printed_command_goes_on_from_before_the_spike(
     assert new[begin]["train/loss"] == old[begin]["train/loss"]
     spike = facts["spike"]
     assert new[spike["peak"]]["train/loss"] < spike["limit"]
+
+
+def other_kinds(kind: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """Another kind of training with something planted, and the cause."""
+    if kind == "accumulated":
+        config, _ = configuration("cnn", "sample x 100", 101)
+        config["trainer"]["accumulate_grad_batches"] = 2
+        return config, "samples"
+    config, _ = configuration("lstm", "rate jump", 101)
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    trainer["max_epochs"] = 9
+    trainer["callbacks"][1]["init_args"] = {"step": 220, "factor": 30.0}
+    if kind == "regression":
+        config["model"]["class_path"] = "LitRegressor"
+        model["network"]["init_args"]["read"] = "every"
+        model["network"]["init_args"]["rnn"]["init_args"]["input_size"] = 1
+        options: dict[str, Any] = {"epoch_size": 960, "val_size": 64}
+        config["data"] = {"class_path": "RunningMeanDataModule", "init_args": options}
+    if kind == "text in float16":
+        write_books(folder / "data")
+        sizes = {"embedding_dim": 16, "num_heads": 2, "num_layers": 1, "hidden_size": 32}
+        name = "lit_models.networks.MaskedLanguageModel"
+        model["network"] = {"class_path": name, "init_args": {**sizes, "dropout": 0.1}}
+        options = {"data_dir": str(folder / "data"), "vocab_size": 300, "batch_size": 16}
+        options |= {"epoch_size": 480, "val_size": 20}
+        config["data"] = {"class_path": "MaskedBooksDataModule", "init_args": options}
+        name = "lightning.pytorch.plugins.MixedPrecision"  # with a scaler
+        plugin = {"class_path": name, "init_args": {"precision": "16-mixed", "device": "cpu"}}
+        trainer["plugins"] = [plugin, {"class_path": "callbacks.AtomicCheckpointIO"}]
+        del trainer["precision"]
+    return config, "jump"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["accumulated", "regression", "text in float16"])
+def test_other_kinds_of_training_are_explained(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Halves of a step of two batches had one name, and no sample was found.
+
+    The precision was filled in beside a plugin for it, which Lightning refuses.
+    """
+    config, cause = other_kinds(kind, tmp_path)
+    path = tmp_path / "planted.yaml"
+    path.write_text(json.dumps(config))
+    main(["fit", f"--config={path}", f"--trainer.default_root_dir={tmp_path}", "--run=x"])
+    folder = tmp_path / "planted" / "x"
+    spikes.main(["why", str(folder), "--trust"])
+    facts = json.loads((folder / "why.json").read_text())
+    assert facts["cause"] == cause
+    assert facts["control"]["equal"]
+    assert len(facts["samples"]) == (kind == "accumulated")
+    if "float16" in kind:
+        assert "float32" in {e["name"] for e in facts["experiments"]}
 
 
 @pytest.mark.slow

@@ -104,6 +104,8 @@ class Report:
             flags = f"--data.exclude={shlex.quote(str(path))}"
         elif cause == "precision":
             flags = "--trainer.precision=32-true"
+            if self.settings["trainer"]["precision"] is None:  # but a plugin, which is left out
+                flags += " --trainer.plugins=callbacks.AtomicCheckpointIO"
         elif cause in ("moment", "rate"):
             flags = self.calmer()
         if flags:
