@@ -84,7 +84,7 @@ def test_a_run_is_repeated_bit_for_bit(
     changed = fork(Noise(spike.start, 1e-6, 0))
     assert compare(changed.rows, rows)[1] is not None
     assert compare(fork().rows, rows)[1] is None  # a change leaves nothing in the next fork
-    slower = fork(Rate(spike.start, spike.start, 0.5))
+    slower = fork(Rate(spike.start, 0.5))
     assert slower.rates == first.rates  # the schedule goes on as it was
     assert slower.rows[spike.start]["train/loss"] == first.rows[spike.start]["train/loss"]
     assert slower.rows[spike.start + 1]["train/loss"] != first.rows[spike.start + 1]["train/loss"]

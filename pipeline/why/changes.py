@@ -3,6 +3,7 @@
 ``at`` is the first optimizer step that is another one. Dimensions: B samples of a batch.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -65,9 +66,9 @@ class OtherSamples(Callback):
 
 
 class StepChange(Callback):
-    """Changes what an optimizer is about to use, from step ``at`` to ``last``."""
+    """Changes what an optimizer is about to use, from step ``at`` to ``last``, if there is one."""
 
-    def __init__(self, at: int, last: int) -> None:
+    def __init__(self, at: int, last: float = math.inf) -> None:
         self.at, self.last = at, last
 
     def on_before_optimizer_step(
@@ -83,8 +84,8 @@ class StepChange(Callback):
 class Rate(StepChange):
     """The learning rate times ``factor``, behind the back of its schedule."""
 
-    def __init__(self, at: int, last: int, factor: float) -> None:
-        super().__init__(at, last)
+    def __init__(self, at: int, factor: float) -> None:
+        super().__init__(at)
         self.factor = factor
 
     def act(self, module: LightningModule, optimizer: Optimizer) -> None:

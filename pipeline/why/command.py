@@ -3,6 +3,7 @@
 import argparse
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from pipeline.why.control import MORE, Control, compare, repeat
 from pipeline.why.experiments import Case
 from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
-from pipeline.why.trials import Trials, read_lines
+from pipeline.why.trials import Trials
 from pipeline.why.verdict import Verdict, decide
+from steadyfit.watching.records import read_records
 
 
 def why(options: argparse.Namespace) -> Report:
@@ -53,11 +55,9 @@ def explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress
     # kept until all is done, so that one that is interrupted goes on
     snapshot, path = run.folder / "why.ckpt", run.folder / "why.jsonl"
     header = {"first": spike.first, "config": run.config.read_text(), **provenance()}
-    known = read_lines(path)[:1]
-    if snapshot.exists() and [{**line, "control": None} for line in known] == [
-        {**header, "control": None}
-    ]:
-        control = Control(**known[0]["control"])
+    known = next(iter(read_records(path)), {})
+    if snapshot.exists() and header.items() <= known.items():
+        control = Control(**known["control"])
     else:
         snapshot.unlink(missing_ok=True)
         control = repeat(run, again, spike, rows, snapshot)
@@ -80,7 +80,7 @@ def explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress
     before = range(spike.start - len(control.rates), spike.start)
     course.rates |= zip(before, control.rates, strict=True)
     case = Case(spike, again, course, kept)
-    trials = Trials(case, snapshot, path, header | {"control": control.facts()}, advance)
+    trials = Trials(case, snapshot, path, header | {"control": asdict(control)}, advance)
     report.trials, report.case = trials, case
     report.verdict = decide(case, trials)
     snapshot.unlink()

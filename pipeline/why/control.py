@@ -1,8 +1,7 @@
 """The run repeated without a change: is it the same, bit for bit, and does it spike again?"""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -51,9 +50,6 @@ class Control:
             return f"{text}, all equal bit for bit"
         others = [self.differing] if self.differing else []
         return f"{text}; NOT equal: {'; '.join([*others, *self.changed])}"
-
-    def facts(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path) -> Control:

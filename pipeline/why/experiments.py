@@ -16,7 +16,6 @@ from pipeline.why.changes import Slot
 from pipeline.why.spike import Spike
 
 JUMP = 1.5  # times the rate of the step before
-EVER = 10**9
 CLIPPED = "gradient norm at most "
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 APART = 5  # optimizer steps by which samples are moved
@@ -135,17 +134,17 @@ class Case:
             step, factor = jump
             kept = f"learning rate as before step {step}"
             at = max(start, step)
-            add("jump", kept, lambda s: [changes.Rate(step, EVER, 1 / factor)], at)
+            add("jump", kept, lambda s: [changes.Rate(step, 1 / factor)], at)
         if self.states.intersection(changes.SECOND_MOMENTS):
-            fresh, short = changes.FreshMoment(start, EVER), changes.ShortMemory(start, EVER)
+            fresh, short = changes.FreshMoment(start), changes.ShortMemory(start)
             add("moment", "second moment never out of date", lambda s: [fresh])
             add(None, "second moment of the last 10 steps", lambda s: [short])
-        add("rate", "half the learning rate", lambda s: [changes.Rate(start, EVER, 0.5)])
+        add("rate", "half the learning rate", lambda s: [changes.Rate(start, 0.5)])
         add("order", "samples in other orders", lambda s: [self.reordered(s)])
         if has_dropout(network):
             add("dropout", "other dropout", lambda s: [changes.OtherDropout(1000 + s)])
         if self.states.intersection(changes.MOMENTA):
-            add(None, "momentum cleared", lambda s: [changes.NoMomentum(start, EVER)])
+            add(None, "momentum cleared", lambda s: [changes.NoMomentum(start)])
         add(None, "update clipping", lambda s: [UpdateClipping()])
         norms = [row.get("grad_norm/total", 0.0) for row in self.course.rows.values()]
         usual = float(f"{median(norms):.2g}")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -201,9 +202,4 @@ def shortened(text: str, width: int) -> str:
 
 def wrapped(text: str) -> str:
     """Lines of a terminal's width; words such as commands are never cut."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > WIDTH:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".lstrip()
-    return "\n".join(lines)
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.why.again import Course, Follow
 from pipeline.why.changes import Noise
 from pipeline.why.experiments import Case, Experiment
-from steadyfit.watching.records import json_safe
+from steadyfit.watching.records import json_safe, read_records
 
 SEEDS = 10  # of each count
 SCREEN = 3  # forks after which an experiment that does nothing is left
@@ -73,12 +73,11 @@ class Trials:
     ) -> None:
         self.case, self.snapshot, self.path, self.progress = case, snapshot, path, progress
         self.tallies: list[Tally] = []
-        lines = read_lines(path)
+        lines = read_records(path)
         if lines[:1] != [header]:
+            lines = []
             path.write_text(f"{json.dumps(header)}\n")
         self.known = {(line["experiment"], line["seed"]): line for line in lines[1:]}
-        if lines[:1] != [header]:
-            self.known = {}
         self.neutral = self.run(Experiment("neutral change", lambda seed: [], 0), SEEDS)
 
     @property
@@ -164,12 +163,3 @@ def difference(weights: Tensor, usual: Tensor | None) -> float:
         return 0.0
     share = float((weights - usual).norm() / usual.norm())
     return share if math.isfinite(share) else 0.0
-
-
-def read_lines(path: Path) -> list[Line]:
-    """Lines of finished forks; one that was cut short is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text().splitlines(keepends=True)
-    lines: list[Line] = [json.loads(line) for line in text if line.endswith("\n")]
-    return lines
