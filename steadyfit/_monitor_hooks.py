@@ -42,6 +42,11 @@ class BlackBoxHooks:
             self._spikes.refuse(
                 "black_box keeps whole states, and the strategy shards them; use ddp."
             )
+        if not hasattr(getattr(trainer, "_checkpoint_connector", None), "dump_checkpoint"):
+            self._spikes.refuse(
+                "black_box cannot ask this version of Lightning for the state of a training; "
+                "leave it out."
+            )
         trainer.callbacks[:] = [*(c for c in trainer.callbacks if c is not self), self]
 
     @property

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,13 @@ def test_a_disk_that_is_full_does_not_end_a_training(
 def test_a_number_of_states_is_whole(number: float) -> None:
     with pytest.raises(ValueError, match=f"black_box.*{number}"):
         GradientSpikeMonitor(black_box=number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "SingleDeviceStrategy"])
+def test_a_state_that_cannot_be_had_whole_is_refused(strategy: str) -> None:
+    """The second trainer is of a Lightning without the private name that is asked."""
+    trainer = SimpleNamespace(strategy=type(strategy, (), {})(), callbacks=[])
+    hooks = GradientSpikeMonitor(black_box=1)._black_box
+    assert hooks
+    with pytest.raises(ValueError, match="black_box"):
+        hooks.stand_last(trainer)
