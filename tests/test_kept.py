@@ -15,7 +15,7 @@ from steadyfit import SpikeMonitor, StepProbe, clip_updates
 from steadyfit.clipping import overwrites_gradients
 from steadyfit.watching.kept import Choice, Kept
 from steadyfit.watching.reactions import Reaction
-from tests.test_any_loop import make_data, make_model, same, spiked, state_of, training
+from test_any_loop import make_data, make_model, same, spiked, state_of, training
 
 FLAGS = [None, torch.tensor(True), torch.tensor(False)]
 
