@@ -56,7 +56,7 @@ def pixels(path: Path, size: int = 8) -> np.ndarray:
 # --- what a photo looks like ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "webp", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "webp", "jpg", "tif"])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_every_format_and_mode_keeps_its_colours(tmp_path: Path, mode: str, suffix: str) -> None:
     colour = RED if mode in ("P", "RGB") else WHITE
@@ -165,7 +165,7 @@ def test_extreme_proportions_are_read(tmp_path: Path, size: tuple[int, int]) -> 
     assert (pixels(path) == RED).all()
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
 )
@@ -194,13 +194,13 @@ def test_no_damage_ends_the_decoder(
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The caches that were made, one entry each time."""
     done: list[Path] = []
-    make_cache = photo_folder.make_cache
+    make_cache = image_cache.make_cache
 
     def count(path: Path, *arguments: Any) -> Decoded:
         done.append(path)
         return make_cache(path, *arguments)
 
-    monkeypatch.setattr(photo_folder, "make_cache", count)
+    monkeypatch.setattr(image_cache, "make_cache", count)
     return done
 
 
@@ -230,11 +230,25 @@ def rename(folder: Path) -> None:
 
 
 def overwrite(folder: Path) -> None:
-    """One file, by as many bytes: only its time tells."""
+    """One file, by as many bytes: only its time and its bytes tell."""
     path = folder / "cat" / "3.jpg"
     before = path.stat()
-    path.write_bytes(path.read_bytes())
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes(9))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def test_files_that_were_only_touched_are_not_decoded_again(
+    photos: Path, decodings: list[Path]
+) -> None:
+    data(photos).setup("fit")
+    for path in photos.glob("*/*.jpg"):
+        path.touch()
+    data(photos).setup("fit")
+    assert len(decodings) == 1
+    record = json.loads((photos / ".cache" / "photos-16px.json").read_text())
+    data(photos).setup("fit")  # the new times are known
+    assert json.loads((photos / ".cache" / "photos-16px.json").read_text()) == record
 
 
 def truncate(folder: Path) -> None:
@@ -285,6 +299,7 @@ def test_photo_sets_may_share_the_place_of_their_caches(
 ) -> None:
     """Two sets with a ``train`` each overwrote one file, and decoded again at every start."""
     folders = [shutil.copytree(photos, tmp_path / name / "train").parent for name in "ab"]
+    (folders[1] / "train" / "cat" / "3.jpg").unlink()  # equal ones share a cache
     for folder in (*folders, *folders):
         data(folder, cache_dir=str(tmp_path / "cache")).setup("fit")
     monkeypatch.chdir(tmp_path)
@@ -294,9 +309,7 @@ def test_photo_sets_may_share_the_place_of_their_caches(
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    complaint = (
-        r"photos-\w{8}-16px.npy could not be written .*elsewhere with --data.cache_dir=FOLDER"
-    )
+    complaint = r"photos-\w{8}-16px.npy could not be written .*elsewhere: --data.cache_dir=FOLDER"
     with pytest.raises(UserError, match=complaint):
         data(photos, cache_dir=str(tmp_path / "file")).setup("fit")
 
@@ -308,7 +321,7 @@ def test_same_bytes_for_any_number_of_processes(
 ) -> None:
     (photos / "cat" / "11.jpg").write_bytes(b"broken")
     (photos / "dog" / "5.jpg").write_bytes(b"")
-    monkeypatch.setattr(photo_folder, "CHUNK", chunk)
+    monkeypatch.setitem(image_cache.CHUNK, "fit", chunk)
     monkeypatch.setattr(image_cache.os, "cpu_count", lambda: cores)
     with pytest.warns(UserWarning, match="2 of 40 photos"):
         read = data(photos).photos("train")

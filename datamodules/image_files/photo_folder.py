@@ -1,6 +1,5 @@
 """What is in folders of photos, decoded once, and split. Dimensions: N photos, H x W pixels."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.image_files.image_cache import Decoded, decode_all, load_cache, make_cache
+from datamodules.image_files.decode_images import SUFFIXES
+from datamodules.image_files.image_cache import Cache, decode_once
 
 Part = Literal["train", "val", "test"]
 Size = tuple[int, int, int]  # (H, W, 3)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-CHUNK = 64  # photos that one decoder process is started for: about a second of work
 SEED = 42  # of every split; the course notebook's
 
 
@@ -107,16 +105,16 @@ def image_files(folder: Path) -> tuple[list[str], list[str]]:
 # ---- photos and their classes
 
 
-def read_photos(folder: Path, class_names: Sequence[str], size: Size, cache: Path) -> Photos:
+def read_photos(folder: Path, class_names: Sequence[str], size: Size, cache: Cache) -> Photos:
     """All photos of a folder that can be read, decoded the first time and mapped afterwards.
 
-    The cache is made again when a file came, went, or has another size or time.
+    The cache is made again when a file came, went or changed.
 
     Args:
         folder: Holds a folder for each class.
         class_names: The classes.
         size: Height, width and channels of the pixels.
-        cache: The ``.npy`` file in which they are kept.
+        cache: Where they are kept.
 
     Raises:
         UserError: The folders are not those of the classes, or one has no photos.
@@ -145,7 +143,7 @@ def read_photos(folder: Path, class_names: Sequence[str], size: Size, cache: Pat
             f"files in {folder} that are not named as photos ({', '.join(SUFFIXES)}) are passed "
             f"over: {len(others)}, the first is {others[0]}."
         )
-    decoded = cached(folder, files, size, cache)
+    decoded = decode_once(folder, files, size[:2], "fit", cache)
     if decoded.unreadable:
         first = min(decoded.unreadable)
         rank_zero_warn(
@@ -163,30 +161,6 @@ def read_photos(folder: Path, class_names: Sequence[str], size: Size, cache: Pat
 def readable(count: int, unreadable: Mapping[int, str]) -> Tensor:
     """Positions of the images that could be read, of ``count``."""
     return torch.tensor([i for i in range(count) if i not in unreadable], dtype=torch.long)
-
-
-def cached(folder: Path, files: Sequence[str], size: Size, cache: Path) -> Decoded:
-    states = [(file, state(folder / file)) for file in files]
-    key = hashlib.sha256(repr((size, states)).encode()).hexdigest()
-    shape = (len(files), *size)
-    decoded = load_cache(cache, shape, key)
-    if decoded is None:
-        title = f"Decoding {folder.name}/, only this time"
-        chunks = decode_all(folder, files, size[:2], "fit", CHUNK, title)
-        try:
-            decoded = make_cache(cache, shape, key, chunks)
-        except UserError as error:
-            raise UserError(f"{error} Keep it elsewhere with --data.cache_dir=FOLDER.") from error
-    return decoded
-
-
-def state(path: Path) -> tuple[int, int] | None:
-    """Bytes and time of a file, which tell that it has changed; None for a link to nowhere."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 # ---- splits

@@ -1,7 +1,6 @@
 """Any folder of photos, in a folder for each class. Dimensions: N images, H height, W width."""
 
 import hashlib
-import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,9 @@ from torch import Tensor
 from core.errors import UserError
 from core.file_table import FileTable
 from datamodules.base import Tensors
-from datamodules.image_files.image_cache import decode_all
+from datamodules.image_files.decode_images import SUFFIXES
+from datamodules.image_files.image_cache import Cache, decode_all
 from datamodules.image_files.photo_folder import (
-    CHUNK,
-    SUFFIXES,
     Part,
     Photos,
     class_folders,
@@ -41,8 +39,9 @@ class ImageFolderDataModule(ImageDataModule):
     training photos, the same share of each class; but a ``validation/`` without a ``test/`` is
     split in half.
 
-    Photos become squares once (:mod:`datamodules.image_files`), kept as bytes until a file changes
-    in ``data_dir/.cache``. Those that cannot be read are left out with a warning.
+    Photos become squares once (:mod:`datamodules.image_files`), kept as bytes until a file changes:
+    in ``data_dir/.cache`` or, where that cannot be written, in the user's cache folder. Those that
+    cannot be read are left out with a warning.
     Predicting runs over the test part, or over the photos in ``images``.
 
     Args:
@@ -52,7 +51,7 @@ class ImageFolderDataModule(ImageDataModule):
             validation folder, it is that. 0 trains on the photos for validation, in either case.
         test_size: Photos kept for the test, likewise; 0 keeps none.
         images: Folder of photos to predict, with any folders below; nothing is written there.
-        cache_dir: Where the squares are kept, if not in ``data_dir``; sets of photos may share it.
+        cache_dir: Where the squares are kept instead; sets may share it.
         class_names: The classes; null takes the names of the folders in alphabetical order. A
             checkpoint knows them, so that predicting needs no training photos.
         options: What :class:`ImageDataModule` takes.
@@ -150,8 +149,9 @@ class ImageFolderDataModule(ImageDataModule):
         """The photos of one part, from the folder that it has for itself or shares with others."""
         folder = self.folders[part]
         if folder not in self._photos:
-            size, cache = self.image_size, self.cache(folder)
-            self._photos[folder] = read_photos(folder, self.class_names, size, cache)
+            end = f"-{self.image_size[0]}px"
+            cache = Cache(folder, self.data_dir / ".cache", self.cache_dir, end)
+            self._photos[folder] = read_photos(folder, self.class_names, self.image_size, cache)
         photos = self._photos[folder]
         sharing = [name for name, other in self.folders.items() if other == folder]
         if part == "test" and not self.test_size:
@@ -163,16 +163,6 @@ class ImageFolderDataModule(ImageDataModule):
         if sharing == ["val", "test"] and self.test_size:
             return photos.take(halves(len(photos.files))[part == "test"])
         return photos
-
-    def cache(self, folder: Path) -> Path:
-        """Where the squares of a folder are kept."""
-        source = folder.resolve()
-        end = f"{self.image_size[0]}px.npy"
-        if self.cache_dir is None:
-            return self.data_dir / ".cache" / f"{source.name}-{end}"
-        # many sets have a folder of that name
-        whose = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-        return self.cache_dir / f"{source.name}-{whose}-{end}"
 
     def read_unlabelled(self, folder: Path) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) of a folder and their positions (N,) among its files.
@@ -187,7 +177,7 @@ class ImageFolderDataModule(ImageDataModule):
         size, title = self.image_size[:2], f"Decoding {folder.resolve().name}/"
         pixels: list[bytes] = []
         unreadable: dict[int, str] = {}
-        for chunk, reasons in decode_all(folder, self.predicted, size, "fit", CHUNK, title):
+        for chunk, reasons in decode_all(folder, self.predicted, size, "fit", title):
             pixels.append(chunk)
             unreadable |= reasons
         for position, reason in unreadable.items():

@@ -1,23 +1,19 @@
 """CIFAR-10 as the Kaggle competition `cifar-10` hands it out: numbered PNG files and two tables."""
 
 import hashlib
-import re
-import tempfile
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.progress
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from core.errors import UserError, needed
+from core.errors import UserError
 from core.sample_file import SampledSubmission, read_table
 from core.submission import Submission
 from datamodules.base import Tensors
-from datamodules.image_files.png_folder import png_ids, read_images
+from datamodules.image_files.image_cache import Cache, decode_once
+from datamodules.image_files.named_images import find_competition, find_images, images_by_id
 from datamodules.images.base import ImageDataModule
 from datamodules.images.cifar10 import CLASS_NAMES
 
@@ -35,20 +31,31 @@ class KaggleCIFAR10DataModule(ImageDataModule):
     """Train on the 50,000 labelled images of the competition and predict the other 300,000.
 
     ``data_dir/kaggle-cifar10`` holds ``trainLabels.csv``, ``sampleSubmission.csv`` and the images
-    in ``train/`` and ``test/`` or, as they are downloaded, in ``train.7z`` and ``test.7z``. Of the
-    test images 10,000 are those of CIFAR-10; the rest are not scored.
+    in ``train/`` and ``test/`` or, as they are downloaded, in ``train.7z`` and ``test.7z``; so may
+    ``data_dir/cifar-10``, or ``data_dir`` itself. Of the test images 10,000 are those of CIFAR-10;
+    the rest are not scored.
+
+    Args:
+        data_dir: Root folder of all data sets, or the competition's own.
+        cache_dir: Where unpacked and decoded images are kept; by default beside the data or, where
+            that cannot be written, in the user's cache folder.
+        options: What :class:`ImageDataModule` takes.
     """
 
     class_names = CLASS_NAMES
     competition = "cifar-10"
 
-    def __init__(self, data_dir: str = "data", **options: Any) -> None:
+    def __init__(
+        self, data_dir: str = "data", cache_dir: str | None = None, **options: Any
+    ) -> None:
         super().__init__(data_dir, **options)
+        self.cache_dir = Path(cache_dir) if cache_dir else None
         self.prepared: dict[str, Part] = {}
 
     @property
     def folder(self) -> Path:
-        return self.data_dir / "kaggle-cifar10"
+        names, tables = ("kaggle-cifar10", "cifar-10"), ("trainLabels.csv", "sampleSubmission.csv")
+        return find_competition(self.data_dir, names, tables)
 
     @property
     def sample(self) -> Path:
@@ -91,28 +98,30 @@ class KaggleCIFAR10DataModule(ImageDataModule):
         """
         table = self.folder / "trainLabels.csv" if split == "train" else self.sample
         folder = self.folder / split
-        archive = folder.with_suffix(".7z")
-        if not table.exists() or not (folder.exists() or archive.exists()):
+        images_in = find_images(folder, self.cache_dir) if table.exists() else None
+        if images_in is None:
             raise UserError(
                 f"{folder if table.exists() else table} does not exist; run `kaggle competitions "
                 f"download -c {self.competition} -p {self.folder}` and unzip the file there."
             )
         listed, classes = read_classes(table)
-        if not folder.exists():
-            unpack(archive)
-        ids = png_ids(folder)
-        if len(missing := np.setdiff1d(listed, ids, assume_unique=True)):
+        images = images_by_id(images_in)
+        known = {str(i) for i in listed}
+        if strange := [file for name, file in images.items() if name not in known]:
             raise UserError(
-                f"{folder / str(min(missing))}.png does not exist, though {table.name} lists it; "
+                f"{table} has no row for {images_in / strange[0]}; download it again, or move the "
+                "image away."
+            )
+        if missing := [i for i in listed if str(i) not in images]:
+            raise UserError(
+                f"{images_in} has no image of the id {missing[0]}, which {table.name} lists; "
                 f"unpack or download {folder} again."
             )
-        if len(unlisted := np.setdiff1d(ids, listed, assume_unique=True)):
-            raise UserError(
-                f"{table} has no row for {folder / str(min(unlisted))}.png; download it again."
-            )
-        pixels, digest = read_images(folder, ids, self.image_size[:2])
-        images, numbers, targets = map(torch.from_numpy, (pixels, ids, classes))
-        return Part(images, numbers, targets, digest)
+        files = [images[str(i)] for i in listed]
+        cache = Cache(folder, self.folder, self.cache_dir)
+        decoded = decode_once(images_in, files, self.image_size[:2], "exact", cache)
+        pixels, numbers, targets = map(torch.from_numpy, (decoded.pixels, listed, classes))
+        return Part(pixels, numbers, targets, decoded.sha256)
 
 
 def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -134,34 +143,3 @@ def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: the label {name!r} of id {i} is not one of {', '.join(CLASS_NAMES)}."
         )
     return ids, np.array([index_of[name] for name in table.labels])[rows]
-
-
-def unpack(archive: Path) -> None:
-    """Unpack ``<name>.7z`` into the folder ``<name>`` beside it, whole or not at all.
-
-    Raises:
-        UserError: The archive is broken or holds anything but ``<name>/<id>.png``, or the disk is
-            full; nothing is left of it then.
-    """
-    folder = archive.with_suffix("")
-    expected = re.compile(rf"{folder.name}(/\d+\.png)?")
-    py7zr = needed("py7zr", f"unpacking {archive}")
-    title, console = f"Unpacking {archive.name}", Console(stderr=True)
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{folder.name}.") as temporary,
-            rich.progress.open(archive, "rb", description=title, console=console) as file,
-            py7zr.SevenZipFile(file) as bundle,
-        ):
-            for member in bundle.list():
-                if member.is_symlink or not expected.fullmatch(member.filename):
-                    raise UserError(
-                        f"{archive} holds {member.filename!r}, which is no {folder.name}/<id>.png; "
-                        "nothing was unpacked, download it again."
-                    )
-            bundle.extractall(temporary)
-            Path(temporary, folder.name).rename(folder)
-    except (py7zr.exceptions.ArchiveError, LZMAError, OSError) as error:
-        raise UserError(
-            f"{archive} could not be unpacked ({error}); free space or download it again."
-        ) from error
