@@ -130,7 +130,7 @@ def read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: Another header, an id that comes twice, or a name that is not a class.
     """
-    table = read_table(path)
+    table = read_table(path, numbered=True)
     if table.header != ("id", "label"):
         raise UserError(f"{path}: the columns must be id,label, got {','.join(table.header)}.")
     ids, rows, counts = np.unique(table.ids, return_index=True, return_counts=True)
