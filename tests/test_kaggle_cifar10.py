@@ -414,10 +414,9 @@ def test_the_first_missing_image_is_named(root: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("id,label", "image,class", r"the columns must be id,label, got image,class"),
         ("id,label\n", "id\n", r"the header must name two columns, got 'id'"),
         ("\n2,", "\n3,", r"the id 3 comes more than once"),
-        ("frog", "toad", r"the label 'toad' of id \d+ is not one of airplane, automobile, "),
+        ("frog", "toad", r"is not one of airplane, automobile, "),
     ],
 )
 def test_a_wrong_table_is_refused_before_anything_is_decoded(

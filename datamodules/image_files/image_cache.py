@@ -91,13 +91,16 @@ def digest_of(path: Path) -> str:
 
 
 @cache  # once
-@rank_zero_only
 def say_where(folder: Path, place: Path) -> None:
-    print(
+    tell(
         f"{folder} is read-only: what is made of it is kept in {place}; choose another place with "
-        "--data.cache_dir=FOLDER.",
-        file=sys.stderr,
+        "--data.cache_dir=FOLDER."
     )
+
+
+@rank_zero_only
+def tell(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def decode_once(

@@ -8,6 +8,7 @@ a table. Nothing else is guessed.
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -41,6 +42,7 @@ class Labelled:
     labels: list[str]  # N names of classes
     source: str  # what tells the classes
     left_out: list[str]  # files that are no photos, or without a class
+    missing: Sequence[str] = ()  # names in the table without a photo
 
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {n:,}" for name, n in sorted(Counter(self.labels).items()))
@@ -181,8 +183,12 @@ def by_name_or_table(folder: Path, root: Path, table: Path | None) -> Labelled |
     """The photos below a folder by their names or by a table; None if neither has two classes."""
     files, _ = image_files(folder) if table else (photos_in(folder), [])
     table = table or find_label_table(dict.fromkeys((folder, root)), files)
+    missing: list[str] = []
     if table:
         class_of = read_label_table(table)
+        names = {PurePosixPath(file).name for file in files}
+        names |= {name.rpartition(".")[0] for name in names}
+        missing = [name for name in class_of if name not in names]
         classes = [look_up(class_of, file) for file in files]
     else:
         matches = [NAMED.fullmatch(PurePosixPath(file).stem) for file in files]
@@ -193,5 +199,5 @@ def by_name_or_table(folder: Path, root: Path, table: Path | None) -> Labelled |
     if len({name for _, name in known}) < 2:
         return None
     left_out = [file for file, name in zip(files, classes, strict=True) if name is None]
-    source = table.name if table else "file name"
-    return Labelled([file for file, _ in known], [name for _, name in known], source, left_out)
+    source, (photos, labels) = table.name if table else "file name", zip(*known, strict=True)
+    return Labelled(list(photos), list(labels), source, left_out, missing)

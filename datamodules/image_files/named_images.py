@@ -9,15 +9,16 @@ from datamodules.image_files.decode_images import SUFFIXES
 from datamodules.image_files.image_cache import derived_folder, digest_of
 
 
-def find_competition(data_dir: Path, names: tuple[str, ...], tables: tuple[str, ...]) -> Path:
+def find_competition(data_dir: Path, names: tuple[str, ...], signs: tuple[str, ...]) -> Path:
     """The folder of a competition: one of its names in ``data_dir``, or ``data_dir`` itself.
 
+    It is the first that holds a file such as one of ``signs``, which are patterns.
     Kaggle mounts it as ``/kaggle/input/NAME`` or one or two folders further down.
     """
     inside = [data_dir / name for name in names]
     mounted = [path for name in names for path in data_dir.glob(f"*/{name}")]
     for place in (*inside, data_dir, *mounted):
-        if any((place / table).exists() for table in tables):
+        if any(path for sign in signs for path in place.glob(sign)):
             return place
     return inside[0]
 

@@ -1,21 +1,19 @@
 """Any folder of photos of classes. Dimensions: N images, H height, W width."""
 
 import hashlib
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from core.errors import UserError
 from core.file_table import FileTable
 from datamodules.base import Tensors
 from datamodules.image_files.decode_images import SUFFIXES
-from datamodules.image_files.image_cache import Cache, decode_all
+from datamodules.image_files.image_cache import Cache, decode_all, tell
 from datamodules.image_files.layouts import Labelled, Part, find_parts, image_files, read_labels
 from datamodules.image_files.photo_folder import Photos, halves, read_photos, readable, split_off
 from datamodules.images.base import ImageDataModule
@@ -207,8 +205,3 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         sha256.update(tensor.numpy().data)
     return sha256.hexdigest()
-
-
-@rank_zero_only
-def tell(message: str) -> None:
-    print(message, file=sys.stderr)
