@@ -64,6 +64,18 @@ def test_classes_in_the_names_of_photos(dogs: Path, capsys: pytest.CaptureFixtur
     assert greens[1::2].min() > greens[::2].max()
 
 
+def test_photos_in_folders_of_classes_have_ids_of_their_own(dogs: Path) -> None:
+    """``cat/0.jpg`` and ``dog/0.jpg`` were both sample 0."""
+    for path in sorted((dogs / "train").iterdir()):
+        name, number, _ = path.name.split(".")
+        (dogs / "train" / name).mkdir(exist_ok=True)
+        path.rename(dogs / "train" / name / f"{number}.jpg")
+    datamodule = data(dogs, **DOGS)
+    datamodule.read_train()
+    assert len(set(datamodule.ids)) == 60
+    assert datamodule.ids[0] == "cat/0.jpg"
+
+
 def by_table(dogs: Path, sample: Callable[[str], str], ending: str = "") -> list[str]:
     """Gives the photos names that are no numbers, all in ``images/``, and a table of classes."""
     (dogs / "images").mkdir()

@@ -40,7 +40,8 @@ def unpack(archive: Path, folder: Path) -> None:
                         "nothing was unpacked, download it again."
                     )
             bundle.extractall(temporary)
-            Path(temporary, folder.name).rename(folder)
+            if not folder.is_dir():  # another process may have been faster
+                Path(temporary, folder.name).rename(folder)
     except (LZMAError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{archive} could not be unpacked to {folder} ({error}); free space or download it "

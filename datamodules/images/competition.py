@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -263,8 +263,8 @@ class CompetitionDataModule(ImageDataModule):
 
 
 def id_of(file: str) -> int | str:
-    """The id of an image, an integer if it is one: as texts, 10 would come before 2."""
-    name = PurePosixPath(file).name.rpartition(".")[0] or file
+    """The id of an image, an integer if it is named by one: as texts, 10 would come before 2."""
+    name = file.rpartition(".")[0]
     return int(name) if is_number(name) else file
 
 
