@@ -117,7 +117,7 @@ sys.modules[{missing!r}] = None
 from pathlib import Path
 import datamodules
 from core.telling import told_in_one_sentence
-from datamodules.images.kaggle_cifar10 import unpack
+from datamodules.image_files.archives import unpack
 from datamodules.text.error_synthesis import lookup
 from datamodules.text.subwords import Subwords
 with told_in_one_sentence():
