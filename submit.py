@@ -11,6 +11,8 @@ import argparse
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.bar import Bar
@@ -101,9 +103,6 @@ def make_parser() -> argparse.ArgumentParser:
 def show(prediction: Prediction, table: sample_file.Table, message: str) -> None:
     """What the file holds, what is known of its making, and the command that sends it."""
     path = prediction.path
-    counts = Counter(table.labels)
-    for label in prediction.labels or []:
-        counts.setdefault(label, 0)  # a class that is never predicted should be seen
     print(f"{path}: {len(table.ids)} rows for {prediction.competition}")
     for note in oddities(path):
         print(f"note: {note}")
@@ -113,13 +112,32 @@ def show(prediction: Prediction, table: sample_file.Table, message: str) -> None
         print(f"note: of its labels only the type is checked, that of {prediction.sample}.")
     for member in prediction.members:
         print(member)
-    histogram = Table("label", "rows", "share", "", box=None)
-    for label, count in sorted(counts.items()):
-        bar = Bar(max(counts.values()), 0, count, width=30)
-        histogram.add_row(label, str(count), f"{count / len(table.ids):.1%}", bar)
-    Console(markup=False, highlight=False).print(histogram)
+    fractions = any(map(sample_file.is_fraction, table.labels))
+    content = ranges(table) if fractions else histogram(table, prediction.labels or ())
+    Console(markup=False, highlight=False).print(content)
     command = ["kaggle", "competitions", "submit", "-c", prediction.competition, "-f", str(path)]
     print(f"The same by hand: {shlex.join([*command, '-m', message])}")
+
+
+def histogram(table: sample_file.Table, labels: Sequence[str]) -> Table:
+    """How often each label comes; a class that is never predicted should be seen."""
+    counts = dict.fromkeys(labels, 0) | Counter(table.labels)
+    shown = Table("label", "rows", "share", "", box=None)
+    for label, count in sorted(counts.items()):
+        bar = Bar(max(counts.values()), 0, count, width=30)
+        shown.add_row(label, str(count), f"{count / len(table.ids):.1%}", bar)
+    return shown
+
+
+def ranges(table: sample_file.Table) -> Table:
+    """Range and mean of each column of numbers."""
+    shown = Table("column", "lowest", "mean", "highest", box=None)
+    for name, column in zip(table.header[1:], table.columns, strict=True):
+        with suppress(ValueError):  # of texts
+            values = list(map(float, column))
+            mean = sum(values) / len(values)
+            shown.add_row(name, *(f"{x:.4f}" for x in (min(values), mean, max(values))))
+    return shown
 
 
 # ---- the list of all

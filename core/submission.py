@@ -1,6 +1,7 @@
 """The prediction file of a competition: how it is written, and what a valid one looks like."""
 
-from collections.abc import Collection
+import csv
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +36,11 @@ class Submission:
     labels: tuple[str, ...]
     sample: Path | None = None
 
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The labels that may stand in the file; none if it holds other values."""
+        return self.labels
+
     def check(self, *outputs: np.ndarray) -> None:
         """Refuse what was predicted before anything is written.
 
@@ -58,12 +64,19 @@ class Submission:
 
     def write(self, path: Path, ids: np.ndarray, classes: np.ndarray) -> None:
         """Write the classes (N,) of the samples ``ids`` (N,)."""
-        label_of = dict(zip(ids.tolist(), (self.labels[c] for c in classes.tolist()), strict=True))
-        header, order = self.header_and_order(label_of)
-        rows = "".join(f"{i},{label_of[i]}\n" for i in order)
-        with atomic_write(path, "w", newline="") as file:
-            file.write(f"{','.join(header)}\n{rows}")
+        self.write_values(path, ids, [[self.labels[c]] for c in classes.tolist()])
 
-    def header_and_order(self, ids: Collection[int]) -> tuple[tuple[str, str], list[int]]:
-        """Hook: the first line, and the ids in the order of the rows."""
-        return ("id", "label"), sorted(ids)
+    def write_values(self, path: Path, ids: np.ndarray, values: list[list[str]]) -> None:
+        """Write what stands behind the ids (N,), one value for each further column."""
+        values_of = dict(zip(ids.tolist(), values, strict=True))
+        header, rows = self.header_and_rows(values_of)
+        with atomic_write(path, "w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(header)
+            table.writerows([name, *values_of[i]] for i, name in rows)
+
+    def header_and_rows(
+        self, ids: Collection[int]
+    ) -> tuple[Sequence[str], Iterable[tuple[int, int | str]]]:
+        """Hook: the first line, and in the order of the rows the ids and how they are written."""
+        return ("id", "label"), ((i, i) for i in sorted(ids))

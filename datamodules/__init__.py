@@ -1,6 +1,7 @@
 """Data sets, one per file: what is read, how it is served, and how predictions are handed in."""
 
 from datamodules.images.cifar10 import CIFAR10DataModule
+from datamodules.images.competition import CompetitionDataModule
 from datamodules.images.demo import DemoDataModule
 from datamodules.images.digits import DigitsDataModule
 from datamodules.images.image_folder import ImageFolderDataModule
@@ -16,6 +17,7 @@ from datamodules.text.masked_books import MaskedBooksDataModule
 
 __all__ = [
     "CIFAR10DataModule",
+    "CompetitionDataModule",
     "DemoDataModule",
     "DigitsDataModule",
     "EchoDataModule",

@@ -126,7 +126,7 @@ def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path
         "rows": submission.count(ids),
         "competition": data.competition,
         "sample": str(submission.sample) if submission.sample else None,
-        "labels": list(submission.labels),
+        "labels": list(submission.accepted),
         "sendable": submission.sendable,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "tta": getattr(members[0].model, "tta", None),

@@ -170,6 +170,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fake_data.write_cifar10(root)
     fake_data.write_kaggle_cifar10(root)
     fake_data.write_ucsb(root)
+    fake_data.write_digit_recognizer(root)
+    fake_data.write_dogs_vs_cats(root)
     fake_data.write_mnist(root)
     fake_data.write_photos(root)
     fake_data.write_names(root)

@@ -3,6 +3,7 @@
 Images of a class share a colour, so a network learns them within a few steps.
 """
 
+import shutil
 import struct
 import textwrap
 from pathlib import Path
@@ -166,4 +167,38 @@ def write_ucsb(root: Path, images: int = 20) -> Path:
     folder.mkdir(parents=True)
     np.save(folder / "test.npy", draw(labels_of(images)))
     write_csv(folder / "sample_submission.csv", [(i, "0") for i in range(images)], newline="\r\n")
+    return folder
+
+
+def write_digit_recognizer(root: Path, train: int = 100, test: int = 30) -> Path:
+    """Tables of pixels, as the competition ``digit-recognizer`` hands them out."""
+    folder = root / "digit-recognizer"
+    folder.mkdir(parents=True)
+    pixels = ",".join(f"pixel{i}" for i in range(784))
+    for part, count in {"train": train, "test": test}.items():
+        labels = labels_of(count)
+        rows = draw_grey(labels).reshape(count, 784)
+        rows = np.column_stack([labels, rows]) if part == "train" else rows
+        lines = [",".join(map(str, row)) for row in rows]
+        header = f"label,{pixels}" if part == "train" else pixels
+        (folder / f"{part}.csv").write_text("\n".join([header, *lines, ""]))
+    lines = ["ImageId,Label", *(f"{i},0" for i in range(1, test + 1)), ""]
+    (folder / "sample_submission.csv").write_text("\r\n".join(lines))
+    return folder
+
+
+def write_dogs_vs_cats(root: Path, per_class: int = 30, test: int = 20) -> Path:
+    """Photos with their classes in their names, and a sample file of probabilities."""
+    folder = root / "dogs-vs-cats-redux-kernels-edition"
+    photos = write_photos(folder, max(per_class, test))
+    for part in ("train", "test"):
+        (folder / part).mkdir()
+    for name in ("cat", "dog"):
+        for i in range(per_class):
+            (photos / name / f"{i}.jpg").rename(folder / "train" / f"{name}.{i}.jpg")
+    for i in range(1, test + 1):
+        photo = folder / "train" / f"{('cat', 'dog')[i % 2]}.{i}.jpg"
+        (folder / "test" / f"{i}.jpg").write_bytes(photo.read_bytes())
+    write_csv(folder / "sample_submission.csv", [(i, "0.5") for i in range(1, test + 1)])
+    shutil.rmtree(photos)
     return folder

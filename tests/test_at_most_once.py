@@ -127,4 +127,4 @@ def test_nothing_is_sent_twice() -> None:
 
 @pytest.mark.slow
 def test_nothing_is_sent_twice_in_many_orders() -> None:
-    try_orders(count=200, steps=6)
+    try_orders(count=100, steps=6)

@@ -27,10 +27,11 @@ import submit
 import train
 from core.errors import UserError
 from datamodules import ImageFolderDataModule
-from datamodules.image_files import image_cache, photo_folder
+from datamodules.image_files import image_cache
 from datamodules.image_files.decode_images import decode_photo
 from datamodules.image_files.image_cache import Decoded
-from datamodules.image_files.photo_folder import halves, image_files, split_off
+from datamodules.image_files.layouts import Part, image_files
+from datamodules.image_files.photo_folder import halves, split_off
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -45,7 +46,7 @@ def data(folder: Path, **options: Any) -> ImageFolderDataModule:
     return ImageFolderDataModule(data_dir=str(folder), image_size=16, **options)
 
 
-def files(datamodule: ImageFolderDataModule, part: photo_folder.Part) -> list[str]:
+def files(datamodule: ImageFolderDataModule, part: Part) -> list[str]:
     return datamodule.photos(part).files
 
 
@@ -56,7 +57,7 @@ def pixels(path: Path, size: int = 8) -> np.ndarray:
 # --- what a photo looks like ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "webp", "jpg"])
+@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "webp", "jpg", "tif"])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_every_format_and_mode_keeps_its_colours(tmp_path: Path, mode: str, suffix: str) -> None:
     colour = RED if mode in ("P", "RGB") else WHITE
@@ -165,7 +166,7 @@ def test_extreme_proportions_are_read(tmp_path: Path, size: tuple[int, int]) -> 
     assert (pixels(path) == RED).all()
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
 )
@@ -194,13 +195,13 @@ def test_no_damage_ends_the_decoder(
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The caches that were made, one entry each time."""
     done: list[Path] = []
-    make_cache = photo_folder.make_cache
+    make_cache = image_cache.make_cache
 
     def count(path: Path, *arguments: Any) -> Decoded:
         done.append(path)
         return make_cache(path, *arguments)
 
-    monkeypatch.setattr(photo_folder, "make_cache", count)
+    monkeypatch.setattr(image_cache, "make_cache", count)
     return done
 
 
@@ -230,11 +231,25 @@ def rename(folder: Path) -> None:
 
 
 def overwrite(folder: Path) -> None:
-    """One file, by as many bytes: only its time tells."""
+    """One file, by as many bytes: only its time and its bytes tell."""
     path = folder / "cat" / "3.jpg"
     before = path.stat()
-    path.write_bytes(path.read_bytes())
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes(9))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def test_files_that_were_only_touched_are_not_decoded_again(
+    photos: Path, decodings: list[Path]
+) -> None:
+    data(photos).setup("fit")
+    for path in photos.glob("*/*.jpg"):
+        path.touch()
+    data(photos).setup("fit")
+    assert len(decodings) == 1
+    record = json.loads((photos / ".cache" / "photos-16px.json").read_text())
+    data(photos).setup("fit")  # the new times are known
+    assert json.loads((photos / ".cache" / "photos-16px.json").read_text()) == record
 
 
 def truncate(folder: Path) -> None:
@@ -285,6 +300,7 @@ def test_photo_sets_may_share_the_place_of_their_caches(
 ) -> None:
     """Two sets with a ``train`` each overwrote one file, and decoded again at every start."""
     folders = [shutil.copytree(photos, tmp_path / name / "train").parent for name in "ab"]
+    (folders[1] / "train" / "cat" / "3.jpg").unlink()  # equal ones share a cache
     for folder in (*folders, *folders):
         data(folder, cache_dir=str(tmp_path / "cache")).setup("fit")
     monkeypatch.chdir(tmp_path)
@@ -294,9 +310,7 @@ def test_photo_sets_may_share_the_place_of_their_caches(
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    complaint = (
-        r"photos-\w{8}-16px.npy could not be written .*elsewhere with --data.cache_dir=FOLDER"
-    )
+    complaint = r"photos-\w{8}-16px.npy could not be written .*elsewhere: --data.cache_dir=FOLDER"
     with pytest.raises(UserError, match=complaint):
         data(photos, cache_dir=str(tmp_path / "file")).setup("fit")
 
@@ -308,7 +322,7 @@ def test_same_bytes_for_any_number_of_processes(
 ) -> None:
     (photos / "cat" / "11.jpg").write_bytes(b"broken")
     (photos / "dog" / "5.jpg").write_bytes(b"")
-    monkeypatch.setattr(photo_folder, "CHUNK", chunk)
+    monkeypatch.setitem(image_cache.CHUNK, "fit", chunk)
     monkeypatch.setattr(image_cache.os, "cpu_count", lambda: cores)
     with pytest.warns(UserWarning, match="2 of 40 photos"):
         read = data(photos).photos("train")
@@ -432,6 +446,188 @@ def test_a_class_may_be_called_train(photos: Path) -> None:
     assert data(photos).class_names == ("dog", "train")
 
 
+# --- layouts as they are downloaded ---------------------------------------------------------------
+
+
+def as_unzipped(photos: Path) -> None:
+    """Dogs-vs-cats: classes in the names, and test photos without."""
+    for path in list(photos.glob("*/*.jpg")):
+        path.rename(photos.parent / f"{path.parent.name}.{path.name}")
+    shutil.rmtree(photos / "dog")
+    (photos / "cat").rename(photos / "train")
+    for path in photos.parent.glob("*.jpg"):
+        path.rename(photos / "train" / path.name)
+    (photos / "test1").mkdir()
+    shutil.copy(photos / "train" / "cat.1.jpg", photos / "test1" / "1.jpg")
+
+
+def in_a_table(photos: Path) -> None:
+    as_unzipped(photos)
+    lines = ["id,breed"]
+    for i, path in enumerate(sorted((photos / "train").iterdir())):
+        lines.append(f"{i:03x},{path.name[:3]}")
+        path.rename(path.with_name(f"{i:03x}.jpg"))
+    (photos / "labels.csv").write_text("\n".join(lines))
+    (photos / "sample_submission.csv").write_text("id,cat,dog\n000,0.5,0.5\n")
+
+
+def doubled(photos: Path) -> None:
+    for part in ("training_set", "test_set"):
+        shutil.copytree(photos, photos.parent / "new" / part / part)
+    shutil.rmtree(photos)
+    (photos.parent / "new").rename(photos)
+
+
+def segments(photos: Path) -> None:
+    doubled(photos)
+    for old, new in {"training_set": "seg_train", "test_set": "seg_test"}.items():
+        (photos / old / old).rename(photos / old / new)
+        (photos / old).rename(photos / new)
+    (photos / "seg_pred").mkdir()
+
+
+def capitals(photos: Path) -> None:
+    for part in ("Training", "Test"):
+        shutil.copytree(photos, photos.parent / "new" / part)
+    shutil.rmtree(photos)
+    (photos.parent / "new").rename(photos)
+
+
+def doubled_classes(photos: Path) -> None:
+    photos.rename(photos.parent / "inner")
+    photos.mkdir()
+    (photos.parent / "inner").rename(photos / "photos")
+
+
+@pytest.mark.parametrize(
+    ("change", "source", "counts"),
+    [
+        (as_unzipped, "train: 2 classes by file name", [28, 6, 6]),
+        (in_a_table, "train: 2 classes by labels.csv", [28, 6, 6]),
+        (doubled, "training_set/training_set: 2 classes by folder", [34, 6, 40]),
+        (segments, "seg_train/seg_train: 2 classes by folder", [34, 6, 40]),
+        (capitals, "Training: 2 classes by folder", [34, 6, 40]),
+        (doubled_classes, "photos/photos: 2 classes by folder", [28, 6, 6]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_known_layouts(
+    photos: Path,
+    change: Callable[[Path], None],
+    source: str,
+    counts: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Folders of parts silently became the classes, and names and tables were no classes at all."""
+    change(photos)
+    datamodule = data(photos)
+    datamodule.setup("fit")
+    assert datamodule.class_names == ("cat", "dog")
+    assert f"{source}: cat 20, dog 20" in capsys.readouterr().err
+    assert [len(files(datamodule, part)) for part in ("train", "val", "test")] == counts
+    (images, classes), path = datamodule.splits["train"], datamodule.folders["train"]
+    shown = np.stack([pixels(path / name, 16) for name in files(datamodule, "train")])
+    assert np.array_equal(images, shown)
+    # cats are yellow, dogs magenta
+    greens = images[..., 1].float().mean((1, 2))
+    assert greens[classes == 0].min() > greens[classes == 1].max()
+
+
+def test_folders_that_are_no_part_are_named(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_unzipped(photos)
+    data(photos)
+    assert "left out, neither training nor classes: test1/" in capsys.readouterr().err
+
+
+def two_trainings(photos: Path) -> None:
+    layout(photos, "train", "training_set").rename(photos / "sets")
+    for name in ("train", "training_set"):
+        (photos / "sets" / name).rename(photos / name)
+
+
+def parts_without_training(photos: Path) -> None:
+    layout(photos, "val", "test").rename(photos.parent / "new")
+    shutil.rmtree(photos)
+    (photos.parent / "new").rename(photos)
+
+
+def unlabelled_beside_classes(photos: Path) -> None:
+    shutil.copytree(photos / "cat", photos / "test")
+
+
+def parts_of_other_names(photos: Path) -> None:
+    layout(photos, "one", "two").rename(photos.parent / "new")
+    shutil.rmtree(photos)
+    (photos.parent / "new").rename(photos)
+
+
+def no_labels(photos: Path) -> None:
+    capitals(photos)
+    for part in ("Training", "Test"):
+        for path in list((photos / part).glob("*/*.jpg")):
+            path.rename(photos / part / path.name)
+        shutil.rmtree(photos / part / "cat")
+        shutil.rmtree(photos / part / "dog")
+
+
+def two_tables(photos: Path) -> None:
+    in_a_table(photos)
+    shutil.copy(photos / "labels.csv", photos / "train.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (two_trainings, "train and training_set, which may both be the train part; move one away"),
+        (parts_without_training, "holds test, val: parts without photos of classes to train on"),
+        (
+            unlabelled_beside_classes,
+            "holds cat, dog, test: parts without photos of classes to tra",
+        ),
+        (parts_of_other_names, "one holds no photos but cat, dog, as others there do: is one a cl"),
+        (no_labels, "holds Test, Training: parts without photos of classes to train on, or cl"),
+        (two_tables, r"both .*labels.csv and .*train.csv name the images; choose with --data.labe"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_not_known_is_refused_with_the_choice(
+    photos: Path, change: Callable[[Path], None], complaint: str
+) -> None:
+    change(photos)
+    with pytest.raises(UserError, match=complaint):
+        data(photos)
+
+
+def test_the_table_can_be_named(photos: Path, tmp_path: Path) -> None:
+    two_tables(photos)
+    table = tmp_path / "mine.csv"
+    rows = (photos / "labels.csv").read_text().splitlines()
+    table.write_text("\n".join(["image,cat,dog", *(f"{r[:3]}.jpg,1,0" for r in rows[1:10])]))
+    table.write_text(table.read_text() + "".join(f"\n{r[:3]}.jpg,0,1" for r in rows[10:31]))
+    datamodule = data(photos, labels=str(table))
+    with pytest.warns(UserWarning, match="or have no class are passed over: 10, the first is 01e"):
+        datamodule.setup("fit")
+    assert datamodule.labelled("train").labels == 9 * ["cat"] + 21 * ["dog"]
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("id,label,sex\n1,cat,f\n", "has the columns id, label, sex; keep two, the names of the"),
+        ("id,label\n1,cat\n1,dog\n", "the id 1 comes more than once"),
+        ("id,label\n1\n", "line 2: expected an id and a label, got '1'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    photos: Path, tmp_path: Path, table: str, complaint: str
+) -> None:
+    (tmp_path / "mine.csv").write_text(table)
+    with pytest.raises(UserError, match=complaint):
+        data(photos, labels=str(tmp_path / "mine.csv"))
+
+
 # --- files that are no photos, and folders that do not fit ----------------------------------------
 
 
@@ -521,16 +717,16 @@ def no_classes_in_test(photos: Path) -> None:
     ("change", "complaint"),
     [
         (no_folder, r"photos is no folder; name the folder of your photos: --data.data_dir=FOLDER"),
-        (no_classes, r"photos has no folders; put the photos of each class, two at least, into a"),
-        (one_class, r"photos has only the folder dog; put the photos of each class"),
-        (empty_class, r"photos/bird holds no photos \(.jpg.*\); put some there or delete it"),
+        (no_classes, r"photos has no folders and 0 photos.* Put the photos of each class, two at "),
+        (one_class, r"photos has only the folder dog. Put the photos of each class"),
+        (empty_class, r"photos/bird holds no photos \(.jpg.*\); put some there or move it away"),
         (
             few_photos,
             r"a class has 2 photos only, of which test_size 0.15 and val_size 0.15 leave ",
         ),
-        (no_whole_photo, r"none of the photos in .*photos/cat can be read; replace them"),
-        (other_classes, r"val must have one folder .* cat, dog, but cat is missing there"),
-        (no_classes_in_test, r"but cat is missing there; .*predict them: predict.py RUN --images"),
+        (no_whole_photo, r"none of the photos of the class cat in .*photos can be read; replace"),
+        (other_classes, r"val must have photos of each .* cat, dog, but cat is missing there"),
+        (no_classes_in_test, r"val has no folders and 20 photos.* predict them: predict.py RUN -"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -622,6 +818,7 @@ def test_every_photo_of_a_folder_is_labelled(
     assert all(0.5 <= float(row[2]) <= 1 for row in written[1:])
     said = capsys.readouterr()
     assert re.search(r"new/half.jpg is left out: .*[Tt]runcated", said.err)
+    assert "new: left out, not named as photos: notes.txt" in said.err
     assert "submit.py" not in said.out
     assert sorted(Path("new").rglob("*")) == before
     record = json.loads((run / "predictions.json").read_text())

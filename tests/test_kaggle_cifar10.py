@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +24,9 @@ from PIL import Image
 from core import kaggle_client
 from core.errors import UserError
 from datamodules import KaggleCIFAR10DataModule
-from datamodules.image_files import decode_images, png_folder
+from datamodules.image_files import decode_images, image_cache
 from datamodules.image_files.decode_images import decode
 from datamodules.image_files.image_cache import Decoded
-from datamodules.image_files.png_folder import png_ids, read_images
 
 
 @pytest.fixture
@@ -93,11 +93,13 @@ def test_there_is_no_labelled_test_set(root: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA"])
-def test_grey_palette_and_transparent_images_become_rgb(folder: Path, mode: str) -> None:
+def test_grey_palette_and_transparent_images_become_rgb(
+    root: Path, folder: Path, mode: str
+) -> None:
     path = folder / "test" / "7.png"
     image = Image.open(path).convert(mode)
     image.save(path)
-    images, _ = read_images(folder / "test", png_ids(folder / "test"), (32, 32))
+    images, _ = data(root).read_predict()
     assert np.array_equal(images[6], np.asarray(image.convert("RGB")))
 
 
@@ -121,13 +123,13 @@ def test_the_digest_is_that_of_the_pixels_and_the_labels(root: Path, folder: Pat
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The caches that were made, one entry each time."""
     done: list[Path] = []
-    make_cache = png_folder.make_cache
+    make_cache = image_cache.make_cache
 
     def count(path: Path, *arguments: Any) -> Decoded:
         done.append(path)
         return make_cache(path, *arguments)
 
-    monkeypatch.setattr(png_folder, "make_cache", count)
+    monkeypatch.setattr(image_cache, "make_cache", count)
     return done
 
 
@@ -223,7 +225,9 @@ def test_a_stale_or_damaged_cache_is_made_again(
     change: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(png_folder, "PROBES", 1)  # the first file alone is asked for its time
+    monkeypatch.setitem(
+        image_cache.PROBES, "exact", 1
+    )  # the first file alone is asked for its time
     data(root).read_predict()
     change(folder)
     images, ids = data(root).read_predict()
@@ -237,7 +241,7 @@ def test_a_stale_or_damaged_cache_is_made_again(
 def test_more_images_than_one_process_decodes(
     root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(png_folder, "CHUNK", 7)
+    monkeypatch.setitem(image_cache.CHUNK, "exact", 7)
     images, _ = data(root).read_predict()
     assert np.array_equal(images, draw(labels_of(30, 1), 1))
 
@@ -259,8 +263,8 @@ def sixteen_bit(path: Path) -> None:
     Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path)
 
 
-def not_png(path: Path) -> None:
-    Image.new("RGB", (32, 32)).save(path, "JPEG")
+def not_image(path: Path) -> None:
+    path.write_text("<html>")
 
 
 def bomb(path: Path) -> None:
@@ -270,14 +274,14 @@ def bomb(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (corrupt, r"7.png is not a whole PNG image \("),
-        (lambda path: path.write_bytes(b""), r"7.png is not a whole PNG image \("),
-        (not_png, r"7.png is not a whole PNG image \("),
-        (bomb, r"7.png is not a whole PNG image \("),
+        (corrupt, r"7.png is not a whole image \("),
+        (lambda path: path.write_bytes(b""), r"7.png is not a whole image \("),
+        (not_image, r"7.png is not a whole image \("),
+        (bomb, r"7.png is not a whole image \("),
         (larger, r"7.png: expected 32 x 32 pixels of 8 bits, found 32 x 33 in mode RGB"),
         (sixteen_bit, r"7.png: expected 32 x 32 pixels of 8 bits, found 32 x 32 in mode I;16"),
     ],
-    ids=["corrupt", "empty", "not png", "bomb", "larger", "16 bit"],
+    ids=["corrupt", "empty", "not image", "bomb", "larger", "16 bit"],
 )
 def test_a_bad_image_is_named_and_nothing_is_left(
     root: Path, folder: Path, damage: Callable[[Path], None], complaint: str
@@ -294,7 +298,7 @@ def test_a_failed_decoding_keeps_the_cache_that_was_there(root: Path, folder: Pa
     before = (folder / "test.npy").read_bytes()
     add(folder)
     corrupt(folder / "test" / "31.png")
-    with pytest.raises(UserError, match=r"31.png is not a whole PNG image"):
+    with pytest.raises(UserError, match=r"31.png is not a whole image"):
         data(root).read_predict()
     assert (folder / "test.npy").read_bytes() == before
 
@@ -317,11 +321,11 @@ def test_no_damage_ends_the_decoder(
 
 
 def test_a_decoder_that_fails_for_another_reason_is_not_taken_for_a_bad_image(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_images, "__file__", str(folder / "no_such_program.py"))
     with pytest.raises(subprocess.CalledProcessError):
-        read_images(folder / "test", png_ids(folder / "test"), (32, 32))
+        data(root).read_predict()
 
 
 # --- folders and tables that do not fit -----------------------------------------------------------
@@ -334,48 +338,85 @@ def test_hidden_files_and_other_kinds_are_left_alone(root: Path, folder: Path) -
 
 
 @pytest.mark.parametrize("name", ["cat.png", "01.png", "-1.png", "1 copy.png", "\u0661.png"])
-def test_a_name_that_is_no_id_is_refused(root: Path, folder: Path, name: str) -> None:
+def test_an_image_without_a_row_is_named(root: Path, folder: Path, name: str) -> None:
     shutil.copy(folder / "test" / "1.png", folder / "test" / name)
-    with pytest.raises(UserError, match=rf"{name} is not named <id>.png; move it away"):
+    complaint = rf"sampleSubmission.csv has no row for .*{name}; .* or move the image away"
+    with pytest.raises(UserError, match=complaint):
         data(root).read_predict()
 
 
 def test_a_link_that_leads_nowhere_is_told(root: Path, folder: Path) -> None:
     (folder / "test" / "1.png").unlink()
     (folder / "test" / "1.png").symlink_to("gone.png")
-    with pytest.raises(UserError, match=r"1.png cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"1.png is not a whole image \(.*No such file"):
         data(root).read_predict()
 
 
-def test_an_empty_folder_is_refused(root: Path, folder: Path) -> None:
-    shutil.rmtree(folder / "test")
+def nested(folder: Path) -> None:
+    (folder / "test").rename(folder / "inner")
     (folder / "test").mkdir()
-    with pytest.raises(UserError, match="holds no PNG files; delete it and run the same command"):
+    (folder / "inner").rename(folder / "test" / "test")
+
+
+def capitals(folder: Path) -> None:
+    for path in (folder / "test").iterdir():
+        path.rename(path.with_suffix(".PNG"))
+
+
+def jpegs(folder: Path) -> None:
+    for path in list((folder / "test").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpeg"), quality=100, subsampling=0)
+        path.unlink()
+
+
+@pytest.mark.parametrize("change", [nested, capitals, jpegs], ids=lambda c: c.__name__)
+def test_images_as_people_have_them(
+    root: Path, folder: Path, change: Callable[[Path], None]
+) -> None:
+    """Good images were called no PNG files, with the advice to delete them."""
+    change(folder)
+    images, ids = data(root).read_predict()
+    assert ids.tolist() == list(range(1, 31))
+    difference = np.abs(images.numpy().astype(int) - draw(labels_of(30, 1), 1))
+    assert difference.mean() < (8 if change is jpegs else 1e-9)
+
+
+@pytest.mark.parametrize("left", [(), ("a.txt", "b.txt"), ("one", "two")])
+def test_a_folder_without_images_is_refused(
+    root: Path, folder: Path, left: tuple[str, ...]
+) -> None:
+    """Nobody is advised to delete anything."""
+    shutil.rmtree(folder / "test")
+    for name in left:
+        (folder / "test" / name).mkdir(parents=True)
+    (folder / "test").mkdir(exist_ok=True)
+    found = f"its first entry is {left[0]}" if left else "it is empty"
+    with pytest.raises(UserError, match=rf"test holds no images \(.*\): {found}") as error:
+        data(root).read_predict()
+    assert "delete" not in str(error.value)
+
+
+def test_two_images_of_one_id_are_refused(root: Path, folder: Path) -> None:
+    shutil.copy(folder / "test" / "1.png", folder / "test" / "1.jpg")
+    with pytest.raises(UserError, match=r"two images of the id 1, 1.jpg and 1.png; move one"):
         data(root).read_predict()
 
 
 def test_the_first_missing_image_is_named(root: Path, folder: Path) -> None:
     for i in (9, 12):
         (folder / "test" / f"{i}.png").unlink()
-    complaint = r"test/9.png does not exist, though sampleSubmission.csv lists it; unpack or downlo"
+    complaint = r"test has no image of the id 9, which sampleSubmission.csv lists; unpack or downlo"
     with pytest.raises(UserError, match=complaint):
         data(root).read_predict()
     assert "test.npy" not in files(folder)
 
 
-def test_an_image_without_a_row_is_named(root: Path, folder: Path) -> None:
-    shutil.copy(folder / "train" / "1.png", folder / "train" / "61.png")
-    with pytest.raises(UserError, match=r"trainLabels.csv has no row for .*61.png; download it ag"):
-        data(root).read_train()
-
-
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("id,label", "image,class", r"the columns must be id,label, got image,class"),
         ("id,label\n", "id\n", r"the header must name two columns, got 'id'"),
         ("\n2,", "\n3,", r"the id 3 comes more than once"),
-        ("frog", "toad", r"the label 'toad' of id \d+ is not one of airplane, automobile, "),
+        ("frog", "toad", r"is not one of airplane, automobile, "),
     ],
 )
 def test_a_wrong_table_is_refused_before_anything_is_decoded(
@@ -400,20 +441,25 @@ def test_a_missing_part_names_the_command(root: Path, folder: Path, name: str) -
 # --- archives and download ------------------------------------------------------------------------
 
 
-def pack(folder: Path, split: str) -> Path:
+def pack(folder: Path, split: str, end: str = "7z") -> Path:
     """Puts a folder into the archive in which Kaggle hands it out."""
-    archive = folder / f"{split}.7z"
+    archive = folder / f"{split}.{end}"
+    if end == "zip":
+        shutil.make_archive(str(folder / split), "zip", folder, split)
+        shutil.rmtree(folder / split)
+        return archive
     with py7zr.SevenZipFile(archive, "w") as bundle:
         bundle.writeall(folder / split, split)
     shutil.rmtree(folder / split)
     return archive
 
 
-def test_archives_are_unpacked(root: Path, folder: Path) -> None:
-    pack(folder, "test")
+@pytest.mark.parametrize("end", ["7z", "zip"])
+def test_archives_are_unpacked(root: Path, folder: Path, end: str) -> None:
+    pack(folder, "test", end)
     images, _ = data(root).read_predict()
     assert np.array_equal(images, draw(labels_of(30, 1), 1))
-    assert {"test", "test.7z"} < files(folder)
+    assert {"test", f"test.{end}"} < files(folder)
     assert not any(name.startswith(".") for name in files(folder))
 
 
@@ -455,13 +501,24 @@ def test_a_link_in_an_archive_is_refused(root: Path, folder: Path, tmp_path: Pat
         data(root).read_predict()
 
 
+@pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil.png", "test/../e.png", "test/a.py"])
+def test_a_zip_with_any_other_member_is_refused(root: Path, folder: Path, name: str) -> None:
+    with zipfile.ZipFile(pack(folder, "test", "zip"), "a") as bundle:
+        bundle.writestr(name, b"evil")
+    before = files(folder), files(root)
+    with pytest.raises(UserError, match=r"test.zip holds .*, which is no test/<id>.png; nothing"):
+        data(root).read_predict()
+    assert (files(folder), files(root)) == before
+
+
 @pytest.mark.parametrize("cut", [0, 10, 0.5, -20])
-def test_a_broken_archive_leaves_nothing(root: Path, folder: Path, cut: float) -> None:
-    archive = pack(folder, "test")
+@pytest.mark.parametrize("end", ["7z", "zip"])
+def test_a_broken_archive_leaves_nothing(root: Path, folder: Path, end: str, cut: float) -> None:
+    archive = pack(folder, "test", end)
     whole = archive.read_bytes()
     archive.write_bytes(whole[: int(cut * len(whole)) if 0 < cut < 1 else int(cut)])
     before = files(folder)
-    with pytest.raises(UserError, match=r"test.7z could not be unpacked \(.*; free space or"):
+    with pytest.raises(UserError, match=r"test.* could not be unpacked to .*; free space or"):
         data(root).read_predict()
     assert files(folder) == before
 
@@ -490,6 +547,76 @@ def test_without_credentials_the_command_is_told(
     with pytest.raises(UserError, match=r"does not exist; run `kaggle competitions download"):
         data(tmp_path / "data").prepare_data()
     assert files(tmp_path) == set()
+
+
+# --- read-only inputs, as Kaggle mounts them ------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder; that of the competition cannot be written, not even by root."""
+    writable = os.access
+
+    def access(path: Any, mode: int) -> bool:
+        return folder not in (Path(path), *Path(path).parents) and writable(path, mode)
+
+    monkeypatch.setattr(image_cache.os, "access", access)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    image_cache.say_where.cache_clear()
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("end", ["", "7z", "zip"])
+def test_a_read_only_folder_is_left_alone(
+    folder: Path, read_only: Path, decodings: list[Path], end: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Unpacking and decoding ended at /kaggle/input, which cannot be written."""
+    if end:
+        pack(folder, "test", end)
+    before = sorted(folder.rglob("*"))
+    for _ in range(2):
+        images, _ = data(folder).read_predict()  # data_dir is the competition's own folder
+        assert np.array_equal(images, draw(labels_of(30, 1), 1))
+    assert sorted(folder.rglob("*")) == before
+    assert len(decodings) == 1
+    assert decodings[0].is_relative_to(read_only / "steadyfit")
+    said = capsys.readouterr().err
+    assert said.count(f"{folder} is read-only: what is made of it is kept in {read_only}") == 1
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_cache_made_elsewhere_is_recognised_by_content(
+    folder: Path, tmp_path: Path, read_only: Path, decodings: list[Path], beside: bool
+) -> None:
+    """Copies have other paths and times than the files that were decoded."""
+    cache = tmp_path / "cache"
+    home = shutil.copytree(folder, tmp_path / "elsewhere" / "cifar")
+    KaggleCIFAR10DataModule(str(home), cache_dir=str(cache)).read_predict()
+    assert len(decodings) == 1
+    time.sleep(0.02)
+    for path in (folder / "test").iterdir():
+        path.touch()
+    if beside:
+        for path in cache.iterdir():
+            shutil.copy(path, folder)
+    options = {} if beside else {"cache_dir": str(cache)}
+    images, _ = KaggleCIFAR10DataModule(str(folder), **options).read_predict()
+    assert np.array_equal(images, draw(labels_of(30, 1), 1))
+    assert len(decodings) == 1
+    Image.new("RGB", (32, 32)).save(folder / "test" / "1.png")
+    images, _ = KaggleCIFAR10DataModule(str(folder), **options).read_predict()
+    assert not images[0].any()
+    assert len(decodings) == 2
+
+
+@pytest.mark.parametrize("name", ["cifar-10", "competitions/cifar-10", "datasets/me/my-cifar"])
+def test_any_place_of_the_folder_is_found(root: Path, folder: Path, name: str) -> None:
+    place = root / "input" / name
+    place.parent.mkdir(parents=True)
+    folder.rename(place)
+    given = place if "datasets" in name else root / "input"
+    assert data(given).folder == place
+    assert len(data(given).read_predict()[0]) == 30
 
 
 # --- the real set ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_any_loop import make_data, make_model, same, spiked, state_of, training
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import LBFGS, SGD, Adam, Optimizer
@@ -15,7 +16,6 @@ from steadyfit import SpikeMonitor, StepProbe, clip_updates
 from steadyfit.clipping import overwrites_gradients
 from steadyfit.watching.kept import Choice, Kept
 from steadyfit.watching.reactions import Reaction
-from tests.test_any_loop import make_data, make_model, same, spiked, state_of, training
 
 FLAGS = [None, torch.tensor(True), torch.tensor(False)]
 

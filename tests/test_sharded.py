@@ -88,7 +88,7 @@ def train(
         "factors": torch.stack(factors) if limited else None,
         "parameters": [whole(p) for p in model.parameters()],
         "names": history.names,
-        "sizes": monitor.monitors[0].sizes,
+        "sizes": [p.numel() for p in monitor.monitors[0].params],
         "flags": [(r["step"], r["spiked"], r["reaction"]) for r in monitor.records],
         "rows": rows,
     }

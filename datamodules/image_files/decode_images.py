@@ -18,25 +18,24 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow clips the others to white
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of their files
 MOST_PIXELS = 64_000_000  # that are decoded, each in up to three copies of four bytes
-# What Pillow raises at files that are not whole; SyntaxError is its word for a broken PNG.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def decode(path: Path, size: tuple[int, int]) -> bytes:
-    """Pixels (H, W, 3) uint8 of a PNG; grey, palette and transparency become RGB.
+    """Pixels (H, W, 3) uint8 of an image of that size; grey, palette and transparency become RGB.
 
     Raises:
         ValueError: The image is missing, broken, or of another size or depth.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if (image.height, image.width) == size and image.mode in EIGHT_BIT_MODES:
                 return image.convert("RGB").tobytes()
             found = f"{image.height} x {image.width} in mode {image.mode}"
-    except BROKEN as error:
-        raise ValueError(f"{path} is not a whole PNG image ({error})") from error
+    except Exception as error:  # Pillow raises many kinds at files that are not whole
+        raise ValueError(f"{path} is not a whole image ({error})") from error
     raise ValueError(f"{path}: expected {size[0]} x {size[1]} pixels of 8 bits, found {found}")
 
 
@@ -51,12 +50,12 @@ def decode_photo(path: Path, size: tuple[int, int]) -> bytes:
     """
     height, width = size
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (2 * width, 2 * height))  # a JPEG can be decoded at half, a quarter
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             return ImageOps.fit(opaque(upright(image)), (width, height)).tobytes()
-    except BROKEN as error:
+    except Exception as error:
         raise ValueError(reason(error)) from error
 
 
@@ -81,7 +80,7 @@ def opaque(image: Image.Image) -> Image.Image:
 def reason(error: Exception) -> str:
     """What is wrong with a photo, without its path."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"no {', '.join(PHOTO_FORMATS[:-1])} or {PHOTO_FORMATS[-1]} image"
+        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
     return getattr(error, "strerror", None) or str(error)
 
 

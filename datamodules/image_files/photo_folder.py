@@ -1,11 +1,8 @@
-"""What is in folders of photos, decoded once, and split. Dimensions: N photos, H x W pixels."""
+"""Photos of a folder, decoded once, and split. Dimensions: N photos, H x W pixels."""
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,13 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.image_files.image_cache import Decoded, decode_all, load_cache, make_cache
+from datamodules.image_files.decode_images import SUFFIXES
+from datamodules.image_files.image_cache import Cache, decode_once
+from datamodules.image_files.layouts import Labelled, Part
 
-Part = Literal["train", "val", "test"]
 Size = tuple[int, int, int]  # (H, W, 3)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-CHUNK = 64  # photos that one decoder process is started for: about a second of work
 SEED = 42  # of every split; the course notebook's
 
 
@@ -43,150 +39,56 @@ class Photos:
         return torch.from_numpy(self.pixels).index_select(0, self.rows), self.classes
 
 
-# ---- what is in a folder
-
-
-def find_parts(folder: Path) -> dict[Part, Path]:
-    """The folders of each part, which may be one and the same.
-
-    A folder ``train`` with folders in it is a part; one with photos alone is a class.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is no folder; name the folder of your photos: --data.data_dir=FOLDER."
-        )
-    below = {name.lower(): folder / name for name in subfolders(folder)}
-    train = below.get("train", folder)
-    if not subfolders(train):
-        return {"train": folder, "val": folder, "test": folder}
-    named = [below[name] for name in ("validation", "val", "valid") if name in below]
-    val = named[0] if named and train != folder else train
-    test = below.get("test", val) if train != folder else val
-    return {"train": train, "val": val, "test": test}
-
-
-def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in alphabetical order, without what systems leave there."""
-    names = (entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
-
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """The classes of a folder with a folder for each."""
-    names = subfolders(folder)
-    if len(names) < 2:
-        found = f"only the folder {names[0]}" if names else "no folders"
-        raise UserError(
-            f"{folder} has {found}; put the photos of each class, two at least, into a folder of "
-            "its own there."
-        )
-    return tuple(names)
-
-
-def image_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Paths below a folder, in alphabetical order: those of photos by their suffix, and others.
-
-    Links are followed, but no folder is entered twice. Hidden files and folders are passed over.
-    """
-    images: list[str] = []
-    others: list[str] = []
-    entered: set[str] = set()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        if (real := os.path.realpath(path)) in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        for name in files:
-            if name[0] != ".":
-                kind = images if name.lower().endswith(SUFFIXES) else others
-                kind.append(Path(path, name).relative_to(folder).as_posix())
-    return sorted(images), sorted(others)
-
-
-# ---- photos and their classes
-
-
-def read_photos(folder: Path, class_names: Sequence[str], size: Size, cache: Path) -> Photos:
+def read_photos(
+    folder: Path, labelled: Labelled, class_names: Sequence[str], size: Size, cache: Cache
+) -> Photos:
     """All photos of a folder that can be read, decoded the first time and mapped afterwards.
 
-    The cache is made again when a file came, went, or has another size or time.
+    The cache is made again when a file came, went or changed.
 
     Args:
-        folder: Holds a folder for each class.
+        folder: Holds the photos.
+        labelled: Which they are.
         class_names: The classes.
         size: Height, width and channels of the pixels.
-        cache: The ``.npy`` file in which they are kept.
+        cache: Where they are kept.
 
     Raises:
-        UserError: The folders are not those of the classes, or one has no photos.
+        UserError: The classes are others, or nothing of one can be read.
     """
-    if strange := sorted(set(subfolders(folder)) ^ set(class_names)):
+    if strange := sorted(set(labelled.labels) ^ set(class_names)):
         raise UserError(
-            f"{folder} must have one folder for each of the classes {', '.join(class_names)}, but "
+            f"{folder} must have photos of each of the classes {', '.join(class_names)}, but "
             f"{strange[0]} is {'too many' if strange[0] not in class_names else 'missing'} there; "
             "if its photos have no classes, predict them: predict.py RUN --images FOLDER."
         )
-    files: list[str] = []
-    others: list[str] = []
-    classes: list[int] = []
-    for index, name in enumerate(class_names):
-        found, left_out = image_files(folder / name)
-        if not found:
-            raise UserError(
-                f"{folder / name} holds no photos ({', '.join(SUFFIXES)}); put some there or "
-                "delete it."
-            )
-        files += [f"{name}/{file}" for file in found]
-        others += [f"{name}/{file}" for file in left_out]
-        classes += [index] * len(found)
-    if others:
+    files = labelled.files
+    if labelled.left_out:
         rank_zero_warn(
-            f"files in {folder} that are not named as photos ({', '.join(SUFFIXES)}) are passed "
-            f"over: {len(others)}, the first is {others[0]}."
+            f"files in {folder} that are not named as photos ({', '.join(SUFFIXES)}) or have no "
+            f"class are passed over: {len(labelled.left_out)}, the first is {labelled.left_out[0]}."
         )
-    decoded = cached(folder, files, size, cache)
+    decoded = decode_once(folder, files, size[:2], "fit", cache)
     if decoded.unreadable:
         first = min(decoded.unreadable)
         rank_zero_warn(
             f"{len(decoded.unreadable)} of {len(files)} photos in {folder} cannot be read and are "
             f"left out; the first is {files[first]}: {decoded.unreadable[first]}."
         )
-    whole = Photos(files, torch.tensor(classes), torch.arange(len(files)), decoded.pixels)
+    classes = torch.tensor([class_names.index(name) for name in labelled.labels])
+    whole = Photos(files, classes, torch.arange(len(files)), decoded.pixels)
     photos = whole.take(readable(len(files), decoded.unreadable))
     for index, name in enumerate(class_names):
         if not (photos.classes == index).any():
-            raise UserError(f"none of the photos in {folder / name} can be read; replace them.")
+            raise UserError(
+                f"none of the photos of the class {name} in {folder} can be read; replace them."
+            )
     return photos
 
 
 def readable(count: int, unreadable: Mapping[int, str]) -> Tensor:
     """Positions of the images that could be read, of ``count``."""
     return torch.tensor([i for i in range(count) if i not in unreadable], dtype=torch.long)
-
-
-def cached(folder: Path, files: Sequence[str], size: Size, cache: Path) -> Decoded:
-    states = [(file, state(folder / file)) for file in files]
-    key = hashlib.sha256(repr((size, states)).encode()).hexdigest()
-    shape = (len(files), *size)
-    decoded = load_cache(cache, shape, key)
-    if decoded is None:
-        title = f"Decoding {folder.name}/, only this time"
-        chunks = decode_all(folder, files, size[:2], "fit", CHUNK, title)
-        try:
-            decoded = make_cache(cache, shape, key, chunks)
-        except UserError as error:
-            raise UserError(f"{error} Keep it elsewhere with --data.cache_dir=FOLDER.") from error
-    return decoded
-
-
-def state(path: Path) -> tuple[int, int] | None:
-    """Bytes and time of a file, which tell that it has changed; None for a link to nowhere."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 # ---- splits

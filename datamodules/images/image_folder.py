@@ -1,48 +1,38 @@
-"""Any folder of photos, in a folder for each class. Dimensions: N images, H height, W width."""
+"""Any folder of photos of classes. Dimensions: N images, H height, W width."""
 
 import hashlib
-import os
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from core.errors import UserError
 from core.file_table import FileTable
 from datamodules.base import Tensors
-from datamodules.image_files.image_cache import decode_all
-from datamodules.image_files.photo_folder import (
-    CHUNK,
-    SUFFIXES,
-    Part,
-    Photos,
-    class_folders,
-    find_parts,
-    halves,
-    image_files,
-    read_photos,
-    readable,
-    split_off,
-)
+from datamodules.image_files.decode_images import SUFFIXES
+from datamodules.image_files.image_cache import Cache, decode_all, tell
+from datamodules.image_files.layouts import Labelled, Part, find_parts, image_files, read_labels
+from datamodules.image_files.photo_folder import Photos, halves, read_photos, readable, split_off
 from datamodules.images.base import ImageDataModule
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Photos of any size in a folder for each class; the names of the folders are the classes.
+    """Photos of any size and the classes of which they are.
 
-    ``data_dir`` holds ``cat/*.jpg``, ``dog/*.jpg`` and so on, with any folders below these, or it
-    holds ``train/``, ``validation/`` (or ``val/``, ``valid/``) and ``test/`` with such folders.
-    What is missing is split off by a generator that no seed changes: validation and test from the
-    training photos, the same share of each class; but a ``validation/`` without a ``test/`` is
-    split in half.
+    ``data_dir`` holds ``cat/*.jpg``, ``dog/*.jpg`` and so on, with any folders below these; or
+    photos with the classes in their names (``cat.0.jpg``) or in a table ``id,label``; or it holds
+    ``train/``, ``validation/`` and ``test/``, or such as ``Training/`` and ``test_set/``, with one
+    of these. A folder may be doubled (``training_set/training_set/``). What is missing is split off
+    by a generator that no seed changes: validation and test from the training photos, the same
+    share of each class; but a validation folder without a test is split in half. Classes and their
+    counts are printed; what fits no layout is refused.
 
-    Photos become squares once (:mod:`datamodules.image_files`), kept as bytes until a file changes
-    in ``data_dir/.cache``. Those that cannot be read are left out with a warning.
+    Photos become squares once (:mod:`datamodules.image_files`), kept as bytes until a file changes:
+    in ``data_dir/.cache`` or, where that cannot be written, in the user's cache folder. Those that
+    cannot be read are left out with a warning.
     Predicting runs over the test part, or over the photos in ``images``.
 
     Args:
@@ -52,9 +42,10 @@ class ImageFolderDataModule(ImageDataModule):
             validation folder, it is that. 0 trains on the photos for validation, in either case.
         test_size: Photos kept for the test, likewise; 0 keeps none.
         images: Folder of photos to predict, with any folders below; nothing is written there.
-        cache_dir: Where the squares are kept, if not in ``data_dir``; sets of photos may share it.
-        class_names: The classes; null takes the names of the folders in alphabetical order. A
+        cache_dir: Where the squares are kept instead; sets may share it.
+        class_names: The classes; null takes those of the training photos in alphabetical order. A
             checkpoint knows them, so that predicting needs no training photos.
+        labels: Table (CSV) of the names of the photos and their classes; null finds it beside them.
         options: What :class:`ImageDataModule` takes.
     """
 
@@ -67,6 +58,7 @@ class ImageFolderDataModule(ImageDataModule):
         images: str | None = None,
         cache_dir: str | None = None,
         class_names: list[str] | None = None,
+        labels: str | None = None,
         **options: Any,
     ) -> None:
         if image_size < 1:
@@ -79,13 +71,24 @@ class ImageFolderDataModule(ImageDataModule):
         self.test_size = test_size
         self.images = Path(images) if images else None
         self.cache_dir = Path(cache_dir) if cache_dir else None
-        self.class_names = tuple(class_names or class_folders(self.folders["train"]))
+        self.labels = Path(labels) if labels else None
+        self._labelled: dict[Path, Labelled] = {}  # by folder
+        self.class_names = tuple(class_names or sorted(set(self.labelled("train").labels)))
         self.predicted: list[str] = []  # the files through which the ids of predictions count
         self._photos: dict[Path, Photos] = {}  # by folder
 
     @cached_property
     def folders(self) -> dict[Part, Path]:
-        return find_parts(self.data_dir)
+        folders, left_out = find_parts(self.data_dir, self.labels)
+        if left_out:
+            tell(f"{self.data_dir}: left out, neither training nor classes: {', '.join(left_out)}/")
+        return folders
+
+    def labelled(self, part: Part) -> Labelled:
+        folder = self.folders[part]
+        if folder not in self._labelled:
+            self._labelled[folder] = read_labels(folder, self.data_dir, self.labels)
+        return self._labelled[folder]
 
     def state_dict(self) -> dict[str, Any]:
         return {"class_names": list(self.class_names)}
@@ -150,8 +153,12 @@ class ImageFolderDataModule(ImageDataModule):
         """The photos of one part, from the folder that it has for itself or shares with others."""
         folder = self.folders[part]
         if folder not in self._photos:
-            size, cache = self.image_size, self.cache(folder)
-            self._photos[folder] = read_photos(folder, self.class_names, size, cache)
+            end = f"-{self.image_size[0]}px"
+            cache = Cache(folder, self.data_dir / ".cache", self.cache_dir, end)
+            labelled = self.labelled(part)
+            tell(f"{folder}: {labelled}")
+            size = self.image_size
+            self._photos[folder] = read_photos(folder, labelled, self.class_names, size, cache)
         photos = self._photos[folder]
         sharing = [name for name, other in self.folders.items() if other == folder]
         if part == "test" and not self.test_size:
@@ -164,16 +171,6 @@ class ImageFolderDataModule(ImageDataModule):
             return photos.take(halves(len(photos.files))[part == "test"])
         return photos
 
-    def cache(self, folder: Path) -> Path:
-        """Where the squares of a folder are kept."""
-        source = folder.resolve()
-        end = f"{self.image_size[0]}px.npy"
-        if self.cache_dir is None:
-            return self.data_dir / ".cache" / f"{source.name}-{end}"
-        # many sets have a folder of that name
-        whose = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
-        return self.cache_dir / f"{source.name}-{whose}-{end}"
-
     def read_unlabelled(self, folder: Path) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) of a folder and their positions (N,) among its files.
 
@@ -181,13 +178,16 @@ class ImageFolderDataModule(ImageDataModule):
         """
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; name a folder of photos.")
-        self.predicted, _ = image_files(folder)
+        self.predicted, others = image_files(folder)
+        if others:
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            tell(f"{folder}: left out, not named as photos: {', '.join(others[:5])}{more}")
         if not self.predicted:
             raise UserError(f"{folder} holds no photos ({', '.join(SUFFIXES)}).")
         size, title = self.image_size[:2], f"Decoding {folder.resolve().name}/"
         pixels: list[bytes] = []
         unreadable: dict[int, str] = {}
-        for chunk, reasons in decode_all(folder, self.predicted, size, "fit", CHUNK, title):
+        for chunk, reasons in decode_all(folder, self.predicted, size, "fit", title):
             pixels.append(chunk)
             unreadable |= reasons
         for position, reason in unreadable.items():
@@ -205,8 +205,3 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         sha256.update(tensor.numpy().data)
     return sha256.hexdigest()
-
-
-@rank_zero_only
-def tell(message: str) -> None:
-    print(message, file=sys.stderr)

@@ -44,7 +44,7 @@ class UCSBCIFAR10DataModule(CIFAR10DataModule):
                 f"{path}: expected uint8 of shape (N, 32, 32, 3), found {images.dtype} of shape "
                 f"{images.shape}; download it again."
             )
-        ids = read_table(self.sample).ids
+        ids = read_table(self.sample, numbered=True).ids
         if sorted(ids) != list(range(len(images))):
             raise UserError(
                 f"{self.sample} must list the ids 0 to {len(images) - 1}, one for each image of "

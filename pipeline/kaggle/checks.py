@@ -7,11 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from core.errors import UserError
-from core.sample_file import Table, read_table
+from core.sample_file import INTEGER, Table, read_table
 
 TYPES = {"an integer", "a number", "text"}
 PRINTED = re.compile(r"(tensor|array|np\.\w+)\(.*\)", re.DOTALL)
-INTEGER = re.compile(r"[+-]?\d+")
 
 
 def check_submission(path: Path, sample: Path, labels: Collection[str] | None = None) -> Table:
@@ -28,7 +27,8 @@ def check_submission(path: Path, sample: Path, labels: Collection[str] | None = 
     Raises:
         UserError: What differs, how often, and where first.
     """
-    table, expected = read_table(path), read_table(sample)
+    expected = read_table(sample)
+    table = read_table(path, expected.numbered)
     if table.header != expected.header:
         raise UserError(
             f"{path}: the header is {','.join(table.header)}, but {sample} has "
@@ -53,7 +53,7 @@ def check_submission(path: Path, sample: Path, labels: Collection[str] | None = 
     kinds = {kind_of(label) for label in expected.labels} & TYPES or TYPES
     if "a number" in kinds:
         kinds |= {"an integer"}
-    for i, label in zip(table.ids, table.labels, strict=True):
+    for i, label in zip(len(table.columns) * list(table.ids), table.labels, strict=True):
         if labels is not None and label not in labels:
             raise UserError(
                 f"{path}: id {i} has the unknown label {label!r}; allowed are {', '.join(labels)}."
