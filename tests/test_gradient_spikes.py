@@ -998,6 +998,7 @@ def test_values_share_the_rows_of_the_model(tmp_path: Path) -> None:
 
 
 @SLOW
+@pytest.mark.usefixtures("wandb_offline")
 def test_wandb_holds_scalars_table_and_alert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -414,6 +414,7 @@ def write_study(folder: Path, small: list[str]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("wandb_offline")
 def test_a_point_of_a_study_names_its_run(
     small: list[str],
     tmp_path: Path,
