@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from core.errors import UserError
 
@@ -25,6 +24,8 @@ def read_pixel_table(path: Path, size: Size) -> tuple[list[str] | None, np.ndarr
     Raises:
         UserError: It is no whole table of pixels from 0 to 255.
     """
+    import pandas as pd  # a quarter of a second, for two competitions
+
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
