@@ -5,6 +5,7 @@ again; all but the flipped bit, which is a fault of the machine and does not com
 """
 
 import os
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def scaled(module: LightningModule) -> Scaled:
     return network
 
 
-class Samples(Callback):
+class Samples(Callback, ABC):
     """Spoil the samples of one batch, wherever they are in that epoch.
 
     Args:
@@ -88,8 +89,9 @@ class Samples(Callback):
             if row in chosen:
                 self.spoil(batch, place)
 
+    @abstractmethod
     def spoil(self, batch: list[Tensor], place: int) -> None:
-        raise NotImplementedError
+        """Change a sample of a batch in its place."""
 
 
 class LoudSample(Samples):
@@ -110,7 +112,7 @@ class WrongLabels(Samples):
         batch[-1][place] = (batch[-1][place] + 1) % self.num_classes
 
 
-class At(Callback):
+class At(Callback, ABC):
     """Something that happens before optimizer step ``step``."""
 
     def __init__(self, step: int) -> None:
@@ -122,8 +124,9 @@ class At(Callback):
         if trainer.global_step == self.step:
             self.act(trainer, pl_module)
 
+    @abstractmethod
     def act(self, trainer: Trainer, module: LightningModule) -> None:
-        raise NotImplementedError
+        """Let it happen."""
 
 
 class RateJump(At):

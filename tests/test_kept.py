@@ -636,10 +636,10 @@ def test_buffers_that_come_and_go() -> None:
     for step in training(model, optimizer, monitor, data):
         states[step] = state_of(model, optimizer)
         if step == 15:
+            model.append(nn.BatchNorm1d(1))
+        if step == 24:
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 setattr(model[1], name, None)
-        if step == 24:
-            model.append(nn.BatchNorm1d(1))
     assert same(states[35], states[36])
 
 

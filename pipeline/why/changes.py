@@ -4,6 +4,7 @@
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -65,7 +66,7 @@ class OtherSamples(Callback):
         del vars(trainer.datamodule.train_dataloader())["order"]  # type: ignore[attr-defined]
 
 
-class StepChange(Callback):
+class StepChange(Callback, ABC):
     """Changes what an optimizer is about to use, from step ``at`` to ``last``, if there is one."""
 
     def __init__(self, at: int, last: float = math.inf) -> None:
@@ -77,8 +78,9 @@ class StepChange(Callback):
         if self.at <= trainer.global_step <= self.last:
             self.act(module, optimizer)
 
+    @abstractmethod
     def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        raise NotImplementedError
+        """Change something, when the gradients of the step are there."""
 
 
 class Rate(StepChange):

@@ -49,7 +49,7 @@ class Kept:
 
     def _states_of(self, optimizer: Optimizer) -> dict[Any, Entries]:
         known = {p for p, _ in self._params}
-        known.add(optimizer.param_groups[0]["params"][0])  # L-BFGS has all of it there
+        known.update(optimizer.param_groups[0]["params"][:1])  # L-BFGS has all of it there
         return {
             key: self._entries(state)
             for key, state in optimizer.state.items()
@@ -107,7 +107,7 @@ class Choice:
     def is_back(self) -> bool:
         """Whether it is the old, where tensors cannot decide."""
         if self._is_back is None:
-            self._is_back = any(bool(flag) for flag in list(self._flags.values())[:1])
+            self._is_back = bool(next(iter(self._flags.values())))
         return self._is_back
 
     def of(self, old: Tensor, new: Tensor) -> Tensor:
