@@ -12,7 +12,7 @@ from core.threads import limit_spinning
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
 
 
-def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="predict.py",
         description="Predict with one run, or average several (ensemble), and write a submission.",
@@ -60,7 +60,16 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="import whatever the run names: only for runs of people you trust",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-    options, overrides = parser.parse_known_args(join_values(args))
+    return parser
+
+
+def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and settings of the data and the model.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    options, overrides = make_parser().parse_known_args(join_values(args))
     if not re.fullmatch(r"auto|-1|\d+(,\d+)*", options.devices):
         raise UserError(f"--devices must be a number of processes, or auto, got {options.devices}.")
     if unknown := [a for a in overrides if not SETTING.match(a)]:

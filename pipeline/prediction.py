@@ -150,6 +150,28 @@ def fix_threads() -> None:
     torch.set_num_threads(threads or 1)
 
 
+def refuse_mixed(members: list[Member], precision: str | None) -> None:
+    """Refuse runs that write nothing, or whose average would mean nothing.
+
+    Raises:
+        UserError: Which and why.
+    """
+    if not members[0].model.outputs:
+        raise UserError(
+            f"{members[0].source} is a regression, which has no classes to write; use the outputs "
+            "of its network in Python."
+        )
+    if len(members) > 1 and len(members[0].model.outputs) > 1:
+        raise UserError("what these runs write has no average; give one of them.")
+    if len(classes := {member.data.class_names for member in members}) > 1:
+        named = " and ".join(", ".join(names) for names in sorted(classes))
+        raise UserError(f"runs with different classes have no average: {named}.")
+    precisions = {str(member.config["trainer"]["precision"]) for member in members}
+    if len(precisions) > 1 and precision is None:
+        named = " and ".join(sorted(precisions))
+        raise UserError(f"these runs were trained in {named}; choose one with --precision.")
+
+
 def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:
     """Do what ``predict.py`` is asked for.
 
@@ -169,20 +191,7 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         Member.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
         for run in options.runs
     ]
-    if not members[0].model.outputs:
-        raise UserError(
-            f"{members[0].source} is a regression, which has no classes to write; use the outputs "
-            "of its network in Python."
-        )
-    if len(members) > 1 and len(members[0].model.outputs) > 1:
-        raise UserError("what these runs write has no average; give one of them.")
-    if len(classes := {member.data.class_names for member in members}) > 1:
-        named = " and ".join(", ".join(names) for names in sorted(classes))
-        raise UserError(f"runs with different classes have no average: {named}.")
-    precisions = {str(member.config["trainer"]["precision"]) for member in members}
-    if len(precisions) > 1 and options.precision is None:
-        named = " and ".join(sorted(precisions))
-        raise UserError(f"these runs were trained in {named}; choose one with --precision.")
+    refuse_mixed(members, options.precision)
     told = not options.json  # standard output is for the objects alone
     bar = told and not options.text
     trainer = Trainer(
