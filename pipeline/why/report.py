@@ -17,9 +17,9 @@ from core.files import atomic_write
 from core.runs import Run
 from pipeline.continuing import named
 from pipeline.why.again import Rows
-from pipeline.why.changes import MOMENTA
+from pipeline.why.changes import MEMORY, MOMENTA
 from pipeline.why.control import Control
-from pipeline.why.experiments import CLIPPED, Case
+from pipeline.why.experiments import CLIPPED, SHORT, Case
 from pipeline.why.spike import Spike
 from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
@@ -113,7 +113,7 @@ class Report:
             folder, state = self.run.folder.resolve(), self.control.since
             config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
             said = "To train it again from the start"
-            if cause == "samples" or ".lr=" in flags:  # of another epoch; a state has its own rate
+            if cause == "samples" or ".optimizer." in flags:  # a state has its own rate and betas
                 said += ", since no state of it can go on with this"
             elif state is None:
                 said += ", since there is no state before the spike"
@@ -144,8 +144,12 @@ class Report:
             return "--trainer.callbacks+=callbacks.UpdateClipping"
         if norms := [name for name in helps if name.startswith(CLIPPED)]:
             return f"--trainer.gradient_clip_val={norms[0].removeprefix(CLIPPED)}"
+        if SHORT in helps and betas:
+            return f"--model.optimizer.betas=[{betas[0]:g},{1 - 1 / MEMORY:g}]"
+        if SHORT in helps:
+            return f"--model.optimizer.alpha={1 - 1 / MEMORY:g}"
         if "half the learning rate" in helps and isinstance(rate, float):
-            return f"--model.init_args.optimizer.init_args.lr={rate / 2:g}"
+            return f"--model.optimizer.lr={rate / 2:g}"
         return ""
 
     def picture(self) -> Figure:
