@@ -5,12 +5,14 @@ import math
 import os
 import shlex
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import ScalarFormatter
+from torch import Tensor
 
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from core.files import atomic_write
@@ -25,6 +27,7 @@ from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
 from steadyfit.watching.records import json_safe
 
+IMAGES = 8  # of samples that are shown
 WIDTH = 80  # columns of a terminal
 GREY, RED, BLUE = "0.7", "tab:red", "tab:blue"
 
@@ -153,10 +156,15 @@ class Report:
         return ""
 
     def picture(self) -> Figure:
-        """The recorded loss around the spike, and all forks on the same axis."""
+        """The recorded loss around the spike with all forks, and images that are the cause."""
         figure = Figure(figsize=(9, 4.5), layout="constrained")
-        axes = figure.subplots()
-        spike = self.spike
+        spike, images = self.spike, self.verdict.images
+        if images is None:
+            axes = figure.subplots()
+        else:
+            above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1])[:, 0]
+            axes = above.subplots()
+            show_images(below, images[:IMAGES], self.verdict.samples)
         told: set[str] = set()
 
         def draw(losses: list[Any], label: str, color: str, **style: Any) -> None:
@@ -183,6 +191,7 @@ class Report:
         low, high = axes.get_ylim()
         if high < 10 * low:  # hardly a power of ten to be labelled
             axes.yaxis.set_minor_formatter(ScalarFormatter())
+            axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_title(f"Step {spike.first}: {SAID[self.verdict.cause]}")
         axes.legend(loc="upper left", fontsize=8)
         return figure
@@ -198,6 +207,16 @@ class Report:
         logger.log_image("why", [figure])
         logger.experiment.summary["why"] = str(self.verdict)
         logger.experiment.finish()
+
+
+def show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
+    """Images (N, H, W, C) uint8 in a row, each below its id."""
+    row = figure.subplots(1, IMAGES, squeeze=False)[0]
+    for axes in row:
+        axes.axis("off")
+    for axes, image, id in zip(row, images, [*ids, *[""] * len(images)], strict=False):
+        axes.imshow(image.squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(shortened(str(id), 12), fontsize=8)
 
 
 def shortened(text: str, width: int) -> str:
