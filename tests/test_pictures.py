@@ -23,7 +23,7 @@ from callbacks import ConfusionMatrix, LearningCurves, Mistakes, SampleSheet
 from callbacks.pictures.base import PictureCallback
 from callbacks.pictures.confusion_matrix import ConfusionCounts, confusion_matrix
 from callbacks.pictures.learning_curves import learning_curves
-from callbacks.pictures.mistakes import MostConfident, mistakes_sheet
+from callbacks.pictures.mistakes import mistakes, mistakes_sheet, most_probable
 from callbacks.pictures.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
 from core.errors import UserError
 from datamodules.images.base import ImageDataModule
@@ -137,6 +137,7 @@ def test_all_pictures_land_in_the_run_folder(tmp_path: Path, empty_folder: Path)
         "confusion_matrix_val.png",
         "confusion_matrix_test.csv",
         "confusion_matrix_test.png",
+        "mistakes.csv",
         "mistakes.png",
     }
     for path in (tmp_path / "run").glob("*.png"):
@@ -156,7 +157,7 @@ def test_without_a_logger_the_root_folder_is_the_run_folder(
     trainer.test(Reader(), PlantedData(), verbose=False)
     names = {path.name for path in run.iterdir()}
     expected = {"confusion_matrix_test.csv", "confusion_matrix_test.png"}
-    assert names == {"sample_sheet.png", "mistakes.png", *expected}
+    assert names == {"sample_sheet.png", "mistakes.csv", "mistakes.png", *expected}
     assert not list(empty_folder.iterdir())
 
 
@@ -202,7 +203,12 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     for run, options in (("one", {}), ("two", {"strategy": "ddp_spawn", "devices": 2})):
         trainer = make_trainer(tmp_path / run, ConfusionMatrix(), Mistakes(), **options)
         trainer.test(Reader(), PlantedData(), verbose=False)
-    for name in ("confusion_matrix_test.csv", "confusion_matrix_test.png", "mistakes.png"):
+    for name in (
+        "confusion_matrix_test.csv",
+        "confusion_matrix_test.png",
+        "mistakes.csv",
+        "mistakes.png",
+    ):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -409,51 +415,54 @@ def test_a_hundred_classes_are_drawn_without_numbers() -> None:
 # Mistakes
 
 
-def test_planted_mistakes_are_found_in_order(tmp_path: Path) -> None:
-    callback = Mistakes(count=5)
-    make_trainer(tmp_path, callback).test(Reader(), PlantedData(), verbose=False)
-    images, target, preds, probability = callback.mistakes.found()
-    stored, all_targets = planted(TEST_SIZE, seed=2)
-    sureness = stored[:, 0, 0, 1].float()
-    wrong = stored[:, 0, 0, 0] != all_targets
-    expected = torch.where(wrong, sureness, -1.0).argsort(descending=True)[:5]
-    assert torch.equal(PlantedData().denormalize(images), stored[expected])
-    assert torch.equal(target, all_targets[expected])
-    assert torch.equal(preds, stored[expected, 0, 0, 0].long())
-    logit = 10 * sureness[expected] / 255
-    torch.testing.assert_close(probability, logit.exp() / (logit.exp() + 2))
+def test_planted_mistakes_are_listed_in_order(tmp_path: Path) -> None:
+    make_trainer(tmp_path, Mistakes(count=5)).test(Reader(), PlantedData(), verbose=False)
+    table = pd.read_csv(tmp_path / "mistakes.csv")
+    stored, targets = planted(TEST_SIZE, seed=2)
+    preds, sureness = stored[:, 0, 0, 0].long(), stored[:, 0, 0, 1].float()
+    wrong = (preds != targets).nonzero().flatten()
+    expected = wrong[sureness[wrong].argsort(descending=True, stable=True)]
+    assert table["id"].tolist() == expected.tolist()
+    assert table["label"].tolist() == [NAMES[k] for k in targets[expected]]
+    assert table["prediction"].tolist() == [NAMES[k] for k in preds[expected]]
+    logit = 10 * sureness[expected].double() / 255
+    np.testing.assert_allclose(table["probability"], logit.exp() / (logit.exp() + 2), atol=2e-6)
+    assert set(table["set"]) == {"test"}
 
 
-def test_right_answers_are_never_shown() -> None:
-    mistakes = MostConfident(4)
-    logits = torch.tensor([[5.0, 0.0], [0.0, 1.0], [0.0, 9.0]])
-    mistakes.update(torch.rand(3, 3, 8, 8), logits, target=torch.tensor([0, 0, 1]))
-    _, target, preds, _ = mistakes.found()
-    assert (target.tolist(), preds.tolist()) == ([0], [1])
+def test_right_answers_are_no_mistakes_and_ids_are_named() -> None:
+    columns = [torch.tensor(c) for c in ([2, 0, 1], [0, 0, 1], [1, 0, 0], [0.6, 1.0, 0.9])]
+    rows, table = mistakes(columns, ["ant", "bee"], ["a.png", "b.png", "c.png"])
+    assert rows.tolist() == [1, 2]
+    assert table["id"].tolist() == ["b.png", "c.png"]
+    assert table["prediction"].tolist() == ["ant", "bee"]
 
 
 def test_a_diverged_network_is_unsure_of_its_mistakes() -> None:
-    mistakes = MostConfident(2)
-    logits = torch.tensor([[torch.nan, torch.nan], [3.0, 0.0]])
-    mistakes.update(torch.rand(2, 3, 8, 8), logits, target=torch.tensor([1, 1]))
-    probability = mistakes.found()[-1]
-    torch.testing.assert_close(
-        probability, torch.tensor([torch.tensor([3.0, 0.0]).softmax(0)[0], 0])
-    )
+    _, probability = most_probable(torch.tensor([[torch.nan, torch.nan], [3.0, 0.0]]))
+    assert probability.tolist() == [0.0, pytest.approx(0.9526, abs=1e-4)]
 
 
-def test_the_mistakes_sheet_names_prediction_and_truth() -> None:
+def test_the_mistakes_sheet_names_prediction_truth_and_id() -> None:
     images = np.random.default_rng(0).integers(256, size=(7, 8, 8, 3), dtype=np.uint8)
-    figure = mistakes_sheet(images, ["ant"] * 7, ["bee"] * 7, np.linspace(0.999, 0.5, 7).tolist())
+    numbers = torch.arange(9)
+    columns = [numbers, 0 * numbers, 1 + 0 * numbers, torch.linspace(0.999, 0.5, 9)]
+    _, table = mistakes(columns, ["ant", "bee"], [f"{'deep/' * 9}{n}.png" for n in range(9)])
+    figure = mistakes_sheet(images, table, samples=1000)
+    assert figure.get_suptitle() == "the most confident of 9 mistakes in 1,000 images"
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == 7
-    assert shown[0].get_title() == "99.9% bee\ntrue: ant"
+    first = shown[0].get_title().splitlines()
+    assert first[:2] == ["99.9% bee", "true: ant"]
+    assert first[2].endswith("deep/0.png")
     np.testing.assert_array_equal(shown[6].images[0].get_array(), images[6])
 
 
 def test_no_mistakes_are_called_so() -> None:
-    figure = mistakes_sheet(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
-    assert figure.get_suptitle() == "no mistakes"
+    none = torch.zeros(0, dtype=torch.int64)
+    _, table = mistakes([none, none, none, none.float()], ["ant"], [])
+    figure = mistakes_sheet(np.zeros((0, 8, 8, 3), np.uint8), table, samples=3)
+    assert figure.get_suptitle() == "no mistakes in 3 images"
 
 
 # Cost and arguments

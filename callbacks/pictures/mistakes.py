@@ -1,10 +1,13 @@
-"""The images a classifier is most wrong about.
+"""The images a classifier is wrong about.
 
-Dimensions: B batch, M mistakes kept, K classes, H height, W width, C channels.
+Dimensions: N images of the test, M mistakes, B batch, K classes, H height, W width, C channels.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,49 +17,24 @@ from torch import Tensor
 
 from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
+from core.files import atomic_write
+
+if TYPE_CHECKING:  # not needed before the end of a test
+    import pandas as pd
 
 COLUMNS = 5
+ID_LENGTH = 24  # characters of an id that fit below an image
 
-
-class MostConfident:
-    """The ``count`` mistakes with the highest probability, kept on the device and never read there.
-
-    Args:
-        count: Mistakes to keep (M).
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.kept: list[Tensor] = []  # images, target, preds, probability; each (M, ...)
-
-    def update(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Look at one batch: images (B, C, H, W), logits (B, K) and target (B,)."""
-        probability, preds = logits.float().softmax(1).max(1)
-        probability = probability.nan_to_num(0.0)  # a network that diverged is not confident
-        probability = torch.where(preds == target, -1.0, probability)  # below every mistake
-        self.merge([images, target, preds, probability])
-
-    def merge(self, candidates: list[Tensor]) -> None:
-        """Keep the best of what was kept and of the candidates (any number, ...)."""
-        if not self.kept:
-            # free slots look like right answers; full from the start, all ranks keep equally many
-            self.kept = [t.new_full((self.count, *t.shape[1:]), -1) for t in candidates]
-        joined = [torch.cat(pair) for pair in zip(self.kept, candidates, strict=True)]
-        best = joined[-1].topk(self.count).indices
-        self.kept = [t[best] for t in joined]
-
-    def found(self) -> list[Tensor]:
-        """What is kept, the most probable first, on the CPU: the one read of the device."""
-        images, target, preds, probability = (t.cpu() for t in self.kept)
-        wrong = probability >= 0
-        return [images[wrong], target[wrong], preds[wrong], probability[wrong]]
+Answers = list[Tensor]  # target, prediction and its probability, each (B,) or (N,)
 
 
 class Mistakes(PictureCallback):
-    """Draw the most confident mistakes of ``test`` to ``mistakes.png``.
+    """List all mistakes of ``test`` in ``mistakes.csv``, and draw the most confident ones.
 
-    It needs an image set and test steps that return ``logits`` (B, K); other data it
-    leaves alone.
+    A row has the image's ``id`` (its file, or its number in the set, from 0 on), ``label``,
+    ``prediction``, ``probability`` of the prediction and ``set``; the most confident come first, as
+    in ``mistakes.png``. It needs an image set and test steps that return ``logits`` (B, K); other
+    data it leaves alone.
 
     Args:
         count: Mistakes to draw.
@@ -66,10 +44,10 @@ class Mistakes(PictureCallback):
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}.")
         self.count = count
-        self.mistakes = MostConfident(count)
+        self.answers: list[Answers] = []  # of each batch, kept on the device and not read there
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.mistakes = MostConfident(self.count)
+        self.answers = []
 
     def on_test_batch_end(
         self,
@@ -81,61 +59,84 @@ class Mistakes(PictureCallback):
         dataloader_idx: int = 0,
     ) -> None:
         if self.images is not None:
-            images, target = batch
-            self.mistakes.update(images, outputs["logits"], target)
+            self.answers.append([batch[-1], *most_probable(outputs["logits"])])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = self.images
-        if data is None or not self.mistakes.kept:
+        if data is None or not self.answers:
             return
-        gathered = MostConfident(self.count)
-        gathered.merge([of_all_ranks(t, trainer.world_size) for t in self.mistakes.kept])
-        if not trainer.is_global_zero:
+        loader: Any = trainer.test_dataloaders
+        numbers = torch.cat(list(loader.shares())[: len(self.answers)])  # of this process
+        mine = [torch.cat(column).cpu() for column in zip(*self.answers, strict=True)]
+        parts = of_all_ranks([numbers.cpu(), *mine], trainer.world_size)
+        if not trainer.is_global_zero or self.folder is None:
             return
-        images, target, preds, probability = gathered.found()
-        names = data.class_names
-        figure = mistakes_sheet(
-            data.denormalize(images).numpy(),
-            [names[k] for k in target],
-            [names[k] for k in preds],
-            probability.tolist(),
-        )
-        self.save(trainer, "mistakes", figure)
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        rows, table = mistakes(columns, data.class_names, data.ids)
+        with atomic_write(Path(self.folder) / "mistakes.csv", "w", encoding="utf-8") as file:
+            table.to_csv(file, index=False, lineterminator="\n")
+        images = data.splits["test"][0][rows[: self.count]]
+        self.save(trainer, "mistakes", mistakes_sheet(images.numpy(), table, len(columns[0])))
 
 
-def of_all_ranks(tensor: Tensor, world_size: int) -> Tensor:
-    """Join the tensors (M, ...) of all ranks to (world_size * M, ...).
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Predictions (B,) and their probability (B,) from logits (B, K)."""
+    probability, preds = logits.float().softmax(1).max(1)
+    return preds, probability.nan_to_num(0.0)  # a network that diverged is not confident
 
-    Lightning's all_gather rests on a function that torch deprecates, and says so.
-    """
+
+def of_all_ranks(tensors: list[Tensor], world_size: int) -> list[list[Tensor]]:
+    """What each process has, in tensors (n, ...) of any length."""
     if world_size == 1:
-        return tensor
-    parts = list(tensor.new_empty(world_size, *tensor.shape))
-    torch.distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+        return [tensors]
+    parts: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(parts, tensors)
+    return parts
 
 
-def mistakes_sheet(
-    images: np.ndarray,
-    true: Sequence[str],
-    predicted: Sequence[str],
-    probability: Sequence[float],
-) -> Figure:
-    """Draw images uint8 (M, H, W, C), each under the prediction and the true class."""
+def mistakes(
+    columns: list[Tensor], class_names: Sequence[str], ids: Sequence[Any]
+) -> tuple[Tensor, pd.DataFrame]:
+    """Which images (M,) are mistaken, the most confident first, and a row for each.
+
+    Args:
+        columns: Number of each image, its target, prediction, and the probability of that; (N,).
+        class_names: Of the classes.
+        ids: Of the images by number; where there are none, the number is the id.
+    """
+    import pandas as pd
+
+    wrong = [column[columns[1] != columns[2]].numpy() for column in columns]
+    numbers, target, preds, probability = (
+        column[np.lexsort((wrong[0], -wrong[3]))] for column in wrong
+    )
+    table = pd.DataFrame(
+        {
+            "id": [ids[n] if ids else n for n in numbers],
+            "label": [class_names[k] for k in target],
+            "prediction": [class_names[k] for k in preds],
+            "probability": probability.round(6),
+            "set": "test",
+        }
+    )
+    return torch.from_numpy(numbers), table
+
+
+def mistakes_sheet(images: np.ndarray, table: pd.DataFrame, samples: int) -> Figure:
+    """Draw images uint8 (m, H, W, C), each under its row of the table of all M mistakes."""
     rows = max(1, -(-len(images) // COLUMNS))
-    figure = Figure(figsize=(1.8 * COLUMNS, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle("most confident mistakes" if len(images) else "no mistakes")
+    figure = Figure(figsize=(1.8 * COLUMNS, 2.5 * rows + 0.4), layout="constrained")
+    count = f"{len(table):,} mistakes" if len(table) else "no mistakes"
+    first = "the most confident of " if len(images) < len(table) else ""
+    figure.suptitle(f"{first}{count} in {samples:,} images")
     grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
-    for axes, image, label, taken_for, p in zip(
-        grid,
-        images,
-        true,
-        predicted,
-        probability,
-        strict=False,  # the last row may not be full
-    ):
+    # the last row may not be full
+    for axes, image, row in zip(grid, images, table.itertuples(), strict=False):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(f"{p:.1%} {taken_for}\ntrue: {label}", fontsize="medium")
+        id = str(row.id)
+        shown = id if len(id) <= ID_LENGTH else f"…{id[1 - ID_LENGTH :]}"
+        told = f"{row.probability:.1%} {row.prediction}\ntrue: {row.label}\n{shown}"
+        axes.set_title(told, fontsize="small")
     return figure

@@ -135,6 +135,7 @@ class ImageFolderDataModule(ImageDataModule):
         if not len(classes):
             raise UserError(f"no photos of {self.data_dir} were kept for the test; test_size is 0.")
         self.digest = digest(images, classes)
+        self.ids = self.sample_names("test")
         return images, classes
 
     def read_predict(self) -> Tensors:
