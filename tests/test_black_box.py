@@ -121,16 +121,17 @@ def test_one_that_is_killed_leaves_no_damaged_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "network", ["LeNet5", pytest.param("one 1x2 Linear", marks=pytest.mark.slow)]
+    ("network", "steps"),
+    [("LeNet5", 150), pytest.param("one 1x2 Linear", 290, marks=pytest.mark.slow)],
 )
-def test_copying_costs_below_one_percent_and_no_read(network: str) -> None:
+def test_copying_costs_below_one_percent_and_no_read(network: str, steps: int) -> None:
     def cost(**options: Any) -> step_overhead.Mark:
         way = partial(
             step_overhead.steadyfit,
             watched=False,
             more_callbacks=lambda: [GradientSpikeMonitor(**options)],
         )
-        return step_overhead.measure(way, step_overhead.TASKS[network], 290, count=True)
+        return step_overhead.measure(way, step_overhead.TASKS[network], steps, count=True)
 
     plain, boxed = cost(), cost(black_box=3)
     assert boxed.reads == plain.reads

@@ -1,6 +1,7 @@
 """A run goes on as what it is, or is refused and left as it was."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -78,6 +79,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run of one epoch has been trained."""
+    home = tmp_path_factory.mktemp("one_epoch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        fit("--trainer.max_epochs=1")
+    return home
+
+
+@pytest.fixture
+def begun(one_epoch: Path, home: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(one_epoch / FOLDER, home / FOLDER)
+    return FOLDER / "r"
+
+
 @pytest.fixture
 def killed_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[str]], None]:
     """Train until a process would be killed in front of one of its batches, counted from 0."""
@@ -121,16 +139,15 @@ def killed_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[str]], Non
         ),
     ],
 )
+@pytest.mark.usefixtures("begun")
 def test_another_run_is_refused_and_nothing_changes(
     flag: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It was written into the config.yaml of the good run, which then could not be tested."""
-    run = fit("--trainer.max_epochs=1")
     before = digest(home)
     args = ["fit", *BASE, "--run=r", "--trainer.max_epochs=2", *flag.split()]
     assert said in sentence(args, capsys)
     assert digest(home) == before
-    train.main(["validate", f"--run={run}", "--trainer.logger=callbacks.MetricsCSV"])
 
 
 def test_a_refused_run_leaves_no_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,8 +157,8 @@ def test_a_refused_run_leaves_no_folder(home: Path, capsys: pytest.CaptureFixtur
     assert list((home / "runs").iterdir()) == []
 
 
+@pytest.mark.usefixtures("begun")
 def test_places_and_lengths_may_change(capsys: pytest.CaptureFixture[str]) -> None:
-    fit("--trainer.max_epochs=1")
     fit("--trainer.max_epochs=2", "--data.eval_batch_size=99")
     whole = fit("--trainer.max_epochs=2", run="whole")
     assert_same(FOLDER / "r", whole, metrics=False)  # other batches have other sums of the loss
@@ -158,8 +175,8 @@ def test_another_precision_is_told() -> None:
         fit("--trainer.max_epochs=2", "--trainer.precision=bf16-mixed")
 
 
+@pytest.mark.usefixtures("begun")
 def test_smaller_batches_that_make_up_the_same_steps_go_on() -> None:
-    fit("--trainer.max_epochs=1")
     fit("--trainer.max_epochs=2", "--data.batch_size=25", "--trainer.accumulate_grad_batches=2")
     assert [row["step"] for row in rows(FOLDER / "r")] == [str(step) for step in range(20)]
 
@@ -174,8 +191,10 @@ def test_other_batches_inside_an_epoch_are_refused(
     assert "the run stopped after 4 of 10 batches of 50 samples, and this epoch has 20 of" in said
 
 
-def test_a_branch_may_clip_what_the_run_did_not(capsys: pytest.CaptureFixture[str]) -> None:
-    state = fit("--trainer.max_epochs=1") / "checkpoints" / "last.ckpt"
+def test_a_branch_may_clip_what_the_run_did_not(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = begun / "checkpoints" / "last.ckpt"
     flags = ["--trainer.max_epochs=2", f"--ckpt_path={state}"]
     clipped = "--trainer.callbacks+=UpdateClipping"
     new = fit(*flags, clipped, "--trainer.gradient_clip_val=1", run="new")
@@ -184,8 +203,10 @@ def test_a_branch_may_clip_what_the_run_did_not(capsys: pytest.CaptureFixture[st
     assert "--model.optimizer.lr was" in said
 
 
-def test_a_run_goes_on_from_its_own_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
-    other = fit("--trainer.max_epochs=1", run="other") / "checkpoints" / "last.ckpt"
+def test_a_run_goes_on_from_its_own_checkpoints(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = begun.rename(begun.with_name("other")) / "checkpoints" / "last.ckpt"
     fit("--trainer.max_epochs=1")
     said = sentence(
         ["fit", *BASE, "--run=r", "--trainer.max_epochs=1", f"--ckpt_path={other}"], capsys
@@ -193,14 +214,13 @@ def test_a_run_goes_on_from_its_own_checkpoints(capsys: pytest.CaptureFixture[st
     assert "runs/mnist_lenet/r goes on from its own checkpoints" in said
 
 
-def test_a_new_run_begins_with_the_weights_of_another() -> None:
-    source = fit("--trainer.max_epochs=1")
-    flags = [f"--init_from={source}", "--model.optimizer.lr=1e-30"]
+def test_a_new_run_begins_with_the_weights_of_another(begun: Path) -> None:
+    flags = [f"--init_from={begun}", "--model.optimizer.lr=1e-30"]
     new = fit("--trainer.max_epochs=1", *flags, run="new")
-    weights, origin = last(new)["state_dict"], load_checkpoint(source / "checkpoints/best.ckpt")
+    weights, origin = last(new)["state_dict"], load_checkpoint(begun / "checkpoints/best.ckpt")
     torch.testing.assert_close(weights, origin["state_dict"])
     recorded = yaml.safe_load((new / "config.yaml").read_text())
-    assert recorded["init_from"] == str(source)
+    assert recorded["init_from"] == str(begun)
     fit("--trainer.max_epochs=2", *flags, run="new")  # goes on, instead of beginning again
     assert last(new)["global_step"] == 20
 
@@ -227,9 +247,8 @@ def test_a_recorded_rate_that_was_never_used_stays(
     assert "lr: 0.1\n" in (run / "config.yaml").read_text()
 
 
-def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    source = fit("--trainer.max_epochs=1")
-    flags = ["--run=new", f"--init_from={source}", "--model.network.channels=[8,16]"]
+def test_weights_that_do_not_fit(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--run=new", f"--init_from={begun}", "--model.network.channels=[8,16]"]
     said = sentence(["fit", *BASE, "--trainer.max_epochs=1", *flags], capsys)
     assert "the weights are those of another network: size mismatch for network.conv1" in said
 

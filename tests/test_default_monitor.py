@@ -18,16 +18,17 @@ from callbacks.clipping import GradientNormClipping
 from callbacks.gradient_spikes import GradientSpikeMonitor
 from core.runs import load_checkpoint
 
-DEMO = [
-    f"--config={CONFIGS / 'demo.yaml'}",
+LENET = [
+    f"--config={CONFIGS / 'mnist_lenet.yaml'}",
+    "--data=DigitsDataModule",
+    "--data.batch_size=50",
+    "--model.lr_scheduler=null",  # else another length is another run
     "--run=r",
     "--trainer.enable_progress_bar=false",
     "--trainer.limit_train_batches=8",
     "--trainer.limit_val_batches=1",
-    "--model.network.widths=[4,4,4]",
-    "--model.lr_scheduler=null",  # else another length is another run
 ]
-FOLDER = Path("runs/demo/r")
+FOLDER = Path("runs/mnist_lenet/r")
 ADD = "--trainer.callbacks+=GradientSpikeMonitor"
 REACT = "--trainer.callbacks.reaction=skip"
 
@@ -39,7 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*flags: str, epochs: int = 1) -> Path:
-    train.main(["fit", *DEMO, f"--trainer.max_epochs={epochs}", *flags])
+    train.main(["fit", *LENET, f"--trainer.max_epochs={epochs}", *flags])
     end_wandb()
     return FOLDER
 
@@ -102,13 +103,13 @@ def test_a_run_from_before_goes_on_with_it_unless_it_reacts(
     bare = ["--trainer.callbacks=[]", "--trainer.logger=callbacks.MetricsCSV"]
     folder = run(*bare)
     assert not callbacks_of(folder)
-    said = sentence(["fit", *DEMO, "--trainer.max_epochs=2", *bare[1:], ADD, REACT], capsys)
+    said = sentence(["fit", *LENET, "--trainer.max_epochs=2", *bare[1:], ADD, REACT], capsys)
     assert "--trainer.callbacks.GradientSpikeMonitor was none, not GradientSpikeMonitor" in said
     run(*bare[1:], epochs=2)
     table = rows(folder)
     half = len(table) // 2
     assert [bool(row["grad_norm/total"]) for row in table] == [False] * half + [True] * half
-    said = sentence(["fit", *DEMO, "--trainer.max_epochs=3", *bare[1:], ADD, REACT], capsys)
+    said = sentence(["fit", *LENET, "--trainer.max_epochs=3", *bare[1:], ADD, REACT], capsys)
     assert "--trainer.callbacks.GradientSpikeMonitor.reaction was log, not skip" in said
     run(*bare[1:], ADD, "--trainer.callbacks.window=32", epochs=3)
     assert callbacks_of(folder)[0]["init_args"]["window"] == 32
