@@ -12,7 +12,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -284,12 +284,16 @@ class LitModel(LightningModule):
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
         checkpoint["samples_per_step"] = self.samples_per_step
+        checkpoint["data_digest"] = self.data.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = max(0, checkpoint["global_step"] - 1)  # steps are counted from 0
         if self.trainer.state.fn != "fit":
             return
         self.continued = True
+        digest = self.data.digest
+        if digest and checkpoint.get("data_digest", digest) != digest:
+            rank_zero_warn("the data are others than when the checkpoint was written.")
         samples = checkpoint.get("samples_per_step", self.samples_per_step)
         if samples != self.samples_per_step:
             raise UserError(

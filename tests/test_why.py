@@ -19,7 +19,6 @@ from benchmarks.spike_plants import ONCE
 from benchmarks.spike_why import configuration
 from callbacks.run.run_folder import MetricsCSV
 from core.runs import Run, load_checkpoint
-from datamodules.base import OtherData
 from pipeline.why.again import Again, Course, Follow
 from pipeline.why.changes import Noise, OtherSamples, Rate
 from pipeline.why.control import Control, compare, repeat
@@ -351,7 +350,7 @@ def test_data_that_have_changed_since_are_refused(
     main([*fit, "--trainer.max_epochs=1"])
     folder = Path("runs/cifar10_cpu/x")
     write_batch(batches / "data_batch_1", draw(labels_of(40, 9), 9), labels_of(40, 9))
-    with pytest.warns(OtherData, match="other data"):  # who wants to train on may
+    with pytest.warns(UserWarning, match="the data are others"):  # who wants to train on may
         main([*fit, "--trainer.max_epochs=2"])
     last = max(MetricsCSV(str(folder)).rows)
     (folder / "spikes.jsonl").write_text(f"{json.dumps(record_of(last, 'loss'))}\n")

@@ -101,8 +101,7 @@ def checkpoints(run: Run, again: Again) -> dict[int, tuple[Path, dict[str, Tenso
             checkpoint = load_checkpoint(path)
         except UserError:
             continue
-        trained_on = checkpoint.get(type(data).__qualname__, {}).get("digest", data.digest)
-        if trained_on != data.digest:
+        if checkpoint.get("data_digest", data.digest) != data.digest:
             raise UserError(
                 f"the data have changed since {path} was written (another digest); a spike is "
                 "explained with those that made it."
