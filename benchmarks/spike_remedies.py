@@ -35,7 +35,7 @@ from pipeline.cli import run as train_command
 from steadyfit.measures import excursions, measure
 from steadyfit.watching.spike_log import CONFIRM
 
-EPISODES = 6  # of a run, those of the highest loss
+EPISODES = 4  # of a run, those of the highest loss
 QUIET = ["--trainer.logger=callbacks.MetricsCSV", "--trainer.enable_progress_bar=false"]
 RATE = 3  # times that of cifar10_cpu.yaml
 UNTOUCHED = "untouched LSTM"
