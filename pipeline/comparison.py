@@ -17,6 +17,7 @@ from steadyfit.measures import SpikeMeasures
 from steadyfit.pictures import SpikeRun, spike_pictures
 from steadyfit.through_time import THAT_STEP, ThroughTime, WorstStep, is_sequence, through_time
 
+LABEL_WIDTH = 26  # of 80 columns
 COLUMNS = 4  # runs side by side; with more of them nothing could be read
 
 # One entry of the comparison: the label it goes by, and its runs by seed.
@@ -146,20 +147,19 @@ def replay(run: Run) -> ThroughTime:
 
 
 def show(groups: dict[str, dict[int, SpikeMeasures]], target: float) -> None:
-    """Print accuracy beside excess for each run, and what became of it against the first label."""
-    width = max(len(label) for label in groups)
-    print(
-        f"{'':{width}}  seed  final accuracy  {f'{target:.0%} in':>9}  lowest after  excess loss"
-        "  kinks (last batch/mean/val)  excursions"
-    )
+    """Print accuracy beside excess for each run, and what became of it against the first label.
+
+    The table is no wider than a terminal; ``spikes.csv`` has the other columns.
+    """
+    width = min(LABEL_WIDTH, max(len(label) for label in groups))
+    print(f"{'':{width}}  seed  accuracy  {f'{target:.0%} in':>10}  excess loss  excursions")
     for label, own in groups.items():
+        short = label if len(label) <= width else f"…{label[1 - width :]}"
         for seed, found in own.items():
             epoch = "never" if found.first_epoch is None else f"epoch {found.first_epoch}"
-            lowest = "-" if found.lowest_after is None else f"{found.lowest_after:.1%}"
-            kinks = f"{found.kinks_last} / {found.kinks_mean} / {found.kinks_val}"
             print(
-                f"{label:{width}}  {seed:4d}  {found.final_accuracy:14.1%}  {epoch:>9}  "
-                f"{lowest:>12}  {found.excess:11.2f}  {kinks:>27}  {found.excursions:10d}"
+                f"{short:{width}}  {seed:4d}  {found.final_accuracy:8.1%}  {epoch:>10}  "
+                f"{found.excess:11.2f}  {found.excursions:10d}"
             )
     means = {
         label: pd.DataFrame([asdict(found) for found in own.values()]).mean(numeric_only=True)

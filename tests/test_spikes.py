@@ -57,8 +57,7 @@ def test_accuracy_stands_beside_excess(capsys: pytest.CaptureFixture[str]) -> No
     steady = make_run(Path("runs/steady/a"))
     out = said(capsys, plain, steady)
     rows = [line.split() for line in out.splitlines()]
-    expected = ["plain", "0", "99.0%", "epoch", "1", "99.0%", "0.80", "1", "/", "1", "/", "1", "1"]
-    assert expected in rows
+    assert ["plain", "0", "99.0%", "epoch", "1", "0.80", "1"] in rows
     assert "steady against plain: excess loss 0.80 -> 0.00, final accuracy 99.0% -> 99.0%; " in out
     assert "no kinks." in out
     assert "No gradient through time of plain: it has neither worst_spike.pt nor" in out
@@ -84,8 +83,10 @@ def test_a_run_that_does_not_learn_is_not_called_fixed(capsys: pytest.CaptureFix
 def test_seeds_of_a_config_belong_together(capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(Path(f"runs/plain/{s}"), seed=s, peak=4 * s + 0.25) for s in (1, 2)]
     runs += [make_run(Path(f"runs/steady/{s}"), seed=s) for s in (1, 2)]
-    out = said(capsys, *runs, "--output", "here")
-    assert "steady against plain: excess loss 0.60 -> 0.00" in out  # the mean of .4 and .8
+    labels = ["plain", "plain", *["a label of more characters than there is room for"] * 2]
+    out = said(capsys, *runs, "--output", "here", "--labels", *labels)
+    assert "against plain: excess loss 0.60 -> 0.00" in out  # the mean of .4 and .8
+    assert all(len(line) <= 80 for line in out.splitlines()[:5])
     assert Path("here/spikes_seeds.png").exists()
     assert not Path("runs/steady/2/comparison").exists()
 
