@@ -7,9 +7,12 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import types
@@ -438,6 +441,44 @@ def test_a_training_is_told_to_end_in_time(
     start = time.monotonic()
     assert kernel.call(["-c", f"{code} time.sleep(60)"], start + 1.0) == status
     assert time.monotonic() - start < 30
+
+
+def test_every_command_of_the_page_is_read() -> None:
+    page = (CONFIGS.parent / "docs" / "kaggle.md").read_text()
+    lines = re.findall(r"^python (\S+) (.*)$", page, re.MULTILINE)
+    assert [script for script, _ in lines] == ["train.py", "submit.py", "submit.py"]
+    options, rest = remote.parse(shlex.split(lines[0][1]))
+    assert (options.run, rest) == ("first", ["--data", "KaggleCIFAR10DataModule"])
+    for _, args in lines[1:]:
+        submit.make_parser().parse_args(shlex.split(args))
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in Kaggle's layout of folders, with the code of the last commit."""
+    cells = json.loads((CONFIGS.parent / "docs" / "kaggle.ipynb").read_text())["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["code"] * 5
+    write_competition(tmp_path / "input/cifar-10")
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    small = " ".join([*SMALL, "--trainer.max_epochs=1", "--trainer.strategy=auto"])
+    names = {
+        "CODE": f'"{CONFIGS.parent}"',
+        "MORE": repr(small.replace("--data.verify=false ", "--model.lr_scheduler=null ")),
+    }
+    notebook: dict[str, Any] = {"shell": shell}
+    for cell in cells:
+        code = "".join(cell["source"])
+        for name, value in names.items():
+            code = re.sub(rf"^{name} = .*", lambda _, x=f"{name} = {value}": x, code, flags=re.M)
+        code = re.sub(r"^!((?:.*\\\n)*.*)", r'shell(f"""\1""")', code, flags=re.M)
+        exec(code, notebook)
+    assert len(Path("submission.csv").read_text().splitlines()) == 1001
+
+
+def shell(command: str) -> None:
+    subprocess.run(command, shell=True, check=True)
 
 
 # ---- the script

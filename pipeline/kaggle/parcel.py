@@ -109,7 +109,9 @@ def resolve(args: list[str], code: bytes) -> dict[str, Any]:
 
 
 def competition_of(data: dict[str, Any]) -> str | None:
-    """Kaggle's name of the competition whose data a configured data module reads."""
+    """Kaggle's name of the competition whose data a configured data module trains on."""
+    if "download" in data["init_args"]:
+        return None  # it trains on a public set
     module, _, name = data["class_path"].rpartition(".")
     named = data["init_args"].get("competition")
     return named or getattr(getattr(import_module(module), name), "competition", None)
