@@ -33,7 +33,7 @@ test: .venv/installed-dev
 
 kaggle-image: .venv/installed-dev $(IMAGE)/wheels
 	KAGGLE_IMAGE=$(IMAGE) KAGGLE_WHEELS=$(IMAGE)/wheels \
-	  $(BIN)/python -m pytest tests/test_on_kaggle.py -m slow -k runs_as_it_is
+	  $(BIN)/python -m pytest tests/test_kaggle_kernel.py -m slow -k runs_as_it_is
 
 $(IMAGE)/wheels: tests/kaggle_image.txt requirements.txt
 	$(PYTHON312) -m venv --clear $(IMAGE)

@@ -1,63 +1,32 @@
-"""Training on Kaggle's machine: ``train.py fit --on kaggle``."""
+"""Training on Kaggle's machine, seen from here: pushed, followed, fetched."""
 
 import ast
 import base64
-import csv
 import hashlib
 import io
 import json
 import os
-import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 import types
 import zipfile
 from collections.abc import Callable
-from contextlib import chdir, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-import fake_data
-import py7zr
 import pytest
-import yaml
 from conftest import CONFIGS, SMALL
-from kaggle_image import make_image, make_wheels
-from kaggle_server import KEY, Fault, KaggleServer
+from kaggle_server import Fault, KaggleServer
 
-import predict
-import submit
 import train
-from pipeline.kaggle import kernel, parcel, remote
+from pipeline.kaggle import kernel
 
 FLAGS = [f"--config={CONFIGS / 'cifar10_cpu.yaml'}", "--run=first", "--on=kaggle", *SMALL]
 FLAGS += ["--data=KaggleCIFAR10DataModule", "--trainer.max_epochs=1", "--trainer.strategy=auto"]
 FLAGS += ["--model.lr_scheduler=null"]
 FLAGS = [flag for flag in FLAGS if not flag.startswith("--data.verify")]
 RUN = Path("runs/cifar10_cpu/first")
-
-
-@pytest.fixture(autouse=True)
-def _quick(
-    request: pytest.FixtureRequest, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Arguments are read in this process, where PyTorch is loaded already; not in slow tests."""
-
-    def resolve(args: list[str], code: bytes) -> dict[str, Any]:
-        printed = io.StringIO()
-        with redirect_stdout(printed), suppress(SystemExit), chdir(parcel.ROOT):
-            train.main([*args, "--print_config"])
-        return dict(yaml.safe_load(printed.getvalue()))
-
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(parcel, "resolve", resolve)
-    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "PATIENCE", 0.05)
+pytestmark = pytest.mark.usefixtures("quick_push")
 
 
 def fit(*flags: str) -> None:
@@ -105,7 +74,7 @@ def test_a_run_is_pushed_followed_and_fetched(
 ) -> None:
     made = {"submission.json": b'{"sample": "/tmp/run/sample.csv"}', "checkpoints/last.ckpt": b"1"}
     kaggle.output = output_of(made | {"submission.csv": b"id,label\n"})
-    kaggle.log = ["Epoch 0: 1%\rEpoch 0: 9", "9%\nnext\x1b[2J\n", "half a li", "ne\n"]
+    kaggle.log = ["Epoch 0: 1%\rEpoch 0: 9", "9%\nnext\x1b[2J\n", "half a li", "ne"]
     fit()
     [script] = kaggle.scripts
     slug = script["slug"].partition("/")[2]
@@ -272,6 +241,7 @@ def test_without_time_nothing_is_pushed(
         (["--init_from", "x"], "--init_from"),
         (["--data.data_dir", "/kaggle/input"], "--data.data_dir"),
         (["--run=a/../b"], "--run"),
+        (["--run="], "needs --config FILE and --run NAME"),
     ],
 )
 def test_what_would_not_act_is_refused(
@@ -316,6 +286,15 @@ def test_a_push_that_is_forbidden_names_the_rules(
     assert "verified phone number: https://www.kaggle.com/settings" in refused(capsys)
 
 
+def test_a_state_that_is_not_whole_is_left_alone(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RUN.mkdir(parents=True)
+    (RUN / "on_kaggle.json").write_text('{"args": [')
+    assert f"{RUN}/on_kaggle.json is not whole" in refused(capsys)
+    assert not kaggle.calls
+
+
 # ---- what comes back is data
 
 
@@ -352,53 +331,7 @@ def test_an_output_stays_in_the_folder_of_the_run(
     assert [path.name for path in RUN.iterdir()] == ["on_kaggle.json"]
 
 
-# ---- what travels
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with what must stay at home."""
-    root = tmp_path / "repository"
-    names = ["train.py", "core/__init__.py", "core/x.py", "configs/a.yaml", "requirements.txt"]
-    names += [".env", "kaggle.json", "core/key.pem", "runs/x/config.yaml", "data/names/a.txt"]
-    for name in [*names, "untracked.py"]:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("x")
-    git = ["git", "-C", str(root)]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "add", *names], check=True)
-    monkeypatch.setattr(parcel, "ROOT", root)
-    return root
-
-
-CODE = ["configs/a.yaml", "core/__init__.py", "core/x.py", "requirements.txt", "train.py"]
-
-
-def test_code_travels_and_nothing_else(repository: Path) -> None:
-    args, code = parcel.pack(["fit", "--run=x"], [])
-    assert list(unpacked(code)) == CODE
-    assert args == ["fit", "--run=x"]
-    assert parcel.pack(args, [])[1] == code
-    shutil.rmtree(repository / ".git")
-    assert list(unpacked(parcel.pack(args, [])[1])) == sorted([*CODE, "untracked.py"])
-
-
-def test_files_that_arguments_name_travel(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "ids.txt").write_text("1\n")
-    typed = [f"--config={repository}/untracked.py", f"--data.exclude={tmp_path}/ids.txt"]
-    args, code = parcel.pack(typed, [])
-    assert args == ["--config=untracked.py", "--data.exclude=given/ids.txt"]
-    assert {"untracked.py", "given/ids.txt"} <= unpacked(code).keys()
-
-
-def test_a_key_in_the_code_is_refused(
-    repository: Path, kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "another-secret")
-    for secret in (KEY, "another-secret"):
-        (repository / "core/x.py").write_text(f"key = '{secret}'")
-        with pytest.raises(remote.UserError, match=r"core/x\.py holds a key or"):
-            parcel.pack([], [KEY])
+# ---- where the data are
 
 
 @pytest.mark.parametrize(
@@ -427,135 +360,3 @@ def test_the_data_are_found_there(
     assert ("--data.download=true" in job["args"]) == (name == "CIFAR10DataModule" and not data)
     assert script["enableInternet"] == (len(flags) < 2)
     assert (script.get("datasetDataSources") or []) == [x.partition("=")[2] for x in flags]
-
-
-ENDS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
-STAYS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-
-
-@pytest.mark.parametrize(("code", "status"), [(ENDS, 143), (STAYS, -signal.SIGKILL)])
-def test_a_training_is_told_to_end_in_time(
-    code: str, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel, "GRACE", 0.3)
-    start = time.monotonic()
-    assert kernel.call(["-c", f"{code} time.sleep(60)"], start + 1.0) == status
-    assert time.monotonic() - start < 30
-
-
-def test_every_command_of_the_page_is_read() -> None:
-    page = (CONFIGS.parent / "docs" / "kaggle.md").read_text()
-    lines = re.findall(r"^python (\S+) (.*)$", page, re.MULTILINE)
-    assert [script for script, _ in lines] == ["train.py", "submit.py", "submit.py"]
-    options, rest = remote.parse(shlex.split(lines[0][1]))
-    assert (options.run, rest) == ("first", ["--data", "KaggleCIFAR10DataModule"])
-    for _, args in lines[1:]:
-        submit.make_parser().parse_args(shlex.split(args))
-
-
-@pytest.mark.slow
-def test_the_cells_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in Kaggle's layout of folders, with the code of the last commit."""
-    cells = json.loads((CONFIGS.parent / "docs" / "kaggle.ipynb").read_text())["cells"]
-    assert [cell["cell_type"] for cell in cells] == ["code"] * 5
-    write_competition(tmp_path / "input/cifar-10")
-    (tmp_path / "working").mkdir()
-    monkeypatch.chdir(tmp_path / "working")
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    small = " ".join([*SMALL, "--trainer.max_epochs=1", "--trainer.strategy=auto"])
-    names = {
-        "CODE": f'"{CONFIGS.parent}"',
-        "MORE": repr(small.replace("--data.verify=false ", "--model.lr_scheduler=null ")),
-    }
-    notebook: dict[str, Any] = {"shell": shell}
-    for cell in cells:
-        code = "".join(cell["source"])
-        for name, value in names.items():
-            code = re.sub(rf"^{name} = .*", lambda _, x=f"{name} = {value}": x, code, flags=re.M)
-        code = re.sub(r"^!((?:.*\\\n)*.*)", r'shell(f"""\1""")', code, flags=re.M)
-        exec(code, notebook)
-    assert len(Path("submission.csv").read_text().splitlines()) == 1001
-
-
-def shell(command: str) -> None:
-    subprocess.run(command, shell=True, check=True)
-
-
-# ---- the script
-
-
-@pytest.mark.slow
-def test_the_pushed_script_runs_as_it_is(
-    kaggle: KaggleServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Kaggle's layout with 2,000 images, read-only; no network, no git; packages from wheels."""
-    machine = tmp_path / "kaggle"
-    python = make_image(tmp_path / "image")
-    make_wheels(machine / "input/datasets/me/wheels")
-    write_competition(machine / "input/competitions/cifar-10")
-
-    kaggle.statuses = ["ERROR"]  # so that following it ends
-    message = refused(capsys, "--wheels=me/wheels")
-    assert "ended with ERROR" in message
-    run_there(kaggle, machine, python)
-    kaggle.statuses = ["COMPLETE"]
-    fit("--wheels=me/wheels")
-    out = capsys.readouterr().out
-    assert "Successfully installed" in out
-    assert "val/accuracy" in out
-    submit.main([str(RUN), "--dry_run"])
-    assert "1000 rows for cifar-10" in (out := capsys.readouterr().out)
-    assert "All checks passed" in out
-    predict.main([str(RUN), f"--data_dir={machine / 'input'}", "--output=again.csv"])
-    assert Path("again.csv").read_bytes() == (RUN / "submission.csv").read_bytes()
-
-    # a longer training goes on from that output
-    name = kaggle.scripts[0]["slug"]
-    shutil.move(machine / "working", machine / "input/notebooks" / name)
-    kaggle.statuses = ["COMPLETE", "ERROR"]
-    longer = ["--wheels=me/wheels", "--trainer.max_epochs=2"]
-    assert "ended with ERROR" in refused(capsys, *longer)
-    assert kaggle.scripts[1]["kernelDataSources"] == [name]
-    run_there(kaggle, machine, python)
-    kaggle.statuses = ["COMPLETE"]
-    fit(*longer)
-    assert [row["epoch"] for row in rows(RUN / "metrics.csv") if row["val/accuracy"]] == ["0", "1"]
-
-
-def run_there(kaggle: KaggleServer, machine: Path, python: Path) -> None:
-    """Run the newest script as Kaggle would, and hand out what it leaves."""
-    script, working = machine / "script.py", machine / "working"
-    script.write_text(kaggle.scripts[-1]["text"])
-    working.mkdir()
-    before = state_of(machine / "input")
-    done = subprocess.run(
-        [python, script],
-        cwd=working,
-        env={"HOME": str(machine), "PATH": str(python.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert state_of(machine / "input") == before
-    kaggle.output = {path.name: path.read_bytes() for path in working.iterdir()}
-    kaggle.log = [done.stdout]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_competition(folder: Path) -> None:
-    """CIFAR-10 as it is mounted: archives of 1,000 images each, and two tables."""
-    folder.parent.mkdir(parents=True)
-    fake_data.write_kaggle_cifar10(folder.parent, train=1000, test=1000).rename(folder)
-    for split in ("train", "test"):
-        with py7zr.SevenZipFile(folder / f"{split}.7z", "w") as archive:
-            archive.writeall(folder / split, split)
-        shutil.rmtree(folder / split)
-
-
-def state_of(folder: Path) -> dict[str, int]:
-    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}

@@ -234,14 +234,17 @@ class Remote:
                 *lines, line = (line + str(event.get("data") or "")).split("\n")
                 for whole in lines:
                     print(visible(whole.rstrip("\r").rpartition("\r")[2]), flush=True)
-            if status == "COMPLETE":
-                return
             if status not in GOING:
-                raise UserError(
-                    f"{self.page} ended with {status}{f' ({reason})' if reason else ''}; the same "
-                    "command starts it again."
-                )
+                break
             time.sleep(POLL_SECONDS)
+        if line:
+            print(visible(line))
+        if status != "COMPLETE":
+            how = f"ended with {status}" if status else "is not to be found"
+            raise UserError(
+                f"{self.page} {how}{f' ({reason})' if reason else ''}; the same command starts it "
+                "again."
+            )
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What was printed there from the beginning on, until the connection ends."""
