@@ -63,7 +63,7 @@ class KaggleServer(ThreadingHTTPServer):
         quota: Hours of GPU time that are used, of 30.
         statuses: How the script does, each time it is asked for; the last one stays.
         log: What the script prints, event by event.
-        output: Files that it leaves.
+        output: Files that it leaves; START in them is the time at which the newest was pushed.
     """
 
     def __init__(self) -> None:
@@ -252,6 +252,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, body, "application/json")
         else:
             content = self.server.output.get(path.rpartition("/")[2], self.server.archive)
+            if b"START" in content:
+                job = self.server.scripts[-1]["text"].rpartition("'start': '")[2]
+                content = content.replace(b"START", job.partition("'")[0].encode())
             self.reply(200, content, "application/zip")
 
     def begin(self, method: str) -> str:

@@ -53,6 +53,7 @@ def output_of(files: dict[str, bytes], status: int = 0) -> dict[str, bytes]:
             archive.writestr(name, data)
     pack = content.getvalue()
     record = {"status": status, "sha256": hashlib.sha256(pack).hexdigest(), "folder": "/tmp/run"}
+    record["start"] = "START"
     return {kernel.OUTPUT: pack, kernel.RECORD: json.dumps(record).encode(), "other.txt": b""}
 
 
@@ -64,7 +65,7 @@ def job_of(script: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def unpacked(code: bytes) -> dict[str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(code), mode="r:xz") as archive:
+    with tarfile.open(fileobj=io.BytesIO(code), mode="r:bz2") as archive:
         files = {name: archive.extractfile(name) for name in archive.getnames()}
         return {name: file.read() for name, file in files.items() if file}
 
@@ -302,6 +303,10 @@ def altered(files: dict[str, bytes]) -> None:
     files[kernel.OUTPUT] += b"x"
 
 
+def earlier(files: dict[str, bytes]) -> None:
+    files[kernel.RECORD] = files[kernel.RECORD].replace(b"START", b"2026-01-01T00:00:00")
+
+
 def cut(files: dict[str, bytes]) -> None:
     files[kernel.RECORD] = files[kernel.RECORD][:-2]
 
@@ -310,15 +315,25 @@ def missing(files: dict[str, bytes]) -> None:
     del files[kernel.OUTPUT]
 
 
-@pytest.mark.parametrize("change", [altered, cut, missing])
-def test_an_output_that_is_not_whole_is_not_taken(
+WHOLE = "is not whole; run the same command again"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *((change, WHOLE) for change in (altered, cut, missing)),
+        (earlier, "still has what an earlier start left"),
+    ],
+)
+def test_an_output_that_is_not_that_of_the_run_is_not_taken(
     change: Callable[[dict[str, bytes]], None],
+    said: str,
     kaggle: KaggleServer,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kaggle.output = output_of({"config.yaml": b""})
     change(kaggle.output)
-    assert "is not whole; run the same command again" in refused(capsys)
+    assert said in refused(capsys)
     assert [path.name for path in RUN.iterdir()] == ["on_kaggle.json"]
 
 

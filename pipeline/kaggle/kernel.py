@@ -33,7 +33,8 @@ def main(job: dict[str, Any]) -> None:
     Args:
         job: ``args`` of train.py; ``run``, the config's and the run's name; the source that is
             ``data_dir`` (``data``; ``.`` for all, empty for none), of ``wheels``, of a ``former``
-            output; whether to ``predict``; ``seconds`` for training, and until all has to end.
+            output; whether to ``predict``; ``seconds`` for training, and until all has to end; and
+            the time of this ``start``.
     """
     train_end, end = (time.monotonic() + seconds for seconds in job["seconds"])
     run = CODE / "runs" / job["run"]
@@ -54,7 +55,7 @@ def main(job: dict[str, Any]) -> None:
         for path in filter(Path.is_file, sorted(run.rglob("*"))):
             archive.write(path, path.relative_to(run))
     left = {"status": status, "sha256": sha256(Path(OUTPUT)), "folder": str(run)}
-    Path(RECORD).write_text(json.dumps(left))
+    Path(RECORD).write_text(json.dumps(left | {"start": job["start"]}))
 
 
 def mounted(source: str) -> Path:
@@ -97,7 +98,8 @@ def read_output(folder: Path, run: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text())
         whole = sha256(folder / OUTPUT) == record["sha256"]
-        if whole and type(record["status"]) is int and isinstance(record["folder"], str):
+        texts = isinstance(record["folder"], str) and isinstance(record["start"], str)
+        if whole and texts and type(record["status"]) is int:
             unzip(folder / OUTPUT, run)
             return dict(record)
     except UserError:

@@ -32,7 +32,7 @@ import base64, io, sys, tarfile, tempfile
 place = tempfile.mkdtemp(prefix="steadyfit-")
 code = """
 {code}"""
-with tarfile.open(fileobj=io.BytesIO(base64.b64decode(code)), mode="r:xz") as archive:
+with tarfile.open(fileobj=io.BytesIO(base64.b64decode(code)), mode="r:bz2") as archive:
     archive.extractall(place, filter="data")
 sys.path.insert(0, place)
 from pipeline.kaggle.kernel import main
@@ -42,7 +42,7 @@ main({job!r})
 
 
 def pack(args: list[str], secrets: Collection[str]) -> tuple[list[str], bytes]:
-    """Pack the code (tar, xz) with the files that arguments name; returns the arguments for there.
+    """Code and files that arguments name, packed (tar, bzip2), after the arguments for there.
 
     Args:
         args: Those of train.py.
@@ -55,7 +55,7 @@ def pack(args: list[str], secrets: Collection[str]) -> tuple[list[str], bytes]:
     args = [carry(arg, files) for arg in args]
     secrets = {*secrets, *(text for name, text in os.environ.items() if name.endswith(SECRET))}
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
+    with tarfile.open(fileobj=packed, mode="w:bz2") as archive:
         for name, content in sorted(files.items()):
             if any(len(text) >= 8 and text.encode() in content for text in secrets):
                 raise UserError(f"{name} holds a key or password of yours; take it out.")
@@ -99,7 +99,7 @@ def resolve(args: list[str], code: bytes) -> dict[str, Any]:
         SystemExit: It refuses the arguments; why is on stderr.
     """
     with tempfile.TemporaryDirectory() as place:
-        with tarfile.open(fileobj=io.BytesIO(code), mode="r:xz") as archive:
+        with tarfile.open(fileobj=io.BytesIO(code), mode="r:bz2") as archive:
             archive.extractall(place, filter="data")
         command = [sys.executable, "train.py", *args, "--print_config"]
         done = subprocess.run(command, cwd=place, stdout=subprocess.PIPE)

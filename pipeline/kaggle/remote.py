@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ def run(args: list[str]) -> None:
         parent = options.root / Path(options.config[0]).stem
         folder = Run.claim(parent, Run.name(options.run, parent))
         with folder.lock(), folder.tidy():
-            Remote(folder, options, rest).train()
+            remote = Remote(folder, options, rest)
+            try:
+                remote.train()
+            except KeyboardInterrupt:
+                print(f"\nThe same command again looks at {remote.page}, and fetches the run.")
+                raise SystemExit(130) from None
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,8 +75,8 @@ class Remote:
     """A run at Kaggle: a private script of the user's, named after it.
 
     ``on_kaggle.json`` in the run's folder knows the ``args`` and the digest of the ``code`` that
-    were pushed and, once the output was fetched, train.py's exit ``status`` there and the digest
-    of the ``last`` checkpoint.
+    were pushed, the time of this ``start`` and, once its output was fetched, train.py's exit
+    ``status`` there and the digest of the ``last`` checkpoint.
 
     Args:
         run: The run, locked.
@@ -94,7 +100,11 @@ class Remote:
         self.page = f"https://www.kaggle.com/code/{self.kernel}"
 
     def train(self) -> None:
-        """Push, unless Kaggle is at it; follow it to the end, and fetch the run."""
+        """Push, unless Kaggle is at it; follow it to the end, and fetch the run.
+
+        Raises:
+            UserError: The run of that name is another one.
+        """
         status, _ = self.status()
         same = self.state.get("args", self.args) == self.args
         if self.last() != self.state.get("last"):
@@ -104,15 +114,11 @@ class Remote:
         if status == "COMPLETE" and self.state.get("status") == 0 and same:
             print(f"{self.folder} was trained to its end, and is here.")
             return
-        try:
-            if status not in GOING and (status != "COMPLETE" or "status" in self.state):
-                self.push()
-            print(f"{self.page}; Ctrl-C ends nothing there.", flush=True)
-            self.follow()
-            self.fetch()
-        except KeyboardInterrupt:
-            print(f"\nThe same command again looks at {self.page}, follows it and fetches the run.")
-            raise SystemExit(130) from None
+        if status not in GOING and (status != "COMPLETE" or "status" in self.state):
+            self.push()
+        print(f"{self.page}; Ctrl-C ends nothing there.", flush=True)
+        self.follow()
+        self.fetch()
 
     # ---- what is known
 
@@ -171,9 +177,10 @@ class Remote:
             "wheels": wheels,
             "predict": competition is not None,
             "seconds": [session - REST, session],
+            "start": datetime.now().astimezone().isoformat(),
         }
         digest = sha256_of(code)
-        pushed = {"args": self.args, "code": digest, "last": former}
+        pushed = {"args": self.args, "code": digest, "last": former, "start": job["start"]}
         try:
             answer = call_kernels(
                 self.api,
@@ -266,6 +273,10 @@ class Remote:
             kaggle_client.persistently(lambda: self.download(temporary), PATIENCE)
             files = Path(temporary, "files")
             record = read_output(Path(temporary), files)
+            if record["start"] != self.state.get("start", record["start"]):
+                raise UserError(
+                    f"{self.page} still has what an earlier start left; run the same command again."
+                )
             made = files / "submission.json"
             if made.is_file():  # its paths are those of that machine
                 text = made.read_text().replace(record["folder"], self.folder.as_posix())
