@@ -253,8 +253,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             content = self.server.output.get(path.rpartition("/")[2], self.server.archive)
             if b"START" in content:
-                job = self.server.scripts[-1]["text"].rpartition("'start': '")[2]
-                content = content.replace(b"START", job.partition("'")[0].encode())
+                job = self.server.scripts[-1]["text"].rpartition("'start': ")[2]
+                content = content.replace(b"START", job.partition("}")[0].encode())
             self.reply(200, content, "application/zip")
 
     def begin(self, method: str) -> str:

@@ -19,7 +19,7 @@ from conftest import CONFIGS, SMALL
 from kaggle_server import Fault, KaggleServer
 
 import train
-from pipeline.kaggle import kernel
+from pipeline.kaggle import kernel, remote
 
 FLAGS = [f"--config={CONFIGS / 'cifar10_cpu.yaml'}", "--run=first", "--on=kaggle", *SMALL]
 FLAGS += ["--data=KaggleCIFAR10DataModule", "--trainer.max_epochs=1", "--trainer.strategy=auto"]
@@ -53,8 +53,8 @@ def output_of(files: dict[str, bytes], status: int = 0) -> dict[str, bytes]:
             archive.writestr(name, data)
     pack = content.getvalue()
     record = {"status": status, "sha256": hashlib.sha256(pack).hexdigest(), "folder": "/tmp/run"}
-    record["start"] = "START"
-    return {kernel.OUTPUT: pack, kernel.RECORD: json.dumps(record).encode(), "other.txt": b""}
+    text = json.dumps(record)[:-1] + ', "start": START}'
+    return {kernel.OUTPUT: pack, kernel.RECORD: text.encode(), "other.txt": b""}
 
 
 def job_of(script: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -122,6 +122,26 @@ def test_what_runs_there_is_followed_from_another_machine(
     assert len(kaggle.scripts) == 1
     kaggle.statuses = ["RUNNING"]
     assert "runs with other arguments; choose another --run" in refused(capsys, "--test=true")
+
+
+def test_a_fetch_that_was_cut_off_is_done_again(
+    kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new checkpoint was taken for one that was trained on this machine."""
+    kaggle.output = output_of({"checkpoints/last.ckpt": b"1", "metrics.csv": b"2"})
+
+    def once(path: Path, target: Path) -> None:
+        path.rename(target)
+        if target.suffix == ".ckpt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "os", types.SimpleNamespace(replace=once))
+        with pytest.raises(SystemExit, match="130"):
+            fit()
+    fit()
+    assert (RUN / "metrics.csv").is_file()
+    assert len(kaggle.scripts) == 1
 
 
 def test_after_its_time_it_goes_on_from_its_output(
@@ -304,7 +324,7 @@ def altered(files: dict[str, bytes]) -> None:
 
 
 def earlier(files: dict[str, bytes]) -> None:
-    files[kernel.RECORD] = files[kernel.RECORD].replace(b"START", b"2026-01-01T00:00:00")
+    files[kernel.RECORD] = files[kernel.RECORD].replace(b"START", b"12.5")
 
 
 def cut(files: dict[str, bytes]) -> None:

@@ -98,8 +98,8 @@ def read_output(folder: Path, run: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text())
         whole = sha256(folder / OUTPUT) == record["sha256"]
-        texts = isinstance(record["folder"], str) and isinstance(record["start"], str)
-        if whole and texts and type(record["status"]) is int:
+        kinds = {"folder": str, "start": float, "status": int}
+        if whole and all(type(record[name]) is kind for name, kind in kinds.items()):
             unzip(folder / OUTPUT, run)
             return dict(record)
     except UserError:

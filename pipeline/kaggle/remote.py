@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ class Remote:
         """
         status, _ = self.status()
         same = self.state.get("args", self.args) == self.args
-        if self.last() != self.state.get("last"):
+        if self.last() not in (self.state.get("last"), self.state.get("coming")):
             raise UserError(f"{self.folder} was trained on this machine; choose another --run.")
         if status in GOING and not same:
             raise UserError(f"{self.page} runs with other arguments; choose another --run.")
@@ -166,7 +165,7 @@ class Remote:
         )
         config = parcel.resolve(args, code)
         data, competition = config["data"], parcel.competition_of(config["data"])
-        mounts, wheels, former = self.options.mount, self.options.wheels, self.state.get("last")
+        mounts, former = self.options.mount, self.state.get("last")
         if not competition and not mounts and "download" in data["init_args"]:
             args.append("--data.download=true")
         job = {
@@ -174,43 +173,52 @@ class Remote:
             "run": self.name,
             "data": "." if competition else "".join(mounts[:1]),
             "former": self.kernel if former else "",
-            "wheels": wheels,
+            "wheels": self.options.wheels,
             "predict": competition is not None,
             "seconds": [session - REST, session],
-            "start": datetime.now().astimezone().isoformat(),
+            "start": time.time(),
         }
         digest = sha256_of(code)
         pushed = {"args": self.args, "code": digest, "last": former, "start": job["start"]}
         try:
-            answer = call_kernels(
-                self.api,
-                "save_kernel",
-                competition or "",
-                slug=self.kernel,
-                new_title=self.slug,
-                text=parcel.script(job, code),
-                language="python",
-                kernel_type="script",
-                is_private=True,
-                enable_gpu=True,
-                enable_internet=not wheels,
-                machine_shape="NvidiaTeslaT4",  # two of them
-                session_timeout_seconds=int(session),
-                competition_data_sources=[competition] if competition else [],
-                dataset_data_sources=[*mounts, *filter(None, [wheels])],
-                kernel_data_sources=[self.kernel] if former else [],
-            )
-        except KaggleError as error:
-            if not error.refused:  # it may run, which the next start will see
+            self.send(parcel.script(job, code), competition, int(session))
+        except BaseException as error:
+            if not getattr(error, "refused", False):  # it may run, which the next start will see
                 self.write_state(**pushed)
             raise
-        refuse_errors(answer)
         self.write_state(**pushed)
         print(
             f"Pushed: code {digest[:8]}, {(session - REST) / 3600:.1f} h for training, "
             f"{config['trainer']['devices']} processes with batches of "
             f"{data['init_args'].get('batch_size')} each."
         )
+
+    def send(self, script: str, competition: str | None, seconds: int) -> None:
+        mounts, wheels = self.options.mount, self.options.wheels
+        answer = call_kernels(
+            self.api,
+            "save_kernel",
+            competition or "",
+            slug=self.kernel,
+            new_title=self.slug,
+            text=script,
+            language="python",
+            kernel_type="script",
+            is_private=True,
+            enable_gpu=True,
+            enable_internet=not wheels,
+            machine_shape="NvidiaTeslaT4",  # two of them
+            session_timeout_seconds=seconds,
+            competition_data_sources=[competition] if competition else [],
+            dataset_data_sources=[*mounts, wheels] if wheels else mounts,
+            kernel_data_sources=[self.kernel] if self.state.get("last") else [],
+        )
+        kinds = ("dataset", "competition", "kernel")
+        unknown = [x for kind in kinds for x in getattr(answer, f"invalid_{kind}_sources") or []]
+        if answer.error or unknown:  # which come without an exception
+            said = "; ".join(filter(None, [answer.error, *(f"unknown: {x}" for x in unknown)]))
+            said = f"Kaggle did not take the script: {kaggle_client.clean(said)}"
+            raise KaggleError(said, f"{self.page} is as it was.", status=400)
 
     def session_seconds(self) -> float:
         """The longest session for which this week has GPU time left."""
@@ -261,7 +269,7 @@ class Remote:
                 with kaggle_client.quiet_client():
                     if (event := next(stream, None)) is None:
                         return
-                yield event
+                yield event if isinstance(event, dict) else {"data": event}
 
     def fetch(self) -> None:
         """Put what was left there into the run's folder, file by file, each whole.
@@ -273,7 +281,7 @@ class Remote:
             kaggle_client.persistently(lambda: self.download(temporary), PATIENCE)
             files = Path(temporary, "files")
             record = read_output(Path(temporary), files)
-            if record["start"] != self.state.get("start", record["start"]):
+            if record["start"] < self.state.get("start", 0.0):
                 raise UserError(
                     f"{self.page} still has what an earlier start left; run the same command again."
                 )
@@ -281,14 +289,15 @@ class Remote:
             if made.is_file():  # its paths are those of that machine
                 text = made.read_text().replace(record["folder"], self.folder.as_posix())
                 made.write_text(text)
+            state, status = {"args": self.args} | self.state, record["status"]
+            last = files / self.run.last_checkpoint.relative_to(self.folder)
+            coming = sha256(last) if last.is_file() else None
+            self.write_state(**state | {"coming": coming})  # should it end between two files
             for path in [path for path in files.rglob("*") if path.is_file()]:
                 target = self.folder / path.relative_to(files)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-        status = record["status"]
-        self.write_state(
-            **{"args": self.args} | self.state | {"status": status, "last": self.last()}
-        )
+        self.write_state(**state | {"status": status, "last": self.last()})
         if status == STOPPED:
             print(f"{self.folder}: its time was up; the same command goes on where it stopped.")
         elif status:
@@ -301,18 +310,12 @@ class Remote:
             print(f"The run is in {self.folder}\nNext: python {command} {self.folder}")
 
     def download(self, folder: str) -> None:
-        with kaggle_client.quiet_client():
-            names = f"^({re.escape(OUTPUT)}|{re.escape(RECORD)})$"
-            self.api.kernels_output(self.kernel, folder, names, force=True)
-
-
-def refuse_errors(answer: Any) -> None:
-    """Raise what is wrong with a push, which comes without an exception."""
-    kinds = ("dataset", "competition", "kernel")
-    unknown = [x for kind in kinds for x in getattr(answer, f"invalid_{kind}_sources") or []]
-    if wrong := [*filter(None, [answer.error]), *(f"unknown: {x}" for x in unknown)]:
-        said = kaggle_client.clean("; ".join(wrong))
-        raise UserError(f"Kaggle did not take the script: {said}")
+        names = f"^({re.escape(OUTPUT)}|{re.escape(RECORD)})$"
+        try:
+            with kaggle_client.quiet_client():
+                self.api.kernels_output(self.kernel, folder, names, force=True)
+        except OSError as error:
+            raise UserError(f"{folder} could not be written ({error.strerror}).") from None
 
 
 def sha256_of(content: bytes) -> str:
