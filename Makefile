@@ -37,7 +37,7 @@ kaggle-image: .venv/installed-dev $(IMAGE)/wheels
 
 $(IMAGE)/wheels: tests/kaggle_image.txt requirements.txt
 	$(PYTHON312) -m venv --clear $(IMAGE)
-	$(IMAGE)/bin/python -m pip install --quiet --progress-bar off -r tests/kaggle_image.txt
+	$(IMAGE)/bin/python -m pip install --quiet --no-compile --progress-bar off -r tests/kaggle_image.txt
 	$(IMAGE)/bin/python -m pip install --quiet --dry-run --report $(IMAGE)/lacking.json -r requirements.txt
 	$(IMAGE)/bin/python -c "import json; print(*(f'{x[\"metadata\"][\"name\"]}=={x[\"metadata\"][\"version\"]}' \
 	  for x in json.load(open('$(IMAGE)/lacking.json'))['install']), sep='\n')" > $(IMAGE)/lacking.txt
