@@ -28,7 +28,7 @@ INPUT = Path.cwd().parent / "input"
 def main(job: dict[str, Any]) -> None:
     """Train, and predict where there is something to hand in.
 
-    It ends well whatever train.py does, as Kaggle keeps no output of a script that fails.
+    It ends well whatever train.py does: of a script that fails, the output may not be kept.
 
     Args:
         job: ``args`` of train.py; ``run``, the config's and the run's name; the source that is
