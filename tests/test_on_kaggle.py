@@ -181,14 +181,17 @@ def test_a_start_that_failed_or_was_cancelled_is_pushed_again(
     assert len(kaggle.scripts) == 2
 
 
+@pytest.mark.parametrize("again", [False, True])
 def test_a_lost_answer_starts_no_second_session(
-    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+    again: bool, kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    kaggle.output = output_of({"config.yaml": b""}, status=143)
+    if again:
+        fit()
     kaggle.faults["SaveKernel"] = [Fault("reset", made="yes")]
     assert "Kaggle could not be reached" in refused(capsys)
-    kaggle.output = output_of({"config.yaml": b""})
     fit()
-    assert len(kaggle.scripts) == 1
+    assert len(kaggle.scripts) == 1 + again
 
 
 def test_trouble_on_the_way_is_waited_for(kaggle: KaggleServer) -> None:
