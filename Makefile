@@ -1,7 +1,9 @@
 # make demo   train, test, predict and check a submission on the embedded set
 # make test   the quick tests, shared by JOBS processes: `make test JOBS=4`
+# make kaggle-image  Kaggle's image, nearly (3 GB), and the script that train.py pushes there run in it
 # make check  all that .ci/run does: tests, lint, types, slow tests, tests on real data
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 JOBS ?= 2
 BIN := .venv/bin
 NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
@@ -11,7 +13,9 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 20000
 endif
 
-.PHONY: demo test check
+IMAGE := .kaggle
+
+.PHONY: demo test check kaggle-image
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -26,6 +30,18 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+kaggle-image: .venv/installed-dev $(IMAGE)/wheels
+	KAGGLE_IMAGE=$(IMAGE) KAGGLE_WHEELS=$(IMAGE)/wheels \
+	  $(BIN)/python -m pytest tests/test_kaggle_kernel.py -m slow -k runs_as_it_is
+
+$(IMAGE)/wheels: tests/kaggle_image.txt requirements.txt
+	$(PYTHON312) -m venv --clear $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet --no-compile --progress-bar off -r tests/kaggle_image.txt
+	$(IMAGE)/bin/python -m pip install --quiet --dry-run --report $(IMAGE)/lacking.json -r requirements.txt
+	$(IMAGE)/bin/python -c "import json; print(*(f'{x[\"metadata\"][\"name\"]}=={x[\"metadata\"][\"version\"]}' \
+	  for x in json.load(open('$(IMAGE)/lacking.json'))['install']), sep='\n')" > $(IMAGE)/lacking.txt
+	$(IMAGE)/bin/python -m pip download --quiet --no-deps -d $@ -r $(IMAGE)/lacking.txt
 
 check: .venv/installed-dev
 	.ci/run

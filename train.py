@@ -13,8 +13,11 @@ def main(args: list[str] | None = None) -> None:
     if not {"-h", "--help"}.isdisjoint(args):
         print(HELP.read_text(), end="")
         sys.exit()
-    limit_spinning()
-    from pipeline.cli import run
+    if any(arg.partition("=")[0] == "--on" for arg in args):
+        from pipeline.kaggle.remote import run  # the work is elsewhere: no torch here
+    else:
+        limit_spinning()
+        from pipeline.cli import run
 
     run(args)
 

@@ -168,11 +168,11 @@ def episodes(run: Path) -> list[dict[str, Any]]:
         if spans and start - spans[-1][1] <= CONFIRM:
             start = spans.pop()[0]
         spans.append((start, end))
-    spans.sort(key=lambda span: -np.max(loss[slice(*span)]))
+    spans.sort(key=lambda span: -np.max(loss[span[0] : span[1] + 1]))
     told: list[dict[str, Any]] = []
     for start, end in spans[:EPISODES]:
         entry: dict[str, Any] = {"step": int(rows["step"].iloc[start])}
-        entry["height"] = float(np.max(loss[start:end]))
+        entry["height"] = float(np.max(loss[start : end + 1]))
         try:
             report = ask(run, entry["step"])
         except UserError as error:

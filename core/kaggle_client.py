@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
@@ -28,7 +29,8 @@ from core.telling import visible
 if TYPE_CHECKING:  # importing the client logs in, so that waits until an account is asked for
     from kaggle.api.kaggle_api_extended import KaggleApi
 
-TOKEN_PAGE = "https://www.kaggle.com/settings/api"
+SETTINGS_PAGE = "https://www.kaggle.com/settings"
+TOKEN_PAGE = f"{SETTINGS_PAGE}/api"
 VARIABLES = ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN")
 TIMEOUT = (20.0, 60.0)  # seconds until a connection stands, and between two parts of an answer
 UPLOAD_SECONDS = 60.0  # how long an upload is tried again
@@ -191,15 +193,27 @@ def read_result(submission: Any) -> Result:
 
 def call(api: "KaggleApi", method: str, competition: str = "", **fields: Any) -> Any:
     """Ask the competitions' service of the client."""
+    if competition:
+        fields["competition_name"] = competition
     with quiet_client(competition), api.build_kaggle_client() as client:
         from kagglesdk.competitions.types import competition_api_service as types
 
-        request = getattr(types, f"Api{method.title().replace('_', '')}Request")()
-        for name, value in fields.items():
-            setattr(request, name, value)
-        if competition:
-            request.competition_name = competition
-        return getattr(client.competitions.competition_api_client, method)(request)
+        return ask(client.competitions.competition_api_client, types, method, fields)
+
+
+def call_kernels(api: "KaggleApi", method: str, competition: str = "", **fields: Any) -> Any:
+    """Ask the service of scripts and notebooks, of which one may use a competition's data."""
+    with quiet_client(competition), api.build_kaggle_client() as client:
+        from kagglesdk.kernels.types import kernels_api_service as types
+
+        return ask(client.kernels.kernels_api_client, types, method, fields)
+
+
+def ask(service: Any, types: ModuleType, method: str, fields: dict[str, Any]) -> Any:
+    request = getattr(types, f"Api{method.title().replace('_', '')}Request")()
+    for name, value in fields.items():
+        setattr(request, name, value)
+    return getattr(service, method)(request)
 
 
 def persistently(once: Callable[[], T], seconds: float) -> T:
@@ -332,9 +346,11 @@ def refusal(said: str, response: requests.Response, competition: str) -> KaggleE
     status, pause = response.status_code, None
     if status == 401:
         remedy = f"make a new token at {TOKEN_PAGE} and log in again."
+    elif status == 403 and not competition:
+        remedy = f"GPUs and the network ask for a verified phone number: {SETTINGS_PAGE}."
     elif status == 403:
         remedy = f"accept the competition's rules in the browser at {page}/rules, then try again."
-    elif status == 404:
+    elif status == 404 and competition:
         remedy = f"is {competition!r} the last part of the competition's address, {page}?"
     elif status == 429:
         header = response.headers.get("Retry-After", "")
@@ -342,6 +358,8 @@ def refusal(said: str, response: requests.Response, competition: str) -> KaggleE
         remedy = f"run the same command again in {pause:.0f} seconds."
     elif status >= 500:
         remedy = "Kaggle has trouble; run the same command again in a few minutes."
+    elif not competition:
+        remedy = f"see {SETTINGS_PAGE}."
     else:  # 400 is the daily limit, or whatever else the server's words say
         remedy = f"the limits and the deadline are at {page}."
     return KaggleError(f"Kaggle refused ({status}): {said}", remedy, status, pause)

@@ -6,17 +6,19 @@ the one that hands out the tests reads this file too, before it starts the other
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     from kaggle_place import Refusal
@@ -234,6 +236,26 @@ def kaggle(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KaggleS
         yield server
     for path in workplace.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture
+def quick_push(
+    request: pytest.FixtureRequest, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments are read in this process, where PyTorch is loaded already; not in slow tests."""
+    import train
+    from pipeline.kaggle import parcel, remote
+
+    def resolve(args: list[str], code: bytes) -> dict[str, Any]:
+        printed = io.StringIO()
+        with redirect_stdout(printed), suppress(SystemExit), chdir(parcel.ROOT):
+            train.main([*args, "--print_config"])
+        return dict(yaml.safe_load(printed.getvalue()))
+
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(parcel, "resolve", resolve)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "PATIENCE", 0.05)
 
 
 @pytest.fixture

@@ -17,6 +17,10 @@ from urllib.parse import urlsplit
 
 USERNAME = "tester"
 KEY = "0123456789abcdef-this-key-must-never-be-seen"
+NOTEBOOKS = {
+    *("GetAcceleratorQuotaStatistics", "SaveKernel"),
+    *("GetKernelSessionStatus", "ListKernelSessionOutput"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ class KaggleServer(ThreadingHTTPServer):
         retry_after: Seconds, as the header of that name in every failure.
         verdicts: What each question for scores is answered with; the last one stays.
         archive: The bytes of the competition's zip file.
+        scripts: What was pushed to be run.
+        push_answer: What comes with the answer to a push.
+        quota: Hours of GPU time that are used, of 30.
+        statuses: How the script does, each time it is asked for; the last one stays.
+        log: What the script prints, event by event.
+        output: Files that it leaves; START in them is the time at which the newest was pushed.
     """
 
     def __init__(self) -> None:
@@ -72,6 +82,12 @@ class KaggleServer(ThreadingHTTPServer):
         self.retry_after = "7"
         self.verdicts = [{"status": "PENDING"}, {"status": "COMPLETE", "publicScore": "0.91230"}]
         self.archive = b""
+        self.scripts: list[dict[str, Any]] = []
+        self.push_answer: dict[str, Any] = {}
+        self.quota = 20.0
+        self.statuses = ["QUEUED", "RUNNING", "COMPLETE"]
+        self.log = ["Training\n"]
+        self.output: dict[str, bytes] = {}
         self.submissions: list[dict[str, Any]] = []
 
     @property
@@ -115,8 +131,27 @@ class KaggleServer(ThreadingHTTPServer):
         if method == "GetSubmission":
             found = [one for one in self.submissions if one["ref"] == request["ref"]]
             return found[0] | self.verdict()
+        if method in NOTEBOOKS:
+            return self.notebook(method, request)
         assert method == "ListSubmissions", method
         return self.page(int(request.get("pageToken") or 0), request.get("pageSize", 20))
+
+    def notebook(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
+        if method == "GetAcceleratorQuotaStatistics":
+            gpu = {"timeUsed": f"{self.quota * 3600:.0f}s", "totalTimeAllowed": "108000s"}
+            return {"quotaRefreshTime": "2026-12-05T00:00:00Z", "gpuQuota": gpu}
+        if method == "SaveKernel":
+            self.scripts.append(request)
+            return {"versionNumber": len(self.scripts), **self.push_answer}
+        if not self.scripts:
+            return {"code": 404, "message": "Not found"}
+        if method == "GetKernelSessionStatus":
+            status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+            return {"status": status, "failureMessage": "Out of memory" * (status == "ERROR")}
+        names, page = sorted(self.output), int(request.get("pageToken") or 0)
+        files = [{"url": f"http://localhost/storage/{x}", "fileName": x} for x in names]
+        more = str(page + 1) if page + 1 < len(names) else ""
+        return {"files": files[page : page + 1], "nextPageToken": more}
 
     def make(self, request: dict[str, Any]) -> int:
         ref = 4711 + len(self.submissions)
@@ -164,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
                 elif fault.made == "late":
                     self.server.late.append((time.monotonic(), request))
             if fault is None:
-                self.reply(200, json.dumps(answer).encode(), "application/json")
+                self.reply(answer.get("code", 200), json.dumps(answer).encode(), "application/json")
             else:
                 self.fail(fault)
 
@@ -205,8 +240,22 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def do_GET(self) -> None:
-        if self.begin("GET"):
-            self.reply(200, self.server.archive, "application/zip")
+        path = urlsplit(self.path).path
+        if not self.begin("GET"):
+            return
+        if "/logs/stream/" in path and self.server.statuses[0] != "COMPLETE":
+            events = [f"data: {json.dumps({'data': text})}\n\n" for text in self.server.log]
+            body = "".join([*events, "data: END_OF_LOG\n\n"]).encode()
+            self.reply(200, body, "text/event-stream")
+        elif "/logs/stream/" in path:
+            body = json.dumps([{"data": text} for text in self.server.log]).encode()
+            self.reply(200, body, "application/json")
+        else:
+            content = self.server.output.get(path.rpartition("/")[2], self.server.archive)
+            if b"START" in content:
+                job = self.server.scripts[-1]["text"].rpartition("'start': ")[2]
+                content = content.replace(b"START", job.partition("}")[0].encode())
+            self.reply(200, content, "application/zip")
 
     def begin(self, method: str) -> str:
         """Note the call and read its body; an empty string if the call has been made to fail."""

@@ -15,7 +15,9 @@ def imported(module: str) -> set[str]:
     return set(done.stdout.decode().split())
 
 
-@pytest.mark.parametrize("module", ["train", "predict", "submit", "study", "spikes"])
+@pytest.mark.parametrize(
+    "module", ["train", "predict", "submit", "study", "spikes", "pipeline.kaggle.remote"]
+)
 def test_commands_read_their_arguments_before_pytorch_is_loaded(module: str) -> None:
     """``predict.py --help`` took eight seconds. OpenMP's settings are read with PyTorch, too."""
     assert imported(module).isdisjoint({"torch", "lightning", *HEAVY})
