@@ -26,8 +26,8 @@ from core.locks import locked
 from core.provenance import provenance
 from core.runs import is_file
 from core.telling import Telling
-from pipeline import out_of_fold
 from pipeline.loading import Member
+from pipeline.studies import out_of_fold
 from pipeline.trainer import equip, quiet_libraries
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
