@@ -99,7 +99,7 @@ def refuse_val_size(config: Namespace, typed: list[str]) -> None:
         UserError: ``val_size`` is typed, or one file sets both.
     """
     said = [{"folds", *(flag.partition("=")[0].rpartition(".")[2] for flag in typed)}]
-    for path in config.config or []:
+    for path in filter(None, config.config or []):  # None: of a run, as text
         settings = (yaml.safe_load(path.get_content()).get("data") or {}).get("init_args") or {}
         said.append({name for name, value in settings.items() if value})
     if any({"folds", "val_size"} <= names for names in said):
