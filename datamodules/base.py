@@ -138,8 +138,7 @@ class BaseDataModule(LightningDataModule):
         if self.folds:
             fold_of = assign_folds(tensors[-2], self.folds, self.copies)
             self.split_digest = split_digest(self.ids, tensors[-2], fold_of)
-            is_val = fold_of.eq(self.fold)
-            train, val = ~is_val, is_val
+            train, val = fold_of != self.fold, fold_of == self.fold
         else:
             train, val = self.split_by_size(len(tensors[-1]))
         return tuple(t[train] for t in tensors), tuple(t[val] for t in tensors)

@@ -80,9 +80,9 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> list[Predi
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return []
-    names, ranks = members[0].model.outputs, range(trainer.world_size)
+    names = members[0].model.outputs
     return [
-        assemble([folder / part_name(number, rank) for rank in ranks], names)
+        assemble([folder / part_name(number, rank) for rank in range(trainer.world_size)], names)
         for number in range(len(members))
     ]
 
