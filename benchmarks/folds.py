@@ -1,7 +1,8 @@
 """Five folds against five seeds, alone and averaged, on the test set.
 
     python -m benchmarks.folds --val_size 1556
-    python -m benchmarks.folds --config cifar10_cpu --cut data --val_size 800 --data.batch_size=200
+    python -m benchmarks.folds --config cifar10_cpu --cut data --val_size 800 \\
+        --data.batch_size=200 --trainer.max_epochs=2
 
 Each run trains on four fifths: of a fold, or of what ``--val_size`` leaves a seed. ``--cut`` takes
 800 images of each batch of CIFAR-10 below that folder, and 2,000 of its test batch. Flags that are
@@ -24,6 +25,7 @@ from pipeline.kaggle.prediction_file import wilson_interval
 from pipeline.loading import Member
 from pipeline.prediction import average, predict, predict_out_of_fold
 from pipeline.studies.out_of_fold import save
+from pipeline.trainer import quiet_libraries
 
 NUMBERS = range(5)
 SIZES = {f"data_batch_{number}": 800 for number in range(1, 6)} | {"test_batch": 2000}
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--cut", type=Path, metavar="DIR", help="holds cifar-10-batches-py")
     parser.add_argument("--score", action="store_true", help="score the runs that are there")
     options, flags = parser.parse_known_args()
+    quiet_libraries()
     folder = ROOT / options.config
     if options.cut:
         cut(options.cut / "cifar-10-batches-py", folder / "cut" / "cifar-10-batches-py")
