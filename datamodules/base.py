@@ -119,10 +119,10 @@ class BaseDataModule(LightningDataModule):
         else:
             self.splits["predict"] = self.read_predict()
 
-    def held_out(self) -> Self:
-        """A copy that predicts the validation part, by the numbers of its samples."""
+    def held_out(self, folds: int, fold: int) -> Self:
+        """A copy that predicts the samples of a fold, by their numbers."""
         part = copy(self)
-        part.splits = {}
+        part.splits, part.folds, part.fold = {}, folds, fold
         part.predicts_val = True
         return part
 

@@ -78,6 +78,12 @@ class Member:
         """Digest of the folds that it was trained with; empty without folds."""
         return self.checkpoint.get("split", "")
 
+    @property
+    def folds(self) -> tuple[int, int]:
+        """How many these are, and the one that it held out."""
+        settings = self.config["data"]["init_args"]
+        return settings.get("folds") or 0, settings.get("fold") or 0
+
     def describe(self) -> dict[str, Any]:
         accuracy = self.checkpoint["metrics"].get("val/accuracy")
         val_size = self.config["data"]["init_args"]["val_size"]

@@ -117,7 +117,7 @@ def predict_out_of_fold(
         return None
     try:
         out_of_fold.refuse_overlap(members)
-        held_out = [replace(member, data=member.data.held_out()) for member in members]
+        held_out = [replace(m, data=m.data.held_out(*m.folds)) for m in members]
         predictions = predict(trainer, held_out, folder)
         return out_of_fold.join(held_out, predictions) if trainer.is_global_zero else None
     except UserError as error:

@@ -25,7 +25,7 @@ def refuse_overlap(members: Sequence[Member]) -> None:
     """
     of_fold: dict[int, Path] = {}
     for member in members:
-        name, fold = member.source, member.data.fold
+        name, (_, fold) = member.source, member.folds
         if not member.split:
             raise UserError(f"{name} was trained without folds.")
         if member.split != members[0].split:
@@ -35,7 +35,7 @@ def refuse_overlap(members: Sequence[Member]) -> None:
         if fold in of_fold:
             raise UserError(f"{of_fold[fold]} and {name} both hold out fold {fold}.")
         of_fold[fold] = name
-    folds = range(members[0].data.folds or 0)
+    folds = range(members[0].folds[0])
     if missing := [str(fold) for fold in folds if fold not in of_fold]:
         raise UserError(f"no run holds out fold {', '.join(missing)} of {len(folds)}.")
 
