@@ -43,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="default: RUN/submission.csv, predictions.csv (photos, names) or .txt (lines)",
+        help="default: submission.csv, predictions.csv (photos, names) or .txt (lines) in RUN, "
+        "of several runs beside them",
     )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument(
@@ -74,13 +75,13 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--devices must be a number of processes, or auto, got {options.devices}.")
     if unknown := [a for a in overrides if not SETTING.match(a)]:
         raise UserError(f"unknown argument {unknown[0]}; see predict.py --help.")
-    if options.output is None and len(options.runs) > 1:
-        raise UserError("several runs make one file: name it with --output FILE.")
     if options.output and options.output.suffix in (".json", ".npz"):
         raise UserError(
             f"--output {options.output}: beside the predictions lie {options.output.stem}.npz and "
             f"{options.output.stem}.json, which would take their place; choose another ending."
         )
+    if options.output and options.output.stem == "oof":
+        raise UserError(f"--output {options.output}: oof.npz is for folds; choose another name.")
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
     if options.n_best is not None:

@@ -112,6 +112,8 @@ def show(prediction: Prediction, table: sample_file.Table, message: str) -> None
         print(f"note: of its labels only the type is checked, that of {prediction.sample}.")
     for member in prediction.members:
         print(member)
+    if prediction.all_folds:
+        print(prediction.all_folds)
     fractions = any(map(sample_file.is_fraction, table.labels))
     content = ranges(table) if fractions else histogram(table, prediction.labels or ())
     Console(markup=False, highlight=False).print(content)
@@ -151,12 +153,13 @@ def show_records(records: list[Record]) -> None:
     for name in ("sent", "run or file", "competition", "ref", "validation", "public", "status"):
         table.add_column(name, overflow="fold", no_wrap=name not in ("run or file", "status"))
     for record in records:
+        folds = " out-of-fold" if record.val_accuracy and " + " in record.run else ""
         cells = (
             record.minute,
             record.run or record.file,
             record.competition,
             record.ref,
-            record.val_accuracy,
+            record.val_accuracy + folds,  # of other ensembles it is not known
             record.public_score,
             f"{record.status} {record.error}".strip(),
         )

@@ -25,6 +25,7 @@ OF_TRAINING: dict[str, type] = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
+OF_FOLDS: dict[str, type] = {"split": str, "val_samples": int}
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._+=-]{1,100}")
 
 
@@ -188,7 +189,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path} carries no configuration; only runs of train.py can be used.")
-    for name, kind in OF_TRAINING.items():
+    for name, kind in (OF_TRAINING | OF_FOLDS).items():
         if not isinstance(checkpoint.get(name, kind()), kind):
             raise UserError(f"{path} is not whole: its {name} is of another kind.")
     if not all(isinstance(state, dict) for state in checkpoint.get("callbacks", {}).values()):

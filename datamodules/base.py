@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import LightningDataModule
@@ -12,6 +12,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.submission import Submission
 from datamodules.exclusion import are_left_in, say_left_out
+from datamodules.folds import assign_folds, check_folds, split_digest
 from datamodules.loaders.resident import ResidentLoader, SampleId, Stage
 
 IGNORED = -100  # target of a step that counts for nothing, such as padding; a loss leaves it out
@@ -33,9 +34,13 @@ class BaseDataModule(LightningDataModule):
         val_size: Training samples kept for validation by one fixed split; 0 trains on all of them.
         exclude: Text file of samples that are not trained on, an id a line, as ``spikes.jsonl``
             names them; the splits stay as they are. In the record of a run, the ids themselves.
+        folds: Number of parts of the labelled samples, each with the same share of every class, of
+            which one takes the place of ``val_size``.
+        fold: The part for validation, counted from 0.
     """
 
     class_names: tuple[str, ...]
+    copies = 1  # training samples side by side that are made of one original
     competition: str | None = None  # Kaggle's name of the competition these predictions are for
 
     def __init__(
@@ -45,6 +50,8 @@ class BaseDataModule(LightningDataModule):
         eval_batch_size: int = 1000,
         val_size: int = 0,
         exclude: str | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -55,18 +62,28 @@ class BaseDataModule(LightningDataModule):
         self.data_dir = Path(data_dir)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
+        check_folds(folds, fold)
+        self.folds = folds
+        self.fold = fold or 0
+        self.val_size = 0 if folds else val_size
         self.exclude = exclude
         self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
         self.splits: dict[str, Tensors] = {}
         self._train_loader: ResidentLoader | None = None
-        if val_size == 0:  # an empty loader would be warned of; no loader means no validation
+        if not self.validates:  # an empty loader would be warned of
             setattr(self, "val_dataloader", None)  # noqa: B010  a method, to the type checker
         # with more processes than batches to predict, some have none, which Lightning would refuse
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.digest = ""  # SHA-256 of what the last stage read, for the records
         self.ids: Sequence[SampleId] = ()  # of what was read; where nothing sets them, its numbers
         self.train_ids: list[SampleId] = []  # of the training part; none if it is drawn anew
+        self.split_digest = ""  # of all folds, see `folds`
+        self.predicts_val = False  # see `held_out`
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation part."""
+        return bool(self.val_size or self.folds)
 
     @property
     def num_classes(self) -> int:
@@ -90,27 +107,49 @@ class BaseDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate"):
-            read = self.read_train()
-            numbers = torch.arange(len(read[-1]))
-            train, val = self.split((*read, numbers))  # which sample is which stays known
-            ids = self.ids or range(len(numbers))
-            parts = self.left_in(self.training_parts(train), ids)
-            self.train_ids = [ids[i] for p in parts.values() for i in p[-1].tolist()]
+            train, val = self.read_parts()
+            parts = self.left_in(self.training_parts(train), self.ids)
+            self.train_ids = [self.ids[i] for p in parts.values() for i in p[-1].tolist()]
             self.splits |= {name: p[:-1] for name, p in (parts | {"val": val}).items()}
             self._train_loader = None
         elif stage == "test":
             self.splits["test"] = self.read_test()
+        elif self.predicts_val:
+            _, (*inputs, target, numbers) = self.read_parts()
+            self.splits |= {"val": (*inputs, target), "predict": (*inputs, numbers)}
         else:
             self.splits["predict"] = self.read_predict()
 
+    def held_out(self, folds: int, fold: int) -> Self:
+        """A copy that predicts the samples of a fold, by their numbers."""
+        part = copy(self)
+        part.splits, part.folds, part.fold = {}, folds, fold
+        part.predicts_val = True
+        return part
+
+    def read_parts(self) -> tuple[Tensors, Tensors]:
+        """The training and the validation part, and last which sample is which, by its number."""
+        read = self.read_train()
+        numbers = torch.arange(len(read[-1]))
+        self.ids = self.ids or range(len(numbers))
+        return self.split((*read, numbers))
+
     def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """The training and the validation part, by a split that no seed changes."""
-        samples = len(tensors[-1])
+        """The training and the validation part of tensors (N, ...), behind the targets numbers."""
+        if self.folds:
+            fold_of = assign_folds(tensors[-2], self.folds, self.copies)
+            self.split_digest = split_digest(self.ids, tensors[-2], fold_of)
+            train, val = fold_of != self.fold, fold_of == self.fold
+        else:
+            train, val = self.split_by_size(len(tensors[-1]))
+        return tuple(t[train] for t in tensors), tuple(t[val] for t in tensors)
+
+    def split_by_size(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Numbers of training and of ``val_size`` validation samples, which no seed changes."""
         if self.val_size >= samples:
             raise UserError(f"val_size is {self.val_size}, but there are {samples} samples in all.")
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-        cut = samples - self.val_size
-        return tuple(t[order[:cut]] for t in tensors), tuple(t[order[cut:]] for t in tensors)
+        return order[: samples - self.val_size], order[samples - self.val_size :]
 
     def training_parts(self, train: Tensors) -> dict[str, Tensors]:
         """Hook: what of the training part is trained on, by split; last are sample numbers."""

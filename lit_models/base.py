@@ -285,9 +285,18 @@ class LitModel(LightningModule):
         checkpoint["metrics"] = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
         checkpoint["samples_per_step"] = self.samples_per_step
         checkpoint["data_digest"] = self.data.digest
+        if self.data.split_digest:
+            checkpoint["split"] = self.data.split_digest
+            checkpoint["val_samples"] = len(self.data.splits["val"][-1])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = max(0, checkpoint["global_step"] - 1)  # steps are counted from 0
+        split = self.data.split_digest  # empty in a test, which reads other samples
+        if split and split != checkpoint.get("split"):
+            raise UserError(
+                "the run was trained with other folds than its data have now: samples have come, "
+                "gone or changed their class; restore them, or train a new run."
+            )
         if self.trainer.state.fn != "fit":
             return
         self.continued = True

@@ -35,7 +35,7 @@ from pipeline.arguments import SUBCOMMANDS, arrange
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
-from pipeline.refusals import KnownMonitors, refuse_settings
+from pipeline.refusals import KnownMonitors, refuse_settings, refuse_val_size
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
 from pipeline.trainer import equip, quiet_libraries, settle
 
@@ -56,7 +56,8 @@ class CLI(LightningCLI):
         self.typed = typed
         self.telling = telling
         self.held = held
-        super().__init__(args=arrange(typed), **options)
+        self.flags = arrange(typed)
+        super().__init__(args=self.flags, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -107,6 +108,9 @@ class CLI(LightningCLI):
         if (exclude := config.data.init_args.get("exclude")) is not None:
             # the ids go into the record: the file may change, and what was left out does not
             config.data.init_args.exclude = excluded_ids(exclude)
+        if config.data.init_args.get("folds") is not None:
+            refuse_val_size(config, self.flags)
+            config.data.init_args.val_size = 0
         trainer = config.trainer
         self.root = Path(trainer.default_root_dir or ROOT)
         settle(trainer)
@@ -288,7 +292,7 @@ class CLI(LightningCLI):
         count = sum(p.numel() for p in network.parameters())
         say = rank_zero_only(print)
         say(f"{type(network).__name__} with {count:,} parameters")
-        if self.datamodule.val_size == 0:
+        if not self.datamodule.validates:
             say("No validation part: the last checkpoint takes the place of the best.")
 
     def after_fit(self) -> None:

@@ -73,9 +73,21 @@ class Member:
             path if is_file else path.parents[1], path, checkpoint, config, built.model, built.data
         )
 
+    @property
+    def split(self) -> str:
+        """Digest of the folds that it was trained with; empty without folds."""
+        return self.checkpoint.get("split", "")
+
+    @property
+    def folds(self) -> tuple[int, int]:
+        """How many these are, and the one that it held out."""
+        settings = self.config["data"]["init_args"]
+        return settings.get("folds") or 0, settings.get("fold") or 0
+
     def describe(self) -> dict[str, Any]:
         accuracy = self.checkpoint["metrics"].get("val/accuracy")
         val_size = self.config["data"]["init_args"]["val_size"]
+        val_size = self.checkpoint.get("val_samples", val_size)  # of a fold
         counted = val_size if isinstance(val_size, int) else None  # not a share of them
         return {
             "run": str(self.source),

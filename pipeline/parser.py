@@ -116,6 +116,8 @@ def in_words(said: str, options: list[str]) -> str:
             "mean ", f"mean {match[2]}."
         )
         return f"{match[1]}there is no {match[2]}.{match[3]}{near}"
+    if match := re.search(r"(.*)Option 'folds?' is not accepted$", said):
+        return f"{match[1]}only a set of labelled samples that are always the same has folds"
     if match := re.search(r"(.*)Option '([\w.]+)' is not accepted$", said):
         near = nearest(match[2], names)
         return f"{match[1]}there is no {match[2]}{near}"

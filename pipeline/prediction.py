@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -16,19 +17,23 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import ProgressBar
 from core.errors import UserError
 from core.files import atomic_write, sha256
 from core.locks import locked
 from core.provenance import provenance
+from core.runs import is_file
 from core.telling import Telling
 from pipeline.loading import Member
+from pipeline.studies import out_of_fold
 from pipeline.trainer import equip, quiet_libraries
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 
 Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
+Predicted = tuple[np.ndarray, Outputs]  # ids (N,) in ascending order, and what was predicted
 
 
 class Parts(Callback):
@@ -61,16 +66,12 @@ class Parts(Callback):
                 yield [np.load(file) for _ in range(columns)]
 
 
-def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.ndarray, Outputs]:
-    """Ids (N,) in ascending order and what was predicted, averaged over the members.
+def predict(trainer: Trainer, members: list[Member], folder: Path) -> list[Predicted]:
+    """What each member predicts; the first process has it, the others have nothing.
 
     Every process writes its shares below ``folder``; the first one puts them together.
-
-    Raises:
-        UserError: The members did not predict the same samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = members[0].model.outputs
     for number, member in enumerate(members):
         with Parts(folder / part_name(number, trainer.global_rank)) as parts:
             trainer.callbacks.append(parts)  # type: ignore[attr-defined]
@@ -78,13 +79,21 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
             trainer.callbacks.remove(parts)  # type: ignore[attr-defined]
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
-        return np.empty(0), {}
-    # batch sizes may differ, and with them what a process had: only the whole can be averaged
-    predictions = [
+        return []
+    names = members[0].model.outputs
+    return [
         assemble([folder / part_name(number, rank) for rank in range(trainer.world_size)], names)
         for number in range(len(members))
     ]
-    ids = predictions[0][0]
+
+
+def average(members: list[Member], predictions: list[Predicted]) -> Predicted:
+    """The mean over the members; only of the whole, as batches and processes may differ.
+
+    Raises:
+        UserError: The members did not predict the same samples.
+    """
+    ids, first = predictions[0]
     for member, (others, _) in zip(members, predictions, strict=True):
         if member.data.digest != members[0].data.digest or not np.array_equal(ids, others):
             raise UserError(
@@ -93,16 +102,35 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> tuple[np.n
                 "or --data.NAME=VALUE (of photos also test_size and image_size)."
             )
     if len(members) == 1:
-        return ids, predictions[0][1]
-    return ids, {name: np.mean([outputs[name] for _, outputs in predictions], 0) for name in names}
+        return ids, first
+    return ids, {name: np.mean([outputs[name] for _, outputs in predictions], 0) for name in first}
+
+
+def predict_out_of_fold(
+    trainer: Trainer, members: list[Member], folder: Path
+) -> out_of_fold.Columns | None:
+    """What the runs of all folds predict of their own ones; a note says why there is none.
+
+    The average does without: it needs neither labelled samples nor all folds.
+    """
+    if len(members) == 1 or not any(member.split for member in members):
+        return None
+    try:
+        out_of_fold.refuse_overlap(members)
+        held_out = [replace(m, data=m.data.held_out(*m.folds)) for m in members]
+        predictions = predict(trainer, held_out, folder)
+        return out_of_fold.join(held_out, predictions) if trainer.is_global_zero else None
+    except UserError as error:
+        rank_zero_only(print)(f"note: no out-of-fold accuracy: {error}")
+        return None
 
 
 def part_name(number: int, rank: int) -> str:
     return f"member{number}-rank{rank}"
 
 
-def assemble(parts: list[Path], names: tuple[str, ...]) -> tuple[np.ndarray, Outputs]:
-    """Ids (N,) in ascending order and the outputs of one member, from all processes."""
+def assemble(parts: list[Path], names: tuple[str, ...]) -> Predicted:
+    """What one member predicts, from all processes."""
     batches = [batch for path in parts for batch in Parts.read(path, 1 + len(names))]
     ids, *columns = (np.concatenate(column) for column in zip(*batches, strict=True))
     whole: Outputs = dict(zip(names, columns, strict=True))
@@ -112,15 +140,17 @@ def assemble(parts: list[Path], names: tuple[str, ...]) -> tuple[np.ndarray, Out
     return ids[order], {name: output[order] for name, output in whole.items()}
 
 
-def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path) -> None:
+def write(
+    members: list[Member], predicted: Predicted, output: Path, oof: out_of_fold.Columns | None
+) -> None:
     """The predictions, what they were chosen from, and the record of where they came from."""
-    data = members[0].data
+    data, (ids, outputs) = members[0].data, predicted
     submission = data.submission()
     submission.check(*outputs.values())
     with atomic_write(output.with_suffix(".npz")) as file:
         np.savez(file, ids=ids, **outputs, classes=np.array(data.class_names))
     submission.write_predictions(output, ids, *outputs.values())
-    record = {
+    record: dict[str, Any] = {
         "csv": output.name,
         "sha256": sha256(output),
         "rows": submission.count(ids),
@@ -134,6 +164,8 @@ def write(members: list[Member], ids: np.ndarray, outputs: Outputs, output: Path
         **provenance(),
         "runs": [member.describe() for member in members],
     }
+    if oof:
+        record["out_of_fold"] = out_of_fold.save(output.with_name("oof.npz"), oof, data.class_names)
     with atomic_write(output.with_suffix(".json"), "w") as file:
         json.dump(record, file, indent=2)
         file.write("\n")
@@ -172,6 +204,16 @@ def refuse_mixed(members: list[Member], precision: str | None) -> None:
         raise UserError(f"these runs were trained in {named}; choose one with --precision.")
 
 
+def leave_out_others(given: list[str]) -> list[str]:
+    """Of all that lies in a folder (``runs/STUDY/*``) the runs, without such as its report."""
+    there = {name: Path(name) for name in given if not name.endswith(".ckpt")}
+    others = [n for n, path in there.items() if path.exists() and not is_file(path / "config.yaml")]
+    if len(others) in (0, len(given)):
+        return given
+    rank_zero_only(print)(f"note: left out, as they are no runs: {', '.join(others)}")
+    return [name for name in given if name not in others]
+
+
 def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:
     """Do what ``predict.py`` is asked for.
 
@@ -189,7 +231,7 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         sys.path.append(os.getcwd())  # where an own network may be
     members = [
         Member.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
-        for run in options.runs
+        for run in leave_out_others(options.runs)
     ]
     refuse_mixed(members, options.precision)
     told = not options.json  # standard output is for the objects alone
@@ -206,9 +248,11 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         enable_model_summary=False,
     )
     equip(trainer, telling, termination=False)
-    single = members[0].source
+    single, several = members[0].source, len(members) > 1
     submission = members[0].data.submission()
-    folder = single.parent if single.is_file() else single
+    folder = single.parent if single.is_file() or several else single
+    if options.output is None and any(member.source.parent != folder for member in members[1:]):
+        raise UserError("several runs make one file: name it with --output FILE.")
     output = options.output or folder / submission.filename
     if submission.sendable and output.suffix != ".csv":
         raise UserError(f"--output {output}: submit.py takes .csv files alone; name it so.")
@@ -224,13 +268,14 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         if trainer.is_global_zero:
             held.enter_context(locked(parts / "lock", output, busy))
             held.callback(shutil.rmtree, parts, ignore_errors=True)
-        ids, outputs = predict(trainer, members, parts)
+        predictions = predict(trainer, members, parts)
+        oof = predict_out_of_fold(trainer, members, parts / "out_of_fold")
         if not trainer.is_global_zero:
             return
-        write(members, ids, outputs, output)
+        write(members, average(members, predictions), output, oof)
         if told:
-            count = members[0].data.submission().count(ids)
+            count = members[0].data.submission().count(predictions[0][0])
             print(f"{count:,} predictions in {output}")
         if submission.sendable:
-            target = single if single.is_dir() and options.output is None else output
+            target = single if output.parent == single and options.output is None else output
             print(f"Next: python submit.py {shlex.quote(str(target))} --dry_run")

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -87,6 +88,24 @@ def refuse_sharding(strategy: Namespace | str) -> None:
         )
 
 
+def refuse_val_size(config: Namespace, typed: list[str]) -> None:
+    """Refuse folds beside a ``val_size``, whose place they take.
+
+    Args:
+        config: A whole configuration that has folds.
+        typed: The flags.
+
+    Raises:
+        UserError: ``val_size`` is typed, or one file sets both.
+    """
+    said = [{"folds", *(flag.partition("=")[0].rpartition(".")[2] for flag in typed)}]
+    for path in filter(None, config.config or []):  # None: of a run, as text
+        settings = (yaml.safe_load(path.get_content()).get("data") or {}).get("init_args") or {}
+        said.append({name for name, value in settings.items() if value})
+    if any({"folds", "val_size"} <= names for names in said):
+        raise UserError("folds and val_size both choose what is for validation; leave one out.")
+
+
 class KnownMonitors(Callback):
     """A metric that nothing measures is refused before training, not after its first epoch."""
 
@@ -95,7 +114,7 @@ class KnownMonitors(Callback):
             self.check(trainer, set(trainer.callback_metrics))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.datamodule.val_size == 0:  # type: ignore[attr-defined]
+        if not trainer.datamodule.validates:  # type: ignore[attr-defined]
             self.check(trainer, set())
 
     def check(self, trainer: Trainer, measured: set[str]) -> None:

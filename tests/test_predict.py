@@ -223,7 +223,8 @@ def test_mistakes_are_told_in_one_sentence(
 ) -> None:
     assert "none is not a run folder" in sentence(capsys, "none")
     assert "none.ckpt does not exist" in sentence(capsys, "none.ckpt")
-    assert "several runs make one file" in sentence(capsys, run, run)
+    shutil.copytree(run, "runs/elsewhere/first")
+    assert "several runs make one file" in sentence(capsys, run, "runs/elsewhere/first")
     assert "unknown argument --foo" in sentence(capsys, run, "--foo=3")
     assert "there is no images" in sentence(capsys, run, "--images=photos")
     assert "there is no foo" in sentence(capsys, run, "--data.foo=3")

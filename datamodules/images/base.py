@@ -65,6 +65,9 @@ class ImageDataModule(BaseDataModule):
             names them; the splits and ``train_fraction`` choose as if they were there.
         unlabelled: Images without label in a training batch for each labelled one, from what
             ``train_fraction`` leaves out, for a model that learns from them (``LitFixMatch``).
+        folds: Number of parts of the labelled images, each with the same share of every class, of
+            which one takes the place of ``val_size``.
+        fold: The part for validation, counted from 0.
 
     Attributes:
         unlabelled_loader: Makes the loader of labelled and unlabelled images, if the model has put
@@ -99,8 +102,10 @@ class ImageDataModule(BaseDataModule):
         epoch_size: int | None = None,
         unlabelled: int = 0,
         exclude: str | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude)
+        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude, folds, fold)
         if not 0 < train_fraction <= 1:
             raise UserError(
                 f"train_fraction must be above 0 and at most 1, got {train_fraction}; 1 trains on "

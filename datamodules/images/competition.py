@@ -110,7 +110,8 @@ class CompetitionDataModule(ImageDataModule):
 
             if kaggle_client.has_credentials():
                 kaggle_client.download_competition(self.competition, self.folder)
-        split = "test" if self.trainer is not None and self.trainer.predicting else "train"
+        predicting = self.trainer is not None and self.trainer.predicting
+        split = "test" if predicting and not self.predicts_val else "train"
         self.prepared = {split: self.read(split)}  # what setup in this process asks for next
 
     def read(self, split: str) -> Part:

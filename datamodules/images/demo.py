@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.errors import UserError
 from core.sample_file import SampledSubmission
@@ -36,6 +37,7 @@ class DemoDataModule(ImageDataModule):
     """
 
     class_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    copies = COPIES
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class DemoDataModule(ImageDataModule):
 
     def read_train(self) -> Tensors:
         originals, targets = handwriting()
-        # the drawings of an original lie side by side, which `split` relies on
+        # the drawings of an original lie side by side, which splits rely on
         drawn = np.arange(len(originals) - HELD_OUT).repeat(COPIES)
         return self.drawings(originals[drawn], targets[drawn], seed=0)
 
@@ -74,20 +76,19 @@ class DemoDataModule(ImageDataModule):
         self.digest = hashlib.sha256(images.data).hexdigest()
         return torch.from_numpy(images), torch.from_numpy(targets)
 
-    def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """The training and the validation part, by a split that no seed changes.
+    def split_by_size(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Numbers of training and validation images, which no seed changes.
 
         The last images are for validation. Of an original that the cut would tear in two, the
         drawings before the cut are left out.
         """
-        samples = len(tensors[-1])
         cut = samples - self.val_size
         kept = cut - cut % COPIES
         if kept <= 0:
             raise UserError(
                 f"val_size is {self.val_size}, but there are {samples} training images in all."
             )
-        return tuple(t[:kept] for t in tensors), tuple(t[cut:] for t in tensors)
+        return torch.arange(kept), torch.arange(cut, samples)
 
 
 def linear_baseline() -> float:

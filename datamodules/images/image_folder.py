@@ -102,7 +102,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Decode, in one process, what the running stage needs."""
-        stage = "fit" if self.trainer is None else self.trainer.state.fn
+        stage = "fit" if self.trainer is None or self.predicts_val else self.trainer.state.fn
         if stage in ("fit", "validate"):
             self.photos("train")
             self.photos("val")
@@ -113,7 +113,7 @@ class ImageFolderDataModule(ImageDataModule):
         return self.photos("train").tensors
 
     def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """The training photos, and beside them those for validation."""
+        """The training photos and those for validation, which folds put together and divide."""
         train, photos = tensors, self.photos("val")
         val: Tensors = *photos.tensors, len(train[-1]) + torch.arange(len(photos.files))
         if not self.val_size:
@@ -123,7 +123,7 @@ class ImageFolderDataModule(ImageDataModule):
         # those for the test too, if they have been read
         parts = ("train", "val", *(("test",) if self.folders["test"] in self._photos else ()))
         self.ids = [name for part in parts for name in self.sample_names(part)]
-        return train, val
+        return super().split(train) if self.folds else (train, val)
 
     def sample_names(self, part: Part) -> list[str]:
         """Paths of the photos of one part below ``data_dir``."""

@@ -57,6 +57,9 @@ class LastNamesDataModule(BaseDataModule):
             name in that line of that file, as ``spikes.jsonl`` has it.
         class_names: The languages; null takes those that have a file. A checkpoint knows them, so
             that predicting needs no training names.
+        folds: Number of parts of the training names, each with the same share of every language, of
+            which one takes the place of ``val_size``.
+        fold: The part for validation, counted from 0.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class LastNamesDataModule(BaseDataModule):
         names_file: str | None = None,
         class_names: list[str] | None = None,
         exclude: str | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude)
+        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude, folds, fold)
         self.folder = self.data_dir / "names"
         self.balanced = balanced
         self.names = names

@@ -44,6 +44,7 @@ class Prediction:
     sample: Path
     labels: Sequence[str] | None  # None: nobody knows them
     members: list[Member]
+    all_folds: Member | None = None  # the members as one, on the samples that were out of fold
 
     @property
     def run(self) -> str:
@@ -52,7 +53,9 @@ class Prediction:
 
     @property
     def val_accuracy(self) -> float | None:
-        """Validation accuracy of the one run; that of an ensemble is not known."""
+        """Validation accuracy of the one run or of all folds; that of others is not known."""
+        if self.all_folds:
+            return self.all_folds.val_accuracy
         return self.members[0].val_accuracy if len(self.members) == 1 else None
 
     def describe(self, message: str | None) -> str:
@@ -96,6 +99,7 @@ def read_prediction(
     origin = path.with_suffix(".json")
     labels: Sequence[str] | None = None
     members: list[Member] = []
+    all_folds: Member | None = None
     competition = competition_name(competition) if competition is not None else None
     if origin.is_file():
         made = read_origin(origin)
@@ -106,6 +110,8 @@ def read_prediction(
             Member(run["run"], run["validation_accuracy"], run["validation_samples"])
             for run in made["runs"]
         ]
+        if found := made.get("out_of_fold"):
+            all_folds = Member("out of fold", found["accuracy"], found["samples"])
         if not made.get("sendable", True):
             raise UserError(
                 f"{path} is a table of photos and their labels, which no competition asks for; "
@@ -126,7 +132,7 @@ def read_prediction(
     labels = labels or KNOWN_LABELS.get(competition)
     if not sample.is_file():
         raise UserError(f"{sample} does not exist; name the competition's file: --sample FILE.")
-    return Prediction(path, digest, competition, sample, labels, members)
+    return Prediction(path, digest, competition, sample, labels, members, all_folds)
 
 
 def competition_name(name_or_address: str) -> str:
@@ -159,8 +165,10 @@ def read_origin(path: Path) -> dict[str, Any]:
         sendable = made.get("sendable", True)
         whole &= isinstance(made["labels"], list) and isinstance(made["runs"], list)
         whole &= isinstance(sendable, bool)
-        for run in made["runs"]:
-            samples, accuracy = run["validation_samples"], run["validation_accuracy"]
+        measured = [(x["validation_accuracy"], x["validation_samples"]) for x in made["runs"]]
+        if found := made.get("out_of_fold"):
+            measured.append((found["accuracy"], found["samples"]))
+        for accuracy, samples in measured:
             if sendable and accuracy is not None:
                 whole &= type(samples) is int and samples > 0
                 whole &= type(accuracy) is float and 0 <= accuracy <= 1
