@@ -22,7 +22,7 @@ from core.runs import Run, load_checkpoint
 from pipeline.why.again import Again, Course, Follow
 from pipeline.why.changes import Noise, OtherSamples, Rate
 from pipeline.why.control import Control, compare, repeat
-from pipeline.why.experiments import SHORT
+from pipeline.why.experiments import SHORT, Case
 from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
 from pipeline.why.trials import Tally
@@ -277,6 +277,24 @@ def test_a_spike_without_a_loss_is_what_the_monitor_sees() -> None:
     assert spike.is_in(Course(rows, spikes=[record_of(40, "buffer")]), 40, 50)
     assert not spike.is_in(Course(rows, spikes=[record_of(40, "gradient")]), 40, 50)
     assert not spike.is_in(Course(rows, spikes=[record_of(39, "buffer")]), 40, 50)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([1.0] * 10 + [20.0] * 10, (10, 20.0)),
+        ([2.0 - n / 20 for n in range(10)] + [6.2] * 10, (10, 4.0)),
+        ([n / 20 for n in range(1, 21)], None),  # a warm-up
+        ([0.01 * 1.6**n for n in range(20)], None),
+        ([1.0] * 20, None),
+    ],
+)
+def test_a_warm_up_is_no_jump_of_the_rate(
+    rates: list[float], expected: tuple[int, float] | None
+) -> None:
+    spike = Spike.of([record_of(15, "loss")], rows_of([1.0] * 15 + [9.0] * 10))
+    case = Case(spike, None, Course(rates=dict(enumerate(rates))), set())  # type: ignore[arg-type]
+    assert case.jump() == (expected and (expected[0], pytest.approx(expected[1])))
 
 
 def test_counts_are_compared_by_an_exact_test() -> None:

@@ -16,6 +16,7 @@ from pipeline.why.changes import Slot
 from pipeline.why.spike import Spike
 
 JUMP = 1.5  # times the rate of the step before
+RAMP = 3.0  # times what the rate grew by in the step before
 CLIPPED = "gradient norm at most "
 SHORT = f"second moment of the last {changes.MEMORY} steps"
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -163,11 +164,14 @@ class Case:
         return found
 
     def jump(self) -> tuple[int, float] | None:
-        """The last step before the peak whose rate is much larger than before, and how much."""
+        """The last step before the peak whose rate is much larger than before, and how much.
+
+        A warm-up, whose rate grows as much in each step, is none.
+        """
         rates = self.course.rates
-        for step in range(self.spike.peak, min(rates), -1):
-            before, now = rates.get(step - 1, 0.0), rates.get(step, 0.0)
-            if before > 0 and now > JUMP * before:
+        for step in range(self.spike.peak, min(rates) + 1, -1):
+            earlier, before, now = (rates.get(step - n, 0.0) for n in (2, 1, 0))
+            if before > 0 and now > JUMP * before and now - before > RAMP * (before - earlier):
                 return step, now / before
         return None
 
