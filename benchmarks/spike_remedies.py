@@ -136,7 +136,10 @@ def train(setting: Setting, data: Path) -> dict[str, Any]:
         (run,) = folder.glob("*/run")
         if setting["run"] == UNTOUCHED:
             return {"episodes": episodes(run)} | found(run)
-        report = ask(run)
+        try:
+            report = ask(run)
+        except UserError as error:  # there is none
+            return {"cause": "no spike", "said": str(error), "before": found(run)}
         said = report.remedy()
         answer: dict[str, Any] = {
             "verdict": str(report.verdict),
