@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.spike_gpt import Block
+
 ONCE = "SPIKE_PLANT_ONCE"  # environment variable under which what does not come twice happens
 
 
@@ -35,6 +37,20 @@ class BatchNormCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.output(self.layers(images).mean((2, 3)))
+
+
+class AttentionClassifier(nn.Module):
+    """Two blocks of a small GPT on sequences (B, T, 8), which are classified by their last step."""
+
+    def __init__(self, num_classes: int = 4, length: int = 9, width: int = 32) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(8, width)
+        self.places = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(Block(width, heads=2), Block(width, heads=2))
+        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        return self.output(self.blocks(self.inputs(sequences) + self.places)[:, -1])
 
 
 class Scaled(nn.Module):
@@ -152,8 +168,11 @@ class PoisonedBuffer(At):
         scaled(module).scale.fill_(self.value)
 
 
-class Overflow(At):
+class Overflow(Callback):
     """Logits that are too large for float16 on the way, in one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from core.errors import UserError
@@ -16,6 +17,11 @@ from datamodules.folds import assign_folds, check_folds, split_digest
 from datamodules.loaders.resident import ResidentLoader, SampleId, Stage
 
 IGNORED = -100  # target of a step that counts for nothing, such as padding; a loss leaves it out
+
+
+class OtherData(UserWarning):
+    """A run goes on with data that have changed since its checkpoint was written."""
+
 
 Tensors = tuple[Tensor, ...]  # (*inputs, target) or (*inputs, id), each (N, ...)
 
@@ -103,6 +109,18 @@ class BaseDataModule(LightningDataModule):
     def submission(self) -> Submission:
         """The form in which predictions are handed in."""
         return Submission(labels=self.class_names)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"digest": self.digest} if self.digest else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and self.digest and self.digest != state_dict["digest"]:
+            rank_zero_warn(
+                f"{type(self).__name__} reads other data than those that the checkpoint was "
+                "trained on (another digest).",
+                category=OtherData,
+            )
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate"):

@@ -7,22 +7,27 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fake_data import write_books
+from fake_data import draw, labels_of, write_batch, write_books, write_cifar10
 
 import spikes
 from benchmarks.spike_plants import ONCE
 from benchmarks.spike_why import configuration
 from callbacks.run.run_folder import MetricsCSV
 from core.runs import Run, load_checkpoint
+from datamodules.base import OtherData
 from pipeline.why.again import Again, Course, Follow
 from pipeline.why.changes import Noise, OtherSamples, Rate
-from pipeline.why.control import compare, repeat
+from pipeline.why.control import Control, compare, repeat
+from pipeline.why.experiments import SHORT
+from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
 from pipeline.why.trials import Tally
+from pipeline.why.verdict import Verdict
 from train import main
 
 Trained = Callable[..., tuple[Path, int]]
@@ -316,6 +321,43 @@ def test_bad_input_gets_one_sentence(
     error = capsys.readouterr().err
     assert expected in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_shorter_memory_is_the_remedy_where_clipping_is_none(tmp_path: Path) -> None:
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "betas": [0.8, 0.99]}}
+    model = {"class_path": "LitClassifier", "init_args": {"optimizer": optimizer}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": model, "trainer": {}}))
+    spike = Spike.of([record_of(40, "loss")], rows_of([1.0] * 40 + [9.0] * 20))
+    lost = {"update clipping": False, SHORT: True, "half the learning rate": True}
+    tallies = [Tally(name, lines=[{"gone": gone}] * 3) for name, gone in lost.items()]
+    report = Report(Run(tmp_path), spike, {}, Control("checkpoints/best.ckpt", 10))
+    report.verdict = Verdict("moment", "it is.")
+    report.trials = SimpleNamespace(tallies=tallies)  # type: ignore[assignment]
+    said = report.remedy()
+    assert "train it again from the start" in said  # a state holds the memory that it had
+    assert said.endswith("--model.optimizer.betas=[0.8,0.9]")
+
+
+def test_data_that_have_changed_since_are_refused(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    batches = write_cifar10(tmp_path / "data")
+    flags = ["--data.data_dir=data", "--model.lr_scheduler=null", "--trainer.logger=MetricsCSV"]
+    fit = ["fit", *small, *flags, "--run=x"]
+    main([*fit, "--trainer.max_epochs=1"])
+    folder = Path("runs/cifar10_cpu/x")
+    write_batch(batches / "data_batch_1", draw(labels_of(40, 9), 9), labels_of(40, 9))
+    with pytest.warns(OtherData, match="other data"):  # who wants to train on may
+        main([*fit, "--trainer.max_epochs=2"])
+    last = max(MetricsCSV(str(folder)).rows)
+    (folder / "spikes.jsonl").write_text(f"{json.dumps(record_of(last, 'loss'))}\n")
+    with pytest.raises(SystemExit):
+        spikes.main(["why", str(folder)])
+    assert "the data have changed since" in capsys.readouterr().err
 
 
 def test_noise_is_relative_and_of_the_seed() -> None:

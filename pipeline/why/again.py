@@ -127,12 +127,16 @@ class Again(CLI):
     """
 
     def __init__(self, config: Path, scratch: Path, *, trust: bool = False) -> None:
-        self.file, self.scratch, self.began = config, scratch, False
+        self.file, self.scratch = config, scratch
         self.extra: list[Callback] = []
         quiet_libraries()
         trusted = ["--trust"] if trust else []
         typed = ["fit", f"--config={config}", *trusted]
         super().__init__(typed, Telling(values=True), ExitStack(), **cli_options())
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        for hook in ("prepare_data", "setup"):  # reading and checking the data once is enough
+            setattr(self.datamodule, hook, lambda *_, **__: None)
 
     def before_instantiate_classes(self) -> None:
         config = self.config["fit"]
@@ -197,10 +201,6 @@ class Again(CLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientSpikeMonitor):
                 course.spikes = callback.records
-        if not self.began:  # reading and checking the data once is enough
-            self.began = True
-            for hook in ("prepare_data", "setup"):
-                setattr(self.datamodule, hook, lambda *_, **__: None)
         return course
 
 

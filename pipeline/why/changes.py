@@ -19,6 +19,7 @@ from lit_models.base import LitModel
 
 SECOND_MOMENTS = ("square_avg", "exp_avg_sq")  # of torch's optimizers
 MOMENTA = ("momentum_buffer", "exp_avg")
+MEMORY = 10  # steps of a short second moment
 
 Slot = tuple[int, int]  # epoch, and place in the order of its samples
 
@@ -113,14 +114,15 @@ class FreshMoment(StepChange):
 
 
 class ShortMemory(StepChange):
-    """A second moment that looks back over 10 steps."""
+    """A second moment that looks back over ``MEMORY`` steps."""
 
     def act(self, module: LightningModule, optimizer: Optimizer) -> None:
+        decay = 1 - 1 / MEMORY
         for group in optimizer.param_groups:
             if "alpha" in group:
-                group["alpha"] = min(0.9, group["alpha"])
+                group["alpha"] = min(decay, group["alpha"])
             if "betas" in group:
-                group["betas"] = group["betas"][0], min(0.9, group["betas"][1])
+                group["betas"] = group["betas"][0], min(decay, group["betas"][1])
 
 
 class NoMomentum(StepChange):

@@ -56,9 +56,9 @@ def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path)
     """Train the run again up to and past a spike, and keep the state before it.
 
     Raises:
-        UserError: The run cannot be trained that far.
+        UserError: The data have changed, or the run cannot be trained that far.
     """
-    held = checkpoints(run)
+    held = checkpoints(run, again)
     since = max((step for step in held if step <= spike.start), default=0)
     path, _ = held.get(since, (None, {}))
     averaged = any(isinstance(c, WeightAveraging) for c in again.config_init.fit.trainer.callbacks)
@@ -88,14 +88,25 @@ def repeat(run: Run, again: Again, spike: Spike, recorded: Rows, snapshot: Path)
     return control
 
 
-def checkpoints(run: Run) -> dict[int, tuple[Path, dict[str, Tensor]]]:
-    """States of a run and their weights, by optimizer steps; damaged ones are left out."""
+def checkpoints(run: Run, again: Again) -> dict[int, tuple[Path, dict[str, Tensor]]]:
+    """States of a run and their weights, by optimizer steps; damaged ones are left out.
+
+    Raises:
+        UserError: The data have changed since one was written.
+    """
+    data = again.datamodule
     found: dict[int, tuple[Path, dict[str, Tensor]]] = {}
     for path in sorted(run.folder.glob("*/*.ckpt")):  # of checkpoints, of the black box
         try:
             checkpoint = load_checkpoint(path)
         except UserError:
             continue
+        trained_on = checkpoint.get(type(data).__qualname__, {}).get("digest", data.digest)
+        if trained_on != data.digest:
+            raise UserError(
+                f"the data have changed since {path} was written (another digest); a spike is "
+                "explained with those that made it."
+            )
         found[checkpoint["global_step"]] = path, checkpoint["state_dict"]
     return found
 

@@ -17,6 +17,7 @@ from pipeline.why.spike import Spike
 
 JUMP = 1.5  # times the rate of the step before
 CLIPPED = "gradient norm at most "
+SHORT = f"second moment of the last {changes.MEMORY} steps"
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 APART = 5  # optimizer steps by which samples are moved
 
@@ -138,7 +139,7 @@ class Case:
         if self.states.intersection(changes.SECOND_MOMENTS):
             fresh, short = changes.FreshMoment(start), changes.ShortMemory(start)
             add("moment", "second moment never out of date", lambda s: [fresh])
-            add(None, "second moment of the last 10 steps", lambda s: [short])
+            add(None, SHORT, lambda s: [short])
         add("rate", "half the learning rate", lambda s: [changes.Rate(start, 0.5)])
         add("order", "samples in other orders", lambda s: [self.reordered(s)])
         if has_dropout(network):

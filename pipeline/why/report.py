@@ -5,26 +5,29 @@ import math
 import os
 import shlex
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import ScalarFormatter
+from torch import Tensor
 
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from core.files import atomic_write
 from core.runs import Run
 from pipeline.continuing import named
 from pipeline.why.again import Rows
-from pipeline.why.changes import MOMENTA
+from pipeline.why.changes import MEMORY, MOMENTA
 from pipeline.why.control import Control
-from pipeline.why.experiments import CLIPPED, Case
+from pipeline.why.experiments import CLIPPED, SHORT, Case
 from pipeline.why.spike import Spike
 from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
 from steadyfit.watching.records import json_safe
 
+IMAGES = 8  # of samples that are shown
 WIDTH = 80  # columns of a terminal
 GREY, RED, BLUE = "0.7", "tab:red", "tab:blue"
 
@@ -113,7 +116,7 @@ class Report:
             folder, state = self.run.folder.resolve(), self.control.since
             config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
             said = "To train it again from the start"
-            if cause == "samples" or ".lr=" in flags:  # of another epoch; a state has its own rate
+            if cause == "samples" or ".optimizer." in flags:  # a state has its own rate and betas
                 said += ", since no state of it can go on with this"
             elif state is None:
                 said += ", since there is no state before the spike"
@@ -144,15 +147,24 @@ class Report:
             return "--trainer.callbacks+=callbacks.UpdateClipping"
         if norms := [name for name in helps if name.startswith(CLIPPED)]:
             return f"--trainer.gradient_clip_val={norms[0].removeprefix(CLIPPED)}"
+        if SHORT in helps and betas:
+            return f"--model.optimizer.betas=[{betas[0]:g},{1 - 1 / MEMORY:g}]"
+        if SHORT in helps:
+            return f"--model.optimizer.alpha={1 - 1 / MEMORY:g}"
         if "half the learning rate" in helps and isinstance(rate, float):
-            return f"--model.init_args.optimizer.init_args.lr={rate / 2:g}"
+            return f"--model.optimizer.lr={rate / 2:g}"
         return ""
 
     def picture(self) -> Figure:
-        """The recorded loss around the spike, and all forks on the same axis."""
+        """The recorded loss around the spike with all forks, and images that are the cause."""
         figure = Figure(figsize=(9, 4.5), layout="constrained")
-        axes = figure.subplots()
-        spike = self.spike
+        spike, images = self.spike, self.verdict.images
+        if images is None:
+            axes = figure.subplots()
+        else:
+            above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1])[:, 0]
+            axes = above.subplots()
+            show_images(below, images[:IMAGES], self.verdict.samples)
         told: set[str] = set()
 
         def draw(losses: list[Any], label: str, color: str, **style: Any) -> None:
@@ -179,6 +191,7 @@ class Report:
         low, high = axes.get_ylim()
         if high < 10 * low:  # hardly a power of ten to be labelled
             axes.yaxis.set_minor_formatter(ScalarFormatter())
+            axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_title(f"Step {spike.first}: {SAID[self.verdict.cause]}")
         axes.legend(loc="upper left", fontsize=8)
         return figure
@@ -194,6 +207,16 @@ class Report:
         logger.log_image("why", [figure])
         logger.experiment.summary["why"] = str(self.verdict)
         logger.experiment.finish()
+
+
+def show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
+    """Images (N, H, W, C) uint8 in a row, each below its id."""
+    row = figure.subplots(1, IMAGES, squeeze=False)[0]
+    for axes in row:
+        axes.axis("off")
+    for axes, image, id in zip(row, images, [*ids, *[""] * len(images)], strict=False):
+        axes.imshow(image.squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(shortened(str(id), 12), fontsize=8)
 
 
 def shortened(text: str, width: int) -> str:

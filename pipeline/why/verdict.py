@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from datamodules.loaders.images import ImageLoader
 from pipeline.why.changes import Slot
 from pipeline.why.experiments import Case, Experiment
 from pipeline.why.trials import SEEDS, Tally, Trials
@@ -39,12 +42,14 @@ class Verdict:
         cause: A key of ``SAID``.
         why: The evidence, as a sentence.
         samples: Ids of the samples, if it is some.
+        images: Those samples, (N, H, W, C) uint8, if they are images.
         tally: The forks that lost the spike.
     """
 
     cause: str
     why: str
     samples: list[Any] = field(default_factory=list)
+    images: Tensor | None = None
     tally: Tally | None = None
 
     def __str__(self) -> str:
@@ -113,23 +118,24 @@ def samples_at_fault(case: Case, trials: Trials) -> Verdict | None:
                 f"gone in {out} without {some}, in {trials.neutral} under the neutral change; "
                 f"it comes along in {along} when moved to step {comes.at}."
             )
-            return Verdict("samples", why, sample_ids(case, fewest), out)
+            ids, images = look_up(case, fewest)
+            return Verdict("samples", why, ids, images, out)
     return None
 
 
-def sample_ids(case: Case, slots: Sequence[Slot]) -> list[Any]:
-    """Ids of samples, if they have some."""
-    data = case.again.datamodule
-    loader = data.train_dataloader()
+def look_up(case: Case, slots: Sequence[Slot]) -> tuple[list[Any], Tensor | None]:
+    """Ids of samples, if they have some, and images (N, H, W, C) uint8, if they are some."""
+    loader = case.again.datamodule.train_dataloader()
     loader.set_epoch(slots[0][0])
     loader.shares()  # the order of that epoch
     rows = loader.sample(loader._order[[place for _, place in slots]]).tolist()
-    return loader.identify(slots[0][0], rows) or [] if loader.identify else []
+    ids = loader.identify(slots[0][0], rows) or [] if loader.identify else []
+    return ids, loader.tensors[0][rows].cpu() if isinstance(loader, ImageLoader) else None
 
 
 def describe(case: Case, slots: Sequence[Slot], step: int) -> str:
     """Samples in words, by their ids or by where they are."""
-    ids = sample_ids(case, slots)
+    ids, _ = look_up(case, slots)
     if len(slots) == 1:
         if ids:
             return f"sample {ids[0]}"
