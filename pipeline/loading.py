@@ -53,7 +53,8 @@ class Member:
         config = update(read_config(checkpoint["config"], path))
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
         data = config["data"]
-        known = data_state(checkpoint, data["class_path"])
+        known = dict(data_state(checkpoint, data["class_path"]))
+        known.pop("digest", None)  # of the data that it was trained on, which is no setting
         data = data | {"init_args": data.get("init_args", {}) | known}
         if not trust:
             admit({"model": model, "data": data, "trainer": {}}, path)
