@@ -140,7 +140,7 @@ class Admission:
     def refuse(self, name: str, value: Any, reason: str) -> None:
         raise UserError(
             f"{self.source}: {name} is {str(value)[:100]}, {reason}; if you trust whoever made "
-            "this run, add --trust."
+            "this run, add --trust, in Python trust=True."
         )
 
     def entry(self, value: Any, bases: tuple[type, ...], name: str) -> None:
