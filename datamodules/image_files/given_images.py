@@ -17,8 +17,8 @@ def read_images(given: Any, size: tuple[int, int, int]) -> Tensor:
     """Images of one size as uint8 (N, H, W, C).
 
     Args:
-        given: An array or a tensor of that kind, or paths, Pillow's images and arrays (H, W, C) or
-            (H, W), of any size.
+        given: An array or a tensor of that kind, or paths, Pillow's images, arrays (H, W, C) or (H,
+            W) and tensors (C, H, W), of any size.
         size: (H, W, C).
 
     Raises:
@@ -45,7 +45,7 @@ def in_size(given: Any, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
                 pixels = decode_photo(Path(item), (height, width))
                 image = Image.frombytes("RGB", (width, height), pixels)
             else:
-                found = item if isinstance(item, Image.Image) else Image.fromarray(grey(item))
+                found = item if isinstance(item, Image.Image) else Image.fromarray(as_array(item))
                 image = square(found, (height, width))
         except (TypeError, ValueError) as error:
             name = item if isinstance(item, str | Path) else f"a {type(item).__name__}"
@@ -53,7 +53,13 @@ def in_size(given: Any, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
         yield np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(size)
 
 
-def grey(item: Any) -> np.ndarray:
-    """An array as Pillow takes it: without the axis of a single channel."""
+def as_array(item: Any) -> np.ndarray:
+    """An array as Pillow takes it, of a tensor (C, H, W) as well: grey without an axis for it."""
+    if isinstance(item, Tensor):
+        if item.is_floating_point():
+            if not 0 <= item.min() <= item.max() <= 1:
+                raise ValueError("its values are not from 0 to 1; leave out what normalizes them")
+            item = (item * 255).round().byte()
+        item = item.permute(1, 2, 0) if item.ndim == 3 and item.shape[0] in (1, 3) else item
     array = np.asarray(item)
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
