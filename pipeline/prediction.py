@@ -25,6 +25,7 @@ from core.locks import locked
 from core.provenance import provenance
 from core.runs import is_file
 from core.telling import Telling
+from lit_models.exporting import export
 from lit_models.trained import make_predictor
 from pipeline.loading import Member
 from pipeline.studies import out_of_fold
@@ -232,6 +233,9 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         for run in leave_out_others(options.runs)
     ]
     refuse_mixed(members, options.precision)
+    if options.export:
+        export(members[0].model, options.export)
+        return
     told = not options.json  # standard output is for the objects alone
     bar = told and not options.text
     trainer = make_predictor(
