@@ -46,6 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="default: submission.csv, predictions.csv (photos, names) or .txt (lines) in RUN, "
         "of several runs beside them",
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the classifier of images itself, as FILE.onnx or FILE.pt2, and predict nothing",
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument(
         "--tta", metavar="VIEWS", help="none, mirror or mirror_translate; default: as it was tested"
@@ -82,6 +88,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if options.output and options.output.stem == "oof":
         raise UserError(f"--output {options.output}: oof.npz is for folds; choose another name.")
+    if options.export:
+        refuse_beside_export(options)
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
     if options.n_best is not None:
@@ -91,6 +99,21 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.data:  # first: the class decides which settings there are
         overrides = [f"--data={options.data}", *overrides]
     return options, overrides
+
+
+def refuse_beside_export(options: argparse.Namespace) -> None:
+    """Refuse what an exported file has no use for.
+
+    Raises:
+        UserError: What it is.
+    """
+    if options.export.suffix not in (".onnx", ".pt2") or len(options.runs) > 1:
+        raise UserError(f"--export writes one run to FILE.onnx or FILE.pt2, not {options.export}.")
+    acting = {"runs", "export", "checkpoint", "tta", "data", "data_dir", "trust", "debug"}
+    defaults = vars(make_parser().parse_args(options.runs))
+    for name, value in vars(options).items():
+        if name not in acting and value != defaults[name]:
+            raise UserError(f"--export predicts nothing and is in float32; leave out --{name}.")
 
 
 def join_values(args: list[str]) -> list[str]:

@@ -58,6 +58,15 @@ class Submission:
         """Write the most probable classes of the samples ``ids`` (N,), given (N, K) of them all."""
         self.write(path, ids, probabilities.argmax(1))
 
+    def answers(self, ids: np.ndarray, *outputs: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The labels of the samples ``ids`` (N,), and what they were chosen by.
+
+        Raises:
+            UserError: As :meth:`check`, but for what the sample file of a competition says.
+        """
+        Submission.check(self, *outputs)
+        return [self.labels[k] for k in outputs[0].argmax(1)], outputs[0]
+
     def count(self, ids: np.ndarray) -> int:
         """How many predictions there are for people, given the ids (N,)."""
         return len(ids)

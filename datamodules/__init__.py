@@ -7,6 +7,7 @@ from datamodules.images.digits import DigitsDataModule
 from datamodules.images.image_folder import ImageFolderDataModule
 from datamodules.images.kaggle_cifar10 import KaggleCIFAR10DataModule
 from datamodules.images.mnist import MNISTDataModule
+from datamodules.images.torch_dataset import TorchDatasetDataModule
 from datamodules.images.ucsb_cifar10 import UCSBCIFAR10DataModule
 from datamodules.sequences.echo import EchoDataModule
 from datamodules.sequences.last_names import LastNamesDataModule
@@ -29,5 +30,6 @@ __all__ = [
     "MaskedBooksDataModule",
     "RunningMeanDataModule",
     "TemporalOrderDataModule",
+    "TorchDatasetDataModule",
     "UCSBCIFAR10DataModule",
 ]

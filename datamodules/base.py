@@ -80,6 +80,10 @@ class BaseDataModule(LightningDataModule):
         self.split_digest = ""  # of all folds, see `folds`
         self.predicts_val = False  # see `held_out`
 
+    def __str__(self) -> str:
+        read = ", ".join(f"{len(part[-1]):,} {name}" for name, part in self.splits.items())
+        return f"{type(self).__name__}: {read or 'nothing read yet'}"
+
     @property
     def validates(self) -> bool:
         """Whether there is a validation part."""
@@ -100,6 +104,21 @@ class BaseDataModule(LightningDataModule):
     def read_predict(self) -> Tensors:
         """The samples to predict with their ids, (*inputs, id)."""
         raise UserError(f"{type(self).__name__} has nothing to predict.")
+
+    def read_given(self, given: Any) -> Tensors:
+        """Samples that somebody has at hand, (*inputs, id), as the network reads them.
+
+        Args:
+            given: A tensor (N, ...), or several in a tuple; where a subclass says so, images, names
+                or lines of text as people have them.
+        """
+        inputs = given if isinstance(given, tuple) else (given,)
+        if not inputs or not all(isinstance(part, Tensor) for part in inputs):
+            raise UserError(
+                f"{type(self).__name__} takes the tensors that its network reads, got a "
+                f"{type(given).__name__}."
+            )
+        return *inputs, torch.arange(len(inputs[0]))
 
     def submission(self) -> Submission:
         """The form in which predictions are handed in."""
@@ -233,3 +252,15 @@ class BaseDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> ResidentLoader:
         return self.resident("predict", "predict")
+
+
+def texts_of(given: Any) -> list[str]:
+    """A list of texts as it is.
+
+    Raises:
+        UserError: It is none, such as a single text, which would be taken letter by letter.
+    """
+    texts = [] if isinstance(given, str) else list(given)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"predict takes a list of texts, got {str(given)[:100]!r}.")
+    return texts

@@ -4,5 +4,6 @@ from lit_models.classification import LitClassifier
 from lit_models.fixmatch import LitFixMatch
 from lit_models.regression import LitRegressor
 from lit_models.seq2seq import LitSeq2Seq
+from lit_models.trained import load
 
-__all__ = ["LitClassifier", "LitFixMatch", "LitRegressor", "LitSeq2Seq"]
+__all__ = ["LitClassifier", "LitFixMatch", "LitRegressor", "LitSeq2Seq", "load"]

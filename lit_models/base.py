@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -20,16 +19,17 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from core.errors import UserError
 from core.runs import load_checkpoint
-from datamodules.base import BaseDataModule
 from lit_models.networks.data_dependent import asking_for_data
+from lit_models.own_loaders import first_inputs
 from lit_models.schedules import make_schedule, wants_total_steps
+from lit_models.trained import TrainedModel
 
 SEEDS = 128  # steps whose random seeds are drawn together
 
 say = rank_zero_only(print)
 
 
-class LitModel(LightningModule):
+class LitModel(TrainedModel):
     """A network with its metrics and its optimizer.
 
     A subclass writes ``training_step`` (with :meth:`record` for what the logger should see) and
@@ -102,10 +102,6 @@ class LitModel(LightningModule):
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.network(*inputs)
 
-    @property
-    def data(self) -> BaseDataModule:
-        return self.trainer.datamodule  # type: ignore[attr-defined]
-
     def init_from(self, checkpoint: Path) -> None:
         """Begin training with the weights of a checkpoint.
 
@@ -129,15 +125,19 @@ class LitModel(LightningModule):
             raise UserError(f"the weights are those of another network: {reason}") from error
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and self.datamodule:
             self.try_out()
+        elif stage == "fit":
+            self.init_from_data()
 
     def init_from_data(self) -> None:
         """Show a few thousand training inputs to the layers that ask for them."""
         asking = list(asking_for_data(self.network))
         if asking and not self.has_weights:
             device = self.trainer.strategy.root_device  # where the network is not yet
-            inputs = [x.to(device) for x in self.data.training_inputs(5000)]
+            data = self.datamodule
+            inputs = data.training_inputs(5000) if data else first_inputs(self.trainer, 5000)
+            inputs = [x.to(device) for x in inputs]
             for layer in asking:
                 layer.init_from_data(*inputs)
 
@@ -266,10 +266,9 @@ class LitModel(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         values = self.computed(self.test_metrics)
-        self.log_dict(values, logger=False)
-        # A test has no step of its own: its result belongs to the step of the checkpoint.
-        for logger in self.trainer.loggers:
-            logger.log_metrics({k: v.item() for k, v in values.items()}, self.trained_steps)
+        self.log_dict(values)
+        if self.trained_steps:  # a test has no step of its own: it belongs to the checkpoint's
+            self.log("step", float(self.trained_steps))
 
     def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
         """Hook: the metrics of an epoch of validation or test, which begin anew."""
@@ -283,6 +282,8 @@ class LitModel(LightningModule):
         self.flush_records()  # what the checkpoint has seen, the loggers have seen
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
+        if self.datamodule is None:
+            return
         checkpoint["samples_per_step"] = self.samples_per_step
         checkpoint["data_digest"] = self.data.digest
         if self.data.split_digest:
@@ -291,13 +292,16 @@ class LitModel(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_steps = max(0, checkpoint["global_step"] - 1)  # steps are counted from 0
+        if self.datamodule is None:
+            self.continued = self.fitting
+            return
         split = self.data.split_digest  # empty in a test, which reads other samples
         if split and split != checkpoint.get("split"):
             raise UserError(
                 "the run was trained with other folds than its data have now: samples have come, "
                 "gone or changed their class; restore them, or train a new run."
             )
-        if self.trainer.state.fn != "fit":
+        if not self.fitting:
             return
         self.continued = True
         digest = self.data.digest
@@ -345,7 +349,7 @@ class LitModel(LightningModule):
             # Lightning's turn would come behind last.ckpt, and a resumed run would miss it
             turn = {"monitor": monitor, "frequency": 10**9}
             return [optimizer], [{"scheduler": schedule, **turn}]
-        if not hasattr(schedule, "total_steps"):
+        if not hasattr(schedule, "total_steps") and self.datamodule:
             say(f"{name} acts with every optimizer step, {self.steps_of_epoch(0)} in an epoch.")
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -358,6 +362,9 @@ class LitModel(LightningModule):
         accumulation that changes.
         """
         trainer = self.trainer
+        if self.datamodule is None:
+            steps = trainer.estimated_stepping_batches
+            return -1 if steps == float("inf") else int(steps)
         if trainer.max_epochs in (None, -1):
             return trainer.max_steps
         steps = sum(map(self.steps_of_epoch, range(trainer.max_epochs)))

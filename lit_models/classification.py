@@ -19,6 +19,7 @@ from torchmetrics.classification import (
 from core.errors import UserError
 from datamodules.base import IGNORED
 from lit_models.base import LitModel
+from lit_models.own_loaders import with_ids
 
 TTA = Literal["none", "mirror", "translate", "mirror_translate"]
 
@@ -127,12 +128,12 @@ class LitClassifier(LitModel):
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Ids (B,) and class probabilities (B, K) of one batch."""
-        *inputs, ids = batch
+        *inputs, ids = with_ids(batch)
         return ids, self.logits(*inputs).softmax(1)
 
     def logits(self, *inputs: Tensor) -> Tensor:
         """Logits (B, K) in float32, averaged over the views of test-time augmentation."""
-        if self.tta == "none" or self.trainer.state.fn == "fit":
+        if self.tta == "none" or self.fitting:
             return self(*inputs).float()
         if len(inputs) != 1 or inputs[0].ndim != 4:
             raise UserError("test-time augmentation needs images; set tta to none for others.")

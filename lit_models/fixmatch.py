@@ -57,8 +57,8 @@ class LitFixMatch(LitClassifier):
         self.unlabelled_weight = unlabelled_weight
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and isinstance(self.data, ImageDataModule):
-            self.data.unlabelled_loader = SemiSupervisedLoader
+        if stage == "fit" and isinstance(self.datamodule, ImageDataModule):
+            self.datamodule.unlabelled_loader = SemiSupervisedLoader
         super().setup(stage)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -10,6 +10,7 @@ from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
 
 from core.errors import UserError
 from lit_models.base import LitModel
+from lit_models.own_loaders import with_ids
 
 
 class LitRegressor(LitModel):
@@ -64,5 +65,5 @@ class LitRegressor(LitModel):
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Ids (B,) and predictions (B, 1) or (B, T, 1) of one batch."""
-        *inputs, ids = batch
+        *inputs, ids = with_ids(batch)
         return ids, self(*inputs).float()

@@ -122,8 +122,7 @@ class LitSeq2Seq(LitModel):
         counted = target != IGNORED
         logits = self(source, target_in, lengths).float()[counted]
         target = target[counted]
-        fitting = self.trainer.state.fn == "fit"
-        written = self.write(source, lengths, 1 if fitting else self.beam_width)
+        written = self.write(source, lengths, 1 if self.fitting else self.beam_width)
         self._written.append((ids, written.tokens[:, 0]))
         return {
             "loss": F.cross_entropy(logits, target),
@@ -138,7 +137,8 @@ class LitSeq2Seq(LitModel):
             for i, tokens in zip(ids.tolist(), rows.tolist(), strict=True)
         ]
         self._written.clear()
-        scores = self.data.score(dict(of_all_ranks(written)))  # type: ignore[attr-defined]
+        data: Any = self.datamodule
+        scores = data.score(dict(of_all_ranks(written))) if data else {}  # they need the texts
         return super().computed(metrics) | {
             f"{metrics.prefix}{name}": torch.tensor(value) for name, value in scores.items()
         }

@@ -15,6 +15,7 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from core.errors import UserError
 from core.runs import is_file
@@ -140,7 +141,7 @@ class Admission:
     def refuse(self, name: str, value: Any, reason: str) -> None:
         raise UserError(
             f"{self.source}: {name} is {str(value)[:100]}, {reason}; if you trust whoever made "
-            "this run, add --trust."
+            "this run, add --trust, in Python trust=True."
         )
 
     def entry(self, value: Any, bases: tuple[type, ...], name: str) -> None:
@@ -218,7 +219,17 @@ class Admission:
                 self.refuse(name, path, f"a function, where a {wanted} belongs")
         elif not isinstance(found, type) or not issubclass(found, bases):
             self.refuse(name, path, f"which is no {wanted}")
+        elif issubclass(found, Dataset) and not unpickles_nothing(found):
+            self.refuse(name, path, "a data set that may run what is in its files")
         return found
+
+
+def unpickles_nothing(dataset: type) -> bool:
+    """Whether a data set is one of torchvision's, of which CIFAR-10 compares digests first."""
+    return (
+        dataset.__module__.startswith("torchvision.datasets.")
+        and dataset.__module__ != "torchvision.datasets.lsun"
+    )
 
 
 def hints_of(found: Any) -> dict[str, Any]:
@@ -240,6 +251,8 @@ def parts_of(hint: Any) -> set[Any]:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return {str}
+    if origin is collections.abc.Callable and parts:  # of what it makes
+        return {origin} | parts_of(parts[-1])
     if origin in (collections.abc.Callable, type):
         return {origin}
     if origin is not None and parts:

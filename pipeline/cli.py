@@ -347,6 +347,8 @@ class CLI(LightningCLI):
 def show_metrics(metrics: Mapping[str, Tensor]) -> None:
     """Print metrics a line each, those of the training batches left out."""
     for name, value in sorted(metrics.items()):
+        if name == "step":  # of the checkpoint, for the loggers
+            continue
         print(f"{name:>24}  {value.item():.4f}")
 
 

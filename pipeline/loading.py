@@ -1,5 +1,7 @@
 """A run, rebuilt from its checkpoint alone."""
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +55,12 @@ class Member:
         config = update(read_config(checkpoint["config"], path))
         model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
         data = config["data"]
-        known = data_state(checkpoint, data["class_path"])
+        known = dict(data_state(checkpoint, data["class_path"]))
         data = data | {"init_args": data.get("init_args", {}) | known}
         if not trust:
             admit({"model": model, "data": data, "trainer": {}}, path)
+        elif os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # where an own network may be
         data["init_args"] |= inputs
         parser = Parser()
         parser.add_subclass_arguments(LitModel, "model")
@@ -69,6 +73,9 @@ class Member:
             built.model.load_state_dict(checkpoint["state_dict"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        built.model.run_data = built.data
+        built.model.run_precision = config["trainer"].get("precision")
+        built.model.has_weights = True
         return cls(
             path if is_file else path.parents[1], path, checkpoint, config, built.model, built.data
         )

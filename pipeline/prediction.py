@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +25,8 @@ from core.locks import locked
 from core.provenance import provenance
 from core.runs import is_file
 from core.telling import Telling
+from lit_models.exporting import export
+from lit_models.trained import make_predictor
 from pipeline.loading import Member
 from pipeline.studies import out_of_fold
 from pipeline.trainer import equip, quiet_libraries
@@ -198,7 +199,7 @@ def refuse_mixed(members: list[Member], precision: str | None) -> None:
     if len(classes := {member.data.class_names for member in members}) > 1:
         named = " and ".join(", ".join(names) for names in sorted(classes))
         raise UserError(f"runs with different classes have no average: {named}.")
-    precisions = {str(member.config["trainer"]["precision"]) for member in members}
+    precisions = {str(member.model.run_precision) for member in members}
     if len(precisions) > 1 and precision is None:
         named = " and ".join(sorted(precisions))
         raise UserError(f"these runs were trained in {named}; choose one with --precision.")
@@ -227,25 +228,23 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
     inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
     if options.json:
         inputs["as_json"] = True
-    if options.trust:
-        sys.path.append(os.getcwd())  # where an own network may be
     members = [
         Member.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
         for run in leave_out_others(options.runs)
     ]
     refuse_mixed(members, options.precision)
+    if options.export:
+        export(members[0].model, options.export)
+        return
     told = not options.json  # standard output is for the objects alone
     bar = told and not options.text
-    trainer = Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
+    trainer = make_predictor(
+        options.accelerator,
+        options.devices,
+        options.precision or members[0].model.run_precision,
         strategy="auto" if options.devices in ("auto", "1") else "ddp",
-        precision=options.precision or members[0].config["trainer"]["precision"],
         callbacks=[ProgressBar()] if bar else [],
         enable_progress_bar=bar,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
     )
     equip(trainer, telling, termination=False)
     single, several = members[0].source, len(members) > 1

@@ -228,7 +228,9 @@ def test_an_own_class_that_is_typed_again_needs_no_trust(tmp_path: Path) -> None
         done = subprocess.run([*command, *args], **quick)
         assert done.returncode == 0, done.stderr
     done = subprocess.run([*command, "--run=mnist_lenet/x", "--trainer.max_epochs=3"], **quick)
-    assert done.stderr.endswith("if you trust whoever made this run, add --trust.\n")
+    assert done.stderr.endswith(
+        "if you trust whoever made this run, add --trust, in Python trust=True.\n"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

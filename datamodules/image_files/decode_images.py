@@ -54,9 +54,15 @@ def decode_photo(path: Path, size: tuple[int, int]) -> bytes:
             image.draft("RGB", (2 * width, 2 * height))  # a JPEG can be decoded at half, a quarter
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            return ImageOps.fit(opaque(upright(image)), (width, height)).tobytes()
+            return square(image, size).tobytes()
     except Exception as error:
         raise ValueError(reason(error)) from error
+
+
+def square(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of an image in RGB, upright, scaled to height and width."""
+    height, width = size
+    return ImageOps.fit(opaque(upright(image)), (width, height))
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from datamodules.base import BaseDataModule, Tensors
+from datamodules.image_files.given_images import read_images
 from datamodules.images.augment import Effects
 from datamodules.images.trivial_augment import TrivialAugment
 from datamodules.loaders.images import Flip, ImageLoader
@@ -151,6 +152,14 @@ class ImageDataModule(BaseDataModule):
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size
         self.unlabelled = unlabelled
+
+    def read_given(self, given: Any) -> Tensors:
+        """Images as uint8 (N, H, W, C): an array of such, or a list of paths or Pillow's images.
+
+        Of others than this size the largest part of its proportions is cut out and scaled.
+        """
+        images = read_images(given, self.image_size)
+        return images, torch.arange(len(images))
 
     def training_parts(self, train: Tensors) -> dict[str, Tensors]:
         if self.train_fraction == 1:

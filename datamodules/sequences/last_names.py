@@ -20,7 +20,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.files import atomic_write
 from core.submission import Submission
-from datamodules.base import BaseDataModule, Tensors
+from datamodules.base import BaseDataModule, Tensors, texts_of
 from datamodules.loaders.bucketed import BucketedLoader
 from datamodules.loaders.resident import Stage
 
@@ -120,12 +120,15 @@ class LastNamesDataModule(BaseDataModule):
     def read_predict(self) -> Tensors:
         if self.names is None and self.names_file is None:
             tokens, lengths, _ = self.read_test()
-        else:
-            listed = read_names(self.names_file) if self.names_file else {}
-            self.predicted = [*(self.names or []), *listed.values()]
-            self.digest = hashlib.sha256(repr(self.predicted).encode()).hexdigest()
-            tokens, lengths = encode(self.predicted)
-        return tokens, lengths, torch.arange(len(tokens))
+            return tokens, lengths, torch.arange(len(tokens))
+        listed = read_names(self.names_file) if self.names_file else {}
+        return self.read_given([*(self.names or []), *listed.values()])
+
+    def read_given(self, given: Sequence[str]) -> Tensors:
+        """Names."""
+        self.predicted = texts_of(given)
+        self.digest = hashlib.sha256(repr(self.predicted).encode()).hexdigest()
+        return *encode(self.predicted), torch.arange(len(self.predicted))
 
     def submission(self) -> "NameTable":
         return NameTable(self.class_names, names=tuple(self.predicted))

@@ -177,6 +177,13 @@ class CorrectedText(Submission):
                 text.append_text(marked(line, way, console.is_terminal))
                 console.print(text)
 
+    def answers(self, ids: np.ndarray, *outputs: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The lines, each as its best hypothesis has it, and their scores (N,)."""
+        tokens, scores = outputs
+        edits = self.edits(ids, tokens[:, 0])
+        corrected = [line.corrected(way) for line, way in zip(self.lines, edits, strict=True)]
+        return corrected, self.sums(ids, scores[:, 0])
+
     def edits(self, ids: np.ndarray, tokens: np.ndarray) -> list[list[Edit]]:
         """The edits of each line, from what was written for its pieces."""
         assert self.subwords is not None

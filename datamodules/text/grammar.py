@@ -11,7 +11,7 @@ import torch
 
 from core.errors import UserError
 from core.files import read_lines
-from datamodules.base import IGNORED, Tensors
+from datamodules.base import IGNORED, Tensors, texts_of
 from datamodules.loaders.resident import SampleId
 from datamodules.sequences.synthetic import Split
 from datamodules.text.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
@@ -188,6 +188,11 @@ class GrammarDataModule(BookDataModule):
             lines += read_lines(self.text_file)
         if not lines:
             raise UserError(f"nothing to correct: {self.text_file} is empty.")
+        return self.read_given(lines)
+
+    def read_given(self, given: Sequence[str]) -> Tensors:
+        """Lines of text."""
+        lines = texts_of(given)
         self.digest = hashlib.sha256(repr(lines).encode()).hexdigest()
         self.take([Line.of_text(line) for line in lines])
         return self.piece_tensors()

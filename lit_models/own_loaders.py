@@ -1,0 +1,25 @@
+"""Training and predicting with loaders of the user's own, without a data module of this project."""
+
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+
+def first_inputs(trainer: Trainer, count: int) -> list[Tensor]:
+    """The first inputs of a training loader that is the user's own, at least ``count`` of each."""
+    batches: list[list[Tensor]] = []
+    with torch.random.fork_rng(devices=[]):  # what the loader draws here, it draws again
+        for *inputs, target in trainer.fit_loop._data_source.dataloader():
+            batches.append(inputs)
+            count -= len(target)
+            if count <= 0:
+                break
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def with_ids(batch: Any) -> list[Any]:
+    """A batch to predict as ``[*inputs, ids]``; None takes the place of ids that there are not."""
+    parts = [batch] if isinstance(batch, Tensor) else list(batch)
+    return parts if len(parts) > 1 else [*parts, None]
