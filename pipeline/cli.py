@@ -252,13 +252,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             return Run.find(config.run, root)
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
-        if self.study:
-            name = self.study.name
-        elif file.name == "config.yaml":  # a run's own goes by the config it was made from
-            name = file.resolve().parents[1].name
-        else:
-            name = file.stem
-        parent = root / name
+        parent = root / self.study.name if self.study else Run.parent(file, root)
         given = config.run
         typed = given if self.study or given is None else Run.name(given, parent)
         # rank 0 claims the folder; the others learn it from Lightning
