@@ -234,15 +234,22 @@ def test_trouble_on_the_way_is_waited_for(kaggle: KaggleServer) -> None:
     assert (RUN / "config.yaml").is_file()
 
 
+@pytest.mark.parametrize("method", ["IntrospectToken", "SaveKernel", "ListKernelSessionOutput"])
 def test_ctrl_c_ends_nothing_there(
-    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+    method: str,
+    kaggle: KaggleServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """While logging in it ended in a traceback."""
+    if method == "IntrospectToken":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_of-the-user")
     kaggle.clients = [types.SimpleNamespace(pid=os.getpid())]
     kaggle.statuses = ["RUNNING", "RUNNING", "COMPLETE"]
-    kaggle.faults["ListKernelSessionOutput"] = [Fault("interrupt")]
+    kaggle.faults[method] = [Fault("interrupt", made="yes")]
     with pytest.raises(SystemExit, match="130"):
         fit()
-    assert "The same command again looks at https://www.kaggle" in capsys.readouterr().out
+    assert "the same command again goes on" in capsys.readouterr().out
     kaggle.output = output_of({"config.yaml": b""})
     fit()
     assert (RUN / "config.yaml").is_file()
@@ -297,6 +304,7 @@ def test_without_time_nothing_is_pushed(
         (["--data.data_dir", "/kaggle/input"], "--data.data_dir"),
         (["--run=a/../b"], "--run"),
         (["--run="], "needs --config FILE and --run NAME"),
+        (["--config=none.yaml"], "error: --config=none.yaml"),
         (["--mount=names"], "--mount=names"),
         (["--wheels", "https://www.kaggle.com/datasets/me/wheels"], "OWNER/NAME"),
     ],

@@ -17,7 +17,7 @@ from core import kaggle_client
 from core.errors import UserError
 from core.files import atomic_write, sha256
 from core.kaggle_client import KaggleError, call_kernels
-from core.runs import ROOT, Run
+from core.runs import ROOT, Run, is_file
 from core.telling import told_in_one_sentence, visible
 from pipeline.kaggle import parcel
 from pipeline.kaggle.kernel import OUTPUT, RECORD, read_output
@@ -38,13 +38,12 @@ def run(args: list[str]) -> None:
         options, rest = parse(args)
         parent = Run.parent(Path(options.config[0]), options.root)
         folder = Run.claim(parent, Run.name(options.run, parent))
-        with folder.lock(), folder.tidy():
-            remote = Remote(folder, options, rest)
-            try:
-                remote.train()
-            except KeyboardInterrupt:
-                print(f"\nThe same command again looks at {remote.page}, and fetches the run.")
-                raise SystemExit(130) from None
+        try:
+            with folder.lock(), folder.tidy():
+                Remote(folder, options, rest).train()
+        except KeyboardInterrupt:
+            print("\nNothing was ended at Kaggle; the same command again goes on.")
+            raise SystemExit(130) from None
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,6 +64,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"{args[0]} --on={options.on}: there is `train.py fit --on kaggle` alone.")
     if not options.config or not options.run:
         raise UserError("--on kaggle needs --config FILE and --run NAME, which finds it again.")
+    if missing := [path for path in options.config if not is_file(Path(path))]:
+        raise UserError(f"--config={missing[0]}: there is no such file.")
     if stray := [flag for flag in AT_HOME if flag in {arg.partition("=")[0] for arg in rest}]:
         raise UserError(f"{stray[0]} would not act on Kaggle's machine; leave it out.")
     for flag, source in (("--mount", options.mount), ("--wheels", options.wheels)):
