@@ -333,6 +333,15 @@ def test_arguments_are_read_by_the_code_that_travels_before_anything_waits_there
     assert not RUN.exists()
 
 
+def test_data_that_would_be_downloaded_without_internet(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would have been seen after the queue."""
+    public = "--data=CIFAR10DataModule"
+    assert "add --mount OWNER/NAME" in refused(capsys, public, "--wheels=me/wheels")
+    assert not kaggle.scripts
+
+
 def test_a_run_of_this_machine_is_left_alone(
     kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

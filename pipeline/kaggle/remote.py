@@ -172,6 +172,11 @@ class Remote:
         data, competition = config["data"], parcel.competition_of(config["data"])
         mount, former = self.options.mount, self.state.get("last")
         if not competition and not mount and "download" in data["init_args"]:
+            if self.options.wheels:
+                raise UserError(
+                    "with --wheels there is no internet, and the data would be downloaded; add "
+                    "--mount OWNER/NAME, a data set of them."
+                )
             args.append("--data.download=true")
         job = {
             "args": args,
