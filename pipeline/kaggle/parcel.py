@@ -25,7 +25,7 @@ from core.runs import is_file
 ROOT = Path(__file__).absolute().parents[2]
 HARDWARE = ROOT / "configs" / "hardware" / "kaggle_t4x2.yaml"
 SUFFIXES = {".py", ".yaml", ".yml", ".txt"}
-AT_HOME = {"benchmarks", "data", "docs", "runs", "tests"}
+LEFT_OUT = {"benchmarks", "data", "docs", "runs", "tests"}
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # ends of the names of variables
 SCRIPT = '''\
 import base64, io, sys, tarfile, tempfile
@@ -81,7 +81,7 @@ def code_files() -> Iterator[Path]:
         found += [path for room in rooms for path in room.rglob("*")]
         paths = [path.relative_to(ROOT) for path in found]
     for path in paths:
-        travels = path.suffix in SUFFIXES and path.parts[0] not in AT_HOME
+        travels = path.suffix in SUFFIXES and path.parts[0] not in LEFT_OUT
         if travels and path.parts[0][0] != "." and (ROOT / path).is_file():
             yield path
 

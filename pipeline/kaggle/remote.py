@@ -96,8 +96,9 @@ class Remote:
         self.state = self.read_state()
         self.api = kaggle_client.authenticate()
         self.name = "/".join(self.folder.parts[-2:])
+        named = hashlib.sha256(self.name.encode()).hexdigest()
         slug = re.sub("[^a-z0-9]+", "-", self.name.lower())[:40].strip("-")
-        self.slug = f"{slug}-{sha256_of(self.name.encode())[:8]}"  # x_1 and X-1 are two
+        self.slug = f"{slug}-{named[:8]}"  # x_1 and X-1 are two
         self.user = self.api.get_config_value("username")
         self.kernel = f"{self.user}/{self.slug}"
         self.page = f"https://www.kaggle.com/code/{self.kernel}"
@@ -188,7 +189,7 @@ class Remote:
             "seconds": [session - REST, session],
             "start": time.time(),
         }
-        digest = sha256_of(code)
+        digest = hashlib.sha256(code).hexdigest()
         pushed = {"args": self.args, "code": digest, "last": former, "start": job["start"]}
         try:
             self.send(parcel.script(job, code), competition, int(session))
@@ -332,7 +333,3 @@ class Remote:
 def last_state(line: str) -> str:
     """What a terminal would show of a line that a progress bar has written again and again."""
     return visible(line.rstrip("\r").rpartition("\r")[2])
-
-
-def sha256_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
