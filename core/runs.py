@@ -13,6 +13,7 @@ from core.errors import UserError
 from core.locks import locked
 
 ROOT = Path("runs")
+FILE = "config.yaml"  # of a run
 CHECKPOINT: dict[str, type] = {
     "state_dict": dict,
     "metrics": dict,
@@ -43,11 +44,16 @@ class Run:
             UserError: There is no such run.
         """
         for folder in (Path(name), root / name):
-            if is_file(folder / "config.yaml"):
+            if is_file(folder / FILE):
                 return cls(folder)
-        known = sorted(root.glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        known = sorted(root.glob(f"*/*/{FILE}"), key=lambda path: path.stat().st_mtime)
         listed = ", ".join(str(path.parent.relative_to(root)) for path in known[-5:]) or "none yet"
         raise UserError(f"{name} is not a run folder; the newest in {root}/ are: {listed}.")
+
+    @staticmethod
+    def parent(config: Path, root: Path = ROOT) -> Path:
+        """The folder of the runs of a config; a run's own counts as what it was made from."""
+        return root / (config.resolve().parents[1].name if config.name == FILE else config.stem)
 
     @classmethod
     def claim(cls, parent: Path, name: str | None) -> "Run":
@@ -78,7 +84,7 @@ class Run:
         """
         before, _, name = typed.rstrip("/").rpartition("/")
         inside = before in ("", parent.name) or Path(before).absolute() == parent.absolute()
-        exists = name not in ("", ".", "..") and is_file(parent / name / "config.yaml")
+        exists = name not in ("", ".", "..") and is_file(parent / name / FILE)
         if not (inside and (exists or NAME.fullmatch(name))):
             raise UserError(
                 f"--run={typed[:100]!r} cannot be the name of a run in {parent}; take up to 100 "
@@ -117,7 +123,7 @@ class Run:
 
     @property
     def config(self) -> Path:
-        return self.folder / "config.yaml"
+        return self.folder / FILE
 
     @property
     def last_checkpoint(self) -> Path:

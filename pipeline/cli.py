@@ -35,7 +35,7 @@ from pipeline.arguments import SUBCOMMANDS, arrange
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
-from pipeline.refusals import KnownMonitors, refuse_settings, refuse_val_size
+from pipeline.refusals import KnownMonitors, refuse_other_part, refuse_settings, refuse_val_size
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
 from pipeline.trainer import equip, quiet_libraries, settle
 
@@ -161,10 +161,14 @@ class CLI(LightningCLI):
         """Validate or test the run's best checkpoint; what training measured stays recorded."""
         self.shows_metrics, config.verbose = config.verbose, False  # a line each, not as a table
         config.ckpt_path = config.ckpt_path or str(run.checkpoint())
-        learned = data_state(load_checkpoint(Path(config.ckpt_path)), config.data.class_path)
+        checkpoint = load_checkpoint(Path(config.ckpt_path))
+        learned = data_state(checkpoint, config.data.class_path)
         if "merges" in learned:  # subwords need no books again; classes are read and compared
             config.data.init_args["merges"] = learned["merges"]
         trainer, validating = config.trainer, self.subcommand == "validate"
+        if validating:
+            trained = update(read_config(checkpoint["config"], config.ckpt_path))
+            refuse_other_part(config.data, trained["data"])
         limit = trainer.limit_val_batches if validating else trainer.limit_test_batches
         partly = limit not in (None, 1.0) or isinstance(limit, int)  # 1 is one batch
         if validating or partly:
@@ -252,13 +256,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             return Run.find(config.run, root)
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
-        if self.study:
-            name = self.study.name
-        elif file.name == "config.yaml":  # a run's own goes by the config it was made from
-            name = file.resolve().parents[1].name
-        else:
-            name = file.stem
-        parent = root / name
+        parent = root / self.study.name if self.study else Run.parent(file, root)
         given = config.run
         typed = given if self.study or given is None else Run.name(given, parent)
         # rank 0 claims the folder; the others learn it from Lightning

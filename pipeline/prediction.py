@@ -165,9 +165,11 @@ def write(
         **provenance(),
         "runs": [member.describe() for member in members],
     }
+    joined, recorded = output.with_name("oof.npz"), output.with_suffix(".json")
+    out_of_fold.remove(joined, recorded)
     if oof:
-        record["out_of_fold"] = out_of_fold.save(output.with_name("oof.npz"), oof, data.class_names)
-    with atomic_write(output.with_suffix(".json"), "w") as file:
+        record["out_of_fold"] = out_of_fold.save(joined, oof, data.class_names)
+    with atomic_write(recorded, "w") as file:
         json.dump(record, file, indent=2)
         file.write("\n")
 

@@ -100,10 +100,28 @@ def refuse_val_size(config: Namespace, typed: list[str]) -> None:
     """
     said = [{"folds", *(flag.partition("=")[0].rpartition(".")[2] for flag in typed)}]
     for path in filter(None, config.config or []):  # None: of a run, as text
-        settings = (yaml.safe_load(path.get_content()).get("data") or {}).get("init_args") or {}
-        said.append({name for name, value in settings.items() if value})
+        data = yaml.safe_load(path.get_content()).get("data")
+        settings = data.get("init_args") if isinstance(data, dict) else None  # a class alone
+        said.append({name for name, value in (settings or {}).items() if value})
     if any({"folds", "val_size"} <= names for names in said):
         raise UserError("folds and val_size both choose what is for validation; leave one out.")
+
+
+def refuse_other_part(data: Namespace, trained: dict[str, Any]) -> None:
+    """Refuse to validate a run on another part of the samples that it was trained on.
+
+    Raises:
+        UserError: Which setting chooses it.
+    """
+    if data.class_path != trained["class_path"]:
+        return
+    for name in ("folds", "fold", "val_size"):
+        was, now = trained["init_args"].get(name), data.init_args.get(name)
+        if was != now:
+            raise UserError(
+                f"--data.{name}={now}: the run was trained with {was}, and on samples that are for "
+                "validation now; leave it out."
+            )
 
 
 class KnownMonitors(Callback):

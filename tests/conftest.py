@@ -12,6 +12,8 @@ import os
 import resource
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -248,8 +250,11 @@ def quick_push(
 
     def resolve(args: list[str], code: bytes) -> dict[str, Any]:
         printed = io.StringIO()
-        with redirect_stdout(printed), suppress(SystemExit), chdir(parcel.ROOT):
-            train.main([*args, "--print_config"])
+        with tempfile.TemporaryDirectory() as place:
+            with tarfile.open(fileobj=io.BytesIO(code), mode="r:bz2") as archive:
+                archive.extractall(place, filter="data")
+            with redirect_stdout(printed), suppress(SystemExit), chdir(place):
+                train.main([*args, "--print_config"])
         return dict(yaml.safe_load(printed.getvalue()))
 
     if request.node.get_closest_marker("slow") is None:

@@ -247,6 +247,8 @@ def test_without_all_folds_there_is_a_note_and_the_average(
         return said.removeprefix("note: no out-of-fold accuracy: ")
 
     assert note(*runs[:2]) == "no run holds out fold 2 of 3."
+    predicted(*runs)
+    assert note(*runs[:2])  # the file of the earlier prediction would be taken for its own
     path = Path("moved/data/cifar-10-batches-py")
     shutil.copy(path / "data_batch_2", path / "data_batch_1")
     assert note(*runs).startswith(f"{runs[0]} was trained with other folds than its data have now")
@@ -283,6 +285,31 @@ def test_a_run_does_not_go_on_with_other_samples(
     said = "trained with other folds than its data have now"
     assert said in sentence(capsys, "validate", *flags)
     assert said in sentence(capsys, "fit", *flags, "--trainer.max_epochs=3")
+
+
+@pytest.mark.parametrize("flag", ["--data.fold=1", "--data.folds=4"])
+def test_a_run_is_validated_on_what_it_held_out(
+    flag: str, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another fold it gave the accuracy on samples that the run was trained on."""
+    flags = [f"--run={runs[0]}", "--data.data_dir=moved/data"]
+    said = sentence(capsys, "validate", *flags, flag)
+    assert f"{flag}: the run was trained with {'03'[flag.endswith('4')]}" in said
+    other = ["--data.folds=null", "--data.fold=null", "--data.val_size=20"]
+    assert "--data.folds=None: the run was trained" in sentence(capsys, "validate", *flags, *other)
+    train.main(["validate", *flags])
+    assert "val/accuracy" in capsys.readouterr().out
+
+
+def test_a_config_that_names_a_class_alone_has_folds(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended in a traceback."""
+    short = tmp_path / "short.yaml"
+    short.write_text("data: CIFAR10DataModule")
+    flags = [flag for flag in small if "val_size" not in flag]
+    said = sentence(capsys, "fit", *flags, f"--config={short}", "--data.folds=99", "--data.fold=99")
+    assert "fold must be from 0 to 98" in said
 
 
 def test_one_fold_alone_predicts(runs: list[Path]) -> None:

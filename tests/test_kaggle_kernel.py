@@ -54,8 +54,9 @@ def test_a_training_is_told_to_end_in_time(
     assert time.monotonic() - start < 30
 
 
-def test_every_command_of_the_page_is_read() -> None:
-    page = (CONFIGS.parent / "docs" / "kaggle.md").read_text()
+def test_every_command_of_the_page_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    page = Path("docs/kaggle.md").read_text()
     lines = re.findall(r"^python (\S+) (.*)$", page, re.MULTILINE)
     assert [script for script, _ in lines] == ["train.py", "submit.py", "submit.py"]
     options, rest = remote.parse(shlex.split(lines[0][1]))

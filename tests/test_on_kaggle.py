@@ -75,7 +75,7 @@ def test_a_run_is_pushed_followed_and_fetched(
 ) -> None:
     made = {"submission.json": b'{"sample": "/tmp/run/sample.csv"}', "checkpoints/last.ckpt": b"1"}
     kaggle.output = output_of(made | {"submission.csv": b"id,label\n"})
-    kaggle.log = ["Epoch 0: 1%\rEpoch 0: 9", "9%\nnext\x1b[2J\n", "half a li", "ne"]
+    kaggle.log = ["Epoch 0: 1%\rEpoch 0: 9", "9%\nnext\x1b[2J\n", "1%\rhalf a li", "ne"]
     fit()
     [script] = kaggle.scripts
     slug = script["slug"].partition("/")[2]
@@ -194,6 +194,37 @@ def test_a_lost_answer_starts_no_second_session(
     assert len(kaggle.scripts) == 1 + again
 
 
+def test_a_push_that_did_not_arrive_is_made_by_the_start_after_next(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It waited for ever for what that push would leave."""
+    kaggle.output = output_of({"config.yaml": b""})
+    fit()
+    longer = "--trainer.max_epochs=2"
+    kaggle.faults["SaveKernel"] = [Fault("reset")]
+    assert "Kaggle could not be reached" in refused(capsys, longer)
+    kaggle.output = {name: file.replace(b"START", b"12.5") for name, file in kaggle.output.items()}
+    assert "still has what an earlier start left" in refused(capsys, longer)
+    kaggle.output = output_of({"metrics.csv": b""})
+    fit(longer)
+    assert (RUN / "metrics.csv").is_file()
+    assert len(kaggle.scripts) == 2
+
+
+def test_the_config_of_another_run(kaggle: KaggleServer) -> None:
+    """There the run had another folder than was packed."""
+    config = Path("runs/old/one/config.yaml")
+    config.parent.mkdir(parents=True)
+    config.write_text((CONFIGS / "cifar10_cpu.yaml").read_text())
+    kaggle.output = output_of({"config.yaml": b""})
+    train.main(["fit", f"--config={config}", *FLAGS[1:]])
+    job, files = job_of(kaggle.scripts[0])
+    there = Path(job["args"][1].removeprefix("--config="))
+    assert files[str(there)] == config.read_bytes()
+    assert job["run"] == f"{there.parents[1].name}/first" == "old/first"
+    assert Path("runs/old/first/config.yaml").is_file()
+
+
 def test_trouble_on_the_way_is_waited_for(kaggle: KaggleServer) -> None:
     kaggle.retry_after = "0"
     kaggle.faults["GetKernelSessionStatus"] = [Fault("503")]
@@ -203,15 +234,22 @@ def test_trouble_on_the_way_is_waited_for(kaggle: KaggleServer) -> None:
     assert (RUN / "config.yaml").is_file()
 
 
+@pytest.mark.parametrize("method", ["IntrospectToken", "SaveKernel", "ListKernelSessionOutput"])
 def test_ctrl_c_ends_nothing_there(
-    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+    method: str,
+    kaggle: KaggleServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """While logging in it ended in a traceback."""
+    if method == "IntrospectToken":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_of-the-user")
     kaggle.clients = [types.SimpleNamespace(pid=os.getpid())]
     kaggle.statuses = ["RUNNING", "RUNNING", "COMPLETE"]
-    kaggle.faults["ListKernelSessionOutput"] = [Fault("interrupt")]
+    kaggle.faults[method] = [Fault("interrupt", made="yes")]
     with pytest.raises(SystemExit, match="130"):
         fit()
-    assert "The same command again looks at https://www.kaggle" in capsys.readouterr().out
+    assert "the same command again goes on" in capsys.readouterr().out
     kaggle.output = output_of({"config.yaml": b""})
     fit()
     assert (RUN / "config.yaml").is_file()
@@ -266,6 +304,9 @@ def test_without_time_nothing_is_pushed(
         (["--data.data_dir", "/kaggle/input"], "--data.data_dir"),
         (["--run=a/../b"], "--run"),
         (["--run="], "needs --config FILE and --run NAME"),
+        (["--config=none.yaml"], "error: --config=none.yaml"),
+        (["--mount=names"], "--mount=names"),
+        (["--wheels", "https://www.kaggle.com/datasets/me/wheels"], "OWNER/NAME"),
     ],
 )
 def test_what_would_not_act_is_refused(
@@ -292,11 +333,23 @@ def test_arguments_are_read_by_the_code_that_travels_before_anything_waits_there
     assert not RUN.exists()
 
 
+def test_data_that_would_be_downloaded_without_internet(
+    kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would have been seen after the queue."""
+    public = "--data=CIFAR10DataModule"
+    assert "add --mount OWNER/NAME" in refused(capsys, public, "--wheels=me/wheels")
+    assert not kaggle.scripts
+
+
 def test_a_run_of_this_machine_is_left_alone(
     kaggle: KaggleServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (RUN / "checkpoints").mkdir(parents=True)
     (RUN / "checkpoints/last.ckpt").write_bytes(b"mine")
+    assert f"{RUN} was trained on this machine" in refused(capsys)
+    shutil.rmtree(RUN / "checkpoints")
+    (RUN / "config.yaml").write_text("of a run that keeps no checkpoint")
     assert f"{RUN} was trained on this machine" in refused(capsys)
     assert not kaggle.scripts
 

@@ -19,12 +19,13 @@ from typing import Any
 import yaml
 
 from core.errors import UserError
+from core.files import sha256
 from core.runs import is_file
 
 ROOT = Path(__file__).absolute().parents[2]
 HARDWARE = ROOT / "configs" / "hardware" / "kaggle_t4x2.yaml"
 SUFFIXES = {".py", ".yaml", ".yml", ".txt"}
-AT_HOME = {"benchmarks", "data", "docs", "runs", "tests"}
+LEFT_OUT = {"benchmarks", "data", "docs", "runs", "tests"}
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # ends of the names of variables
 SCRIPT = '''\
 import base64, io, sys, tarfile, tempfile
@@ -53,7 +54,8 @@ def pack(args: list[str], secrets: Collection[str]) -> tuple[list[str], bytes]:
     """
     files = {path.as_posix(): (ROOT / path).read_bytes() for path in code_files()}
     args = [carry(arg, files) for arg in args]
-    secrets = {*secrets, *(text for name, text in os.environ.items() if name.endswith(SECRET))}
+    named = (text.strip() for name, text in os.environ.items() if name.endswith(SECRET))
+    secrets = {*secrets, *named}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2") as archive:
         for name, content in sorted(files.items()):
@@ -69,25 +71,32 @@ def code_files() -> Iterator[Path]:
     """Paths below the root of the repository."""
     try:
         command = ["git", "-C", str(ROOT), "ls-files", "-z"]
-        listed = subprocess.run(command, capture_output=True, check=True).stdout
-        paths = [Path(os.fsdecode(name)) for name in listed.split(b"\0") if name]
-    except (OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(command, capture_output=True).stdout
+    except OSError:
+        listed = b""
+    paths = [Path(os.fsdecode(name)) for name in listed.split(b"\0") if name]
+    if not paths:  # no git, or the repository is somebody else's
         rooms = [ROOT / "configs", *(path.parent for path in ROOT.glob("*/__init__.py"))]
-        found = [*ROOT.glob("*"), *(path for room in rooms for path in room.rglob("*"))]
+        found = [*ROOT.glob("*.py"), ROOT / "requirements.txt"]
+        found += [path for room in rooms for path in room.rglob("*")]
         paths = [path.relative_to(ROOT) for path in found]
     for path in paths:
-        travels = path.suffix in SUFFIXES and path.parts[0] not in AT_HOME
+        travels = path.suffix in SUFFIXES and path.parts[0] not in LEFT_OUT
         if travels and path.parts[0][0] != "." and (ROOT / path).is_file():
             yield path
 
 
 def carry(arg: str, files: dict[str, bytes]) -> str:
     """Let a file that an argument names travel as well; returns the argument for there."""
-    flag, equals, value = arg.rpartition("=")
+    flag, equals, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
     path = Path(os.path.abspath(value))
     if not is_file(path):
         return arg
-    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path("given", path.name)
+    if path.is_relative_to(ROOT):
+        name = path.relative_to(ROOT)
+    else:  # two may have one name; a config.yaml says by its folders what it was made from
+        place = sha256(path)[:8]
+        name = Path("given", place, path.parent.parent.name, path.parent.name, path.name)
     files[name.as_posix()] = path.read_bytes()
     return f"{flag}{equals}{name.as_posix()}"
 

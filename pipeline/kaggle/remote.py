@@ -17,7 +17,7 @@ from core import kaggle_client
 from core.errors import UserError
 from core.files import atomic_write, sha256
 from core.kaggle_client import KaggleError, call_kernels
-from core.runs import ROOT, Run
+from core.runs import ROOT, Run, is_file
 from core.telling import told_in_one_sentence, visible
 from pipeline.kaggle import parcel
 from pipeline.kaggle.kernel import OUTPUT, RECORD, read_output
@@ -36,15 +36,14 @@ def run(args: list[str]) -> None:
     """Do what ``train.py fit --on kaggle`` says; the same command again goes on."""
     with told_in_one_sentence(debug="--debug" in args):
         options, rest = parse(args)
-        parent = options.root / Path(options.config[0]).stem
+        parent = Run.parent(Path(options.config[0]), options.root)
         folder = Run.claim(parent, Run.name(options.run, parent))
-        with folder.lock(), folder.tidy():
-            remote = Remote(folder, options, rest)
-            try:
-                remote.train()
-            except KeyboardInterrupt:
-                print(f"\nThe same command again looks at {remote.page}, and fetches the run.")
-                raise SystemExit(130) from None
+        try:
+            with folder.lock(), folder.tidy():
+                Remote(folder, options, rest).train()
+        except KeyboardInterrupt:
+            print("\nNothing was ended at Kaggle; the same command again goes on.")
+            raise SystemExit(130) from None
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,7 +56,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--on")
     parser.add_argument("-c", "--config", action="append")
     parser.add_argument("--run")
-    parser.add_argument("--mount", action="append", default=[])
+    parser.add_argument("--mount", default="")
     parser.add_argument("--wheels", default="")
     parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=ROOT)
     options, rest = parser.parse_known_args(args[1:])
@@ -65,8 +64,13 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"{args[0]} --on={options.on}: there is `train.py fit --on kaggle` alone.")
     if not options.config or not options.run:
         raise UserError("--on kaggle needs --config FILE and --run NAME, which finds it again.")
+    if missing := [path for path in options.config if not is_file(Path(path))]:
+        raise UserError(f"--config={missing[0]}: there is no such file.")
     if stray := [flag for flag in AT_HOME if flag in {arg.partition("=")[0] for arg in rest}]:
         raise UserError(f"{stray[0]} would not act on Kaggle's machine; leave it out.")
+    for flag, source in (("--mount", options.mount), ("--wheels", options.wheels)):
+        if source and not re.fullmatch(r"[\w-]+/[\w-]+", source):
+            raise UserError(f"{flag}={source} must be OWNER/NAME, the end of a data set's address.")
     return options, rest
 
 
@@ -92,8 +96,9 @@ class Remote:
         self.state = self.read_state()
         self.api = kaggle_client.authenticate()
         self.name = "/".join(self.folder.parts[-2:])
+        named = hashlib.sha256(self.name.encode()).hexdigest()
         slug = re.sub("[^a-z0-9]+", "-", self.name.lower())[:40].strip("-")
-        self.slug = f"{slug}-{sha256_of(self.name.encode())[:8]}"  # x_1 and X-1 are two
+        self.slug = f"{slug}-{named[:8]}"  # x_1 and X-1 are two
         self.user = self.api.get_config_value("username")
         self.kernel = f"{self.user}/{self.slug}"
         self.page = f"https://www.kaggle.com/code/{self.kernel}"
@@ -106,7 +111,8 @@ class Remote:
         """
         status, _ = self.status()
         same = self.state.get("args", self.args) == self.args
-        if self.last() not in (self.state.get("last"), self.state.get("coming")):
+        begun_here = not self.state and self.run.config.is_file()
+        if begun_here or self.last() not in (self.state.get("last"), self.state.get("coming")):
             raise UserError(f"{self.folder} was trained on this machine; choose another --run.")
         if status in GOING and not same:
             raise UserError(f"{self.page} runs with other arguments; choose another --run.")
@@ -165,20 +171,25 @@ class Remote:
         )
         config = parcel.resolve(args, code)
         data, competition = config["data"], parcel.competition_of(config["data"])
-        mounts, former = self.options.mount, self.state.get("last")
-        if not competition and not mounts and "download" in data["init_args"]:
+        mount, former = self.options.mount, self.state.get("last")
+        if not competition and not mount and "download" in data["init_args"]:
+            if self.options.wheels:
+                raise UserError(
+                    "with --wheels there is no internet, and the data would be downloaded; add "
+                    "--mount OWNER/NAME, a data set of them."
+                )
             args.append("--data.download=true")
         job = {
             "args": args,
             "run": self.name,
-            "data": "." if competition else "".join(mounts[:1]),
+            "data": "." if competition else mount,
             "former": self.kernel if former else "",
             "wheels": self.options.wheels,
             "predict": competition is not None,
             "seconds": [session - REST, session],
             "start": time.time(),
         }
-        digest = sha256_of(code)
+        digest = hashlib.sha256(code).hexdigest()
         pushed = {"args": self.args, "code": digest, "last": former, "start": job["start"]}
         try:
             self.send(parcel.script(job, code), competition, int(session))
@@ -194,7 +205,7 @@ class Remote:
         )
 
     def send(self, script: str, competition: str | None, seconds: int) -> None:
-        mounts, wheels = self.options.mount, self.options.wheels
+        mount, wheels = self.options.mount, self.options.wheels
         answer = call_kernels(
             self.api,
             "save_kernel",
@@ -210,7 +221,7 @@ class Remote:
             machine_shape="NvidiaTeslaT4",  # two of them
             session_timeout_seconds=seconds,
             competition_data_sources=[competition] if competition else [],
-            dataset_data_sources=[*mounts, wheels] if wheels else mounts,
+            dataset_data_sources=list(filter(None, (mount, wheels))),
             kernel_data_sources=[self.kernel] if self.state.get("last") else [],
         )
         kinds = ("dataset", "competition", "kernel")
@@ -248,12 +259,12 @@ class Remote:
                 seen += 1
                 *lines, line = (line + str(event.get("data") or "")).split("\n")
                 for whole in lines:
-                    print(visible(whole.rstrip("\r").rpartition("\r")[2]), flush=True)
+                    print(last_state(whole), flush=True)
             if status not in GOING:
                 break
             time.sleep(POLL_SECONDS)
         if line:
-            print(visible(line))
+            print(last_state(line))
         if status != "COMPLETE":
             how = f"ended with {status}" if status else "is not to be found"
             raise UserError(
@@ -282,6 +293,7 @@ class Remote:
             files = Path(temporary, "files")
             record = read_output(Path(temporary), files)
             if record["start"] < self.state.get("start", 0.0):
+                self.write_state(**self.state | {"status": None})  # the push may not have arrived
                 raise UserError(
                     f"{self.page} still has what an earlier start left; run the same command again."
                 )
@@ -318,5 +330,6 @@ class Remote:
             raise UserError(f"{folder} could not be written ({error.strerror}).") from None
 
 
-def sha256_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def last_state(line: str) -> str:
+    """What a terminal would show of a line that a progress bar has written again and again."""
+    return visible(line.rstrip("\r").rpartition("\r")[2])

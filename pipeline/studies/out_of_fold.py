@@ -3,7 +3,9 @@
 Dimensions: N samples, K classes.
 """
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,13 @@ def join(members: Sequence[Member], predictions: Sequence[tuple[np.ndarray, Any]
         "labels": np.concatenate(targets)[order],
         "folds": np.repeat([m.data.fold for m in members], [len(t) for t in targets])[order],
     }
+
+
+def remove(path: Path, recorded: Path) -> None:
+    """Remove what belongs to the predictions whose record is to be replaced, and no other's."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(recorded.read_text())["out_of_fold"]["sha256"] == sha256(path):
+            path.unlink()
 
 
 def save(path: Path, columns: Columns, class_names: Sequence[str]) -> dict[str, Any]:
