@@ -340,12 +340,12 @@ def test_bad_input_gets_one_sentence(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_shorter_memory_is_the_remedy_where_clipping_is_none(tmp_path: Path) -> None:
+def test_a_shorter_memory_is_the_remedy_where_there_is_no_other(tmp_path: Path) -> None:
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "betas": [0.8, 0.99]}}
     model = {"class_path": "LitClassifier", "init_args": {"optimizer": optimizer}}
     (tmp_path / "config.yaml").write_text(json.dumps({"model": model, "trainer": {}}))
     spike = Spike.of([record_of(40, "loss")], rows_of([1.0] * 40 + [9.0] * 20))
-    lost = {"update clipping": False, SHORT: True, "half the learning rate": True}
+    lost = {"update clipping": False, SHORT: True, "half the learning rate": False}
     tallies = [Tally(name, lines=[{"gone": gone}] * 3) for name, gone in lost.items()]
     report = Report(Run(tmp_path), spike, {}, Control("checkpoints/best.ckpt", 10))
     report.verdict = Verdict("moment", "it is.")
@@ -353,6 +353,8 @@ def test_a_shorter_memory_is_the_remedy_where_clipping_is_none(tmp_path: Path) -
     said = report.remedy()
     assert "train it again from the start" in said  # a state holds the memory that it had
     assert said.endswith("--model.optimizer.betas=[0.8,0.9]")
+    tallies[-1].lines = [{"gone": True}] * 3
+    assert report.remedy().endswith("--model.optimizer.lr=0.005")
 
 
 def test_data_that_have_changed_since_are_refused(

@@ -147,12 +147,12 @@ class Report:
             return "--trainer.callbacks+=callbacks.UpdateClipping"
         if norms := [name for name in helps if name.startswith(CLIPPED)]:
             return f"--trainer.gradient_clip_val={norms[0].removeprefix(CLIPPED)}"
-        if SHORT in helps and betas:
+        if "half the learning rate" in helps and isinstance(rate, float):
+            return f"--model.optimizer.lr={rate / 2:g}"
+        if SHORT in helps and betas:  # over a whole run it is worse than a lower rate
             return f"--model.optimizer.betas=[{betas[0]:g},{1 - 1 / MEMORY:g}]"
         if SHORT in helps:
             return f"--model.optimizer.alpha={1 - 1 / MEMORY:g}"
-        if "half the learning rate" in helps and isinstance(rate, float):
-            return f"--model.optimizer.lr={rate / 2:g}"
         return ""
 
     def picture(self) -> Figure:
