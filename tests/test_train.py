@@ -272,7 +272,7 @@ def test_what_the_help_names_is_accepted(capsys: pytest.CaptureFixture[str]) -> 
     assert len(typed) > 20
     values = {"FILE": str(CONFIGS / "demo.yaml"), "RUN": "x", "NAME": "x"}
     other = {"--model CLASS": "--model=LitClassifier", "--data CLASS": "--data=DemoDataModule"}
-    # no flag of the parser; a run of a study has no name; the parser is at Kaggle, test_on_kaggle.py
+    # no flag of the parser; a run of a study has no name; test_on_kaggle.py has the third
     left_out = {"--settings", "--study FILE", "--on kaggle"}
     base = [f"--config={CONFIGS / 'mnist_lenet.yaml'}"]
     for line in typed:
