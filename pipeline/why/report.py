@@ -215,7 +215,7 @@ def show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
     for axes in row:
         axes.axis("off")
     for axes, image, id in zip(row, images, [*ids, *[""] * len(images)], strict=False):
-        axes.imshow(image.squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(shortened(str(id), 12), fontsize=8)
 
 
