@@ -7,10 +7,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import tarfile
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,15 @@ def test_trouble_on_the_way_is_waited_for(kaggle: KaggleServer) -> None:
     assert (RUN / "config.yaml").is_file()
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A program in the background ignores SIGINT, and so do tests that it runs."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("method", ["IntrospectToken", "SaveKernel", "ListKernelSessionOutput"])
 def test_ctrl_c_ends_nothing_there(
     method: str,
