@@ -24,6 +24,7 @@ from core.files import atomic_write, sha256
 from core.locks import locked
 from core.provenance import provenance
 from core.runs import is_file
+from core.submission import Submission
 from core.telling import Telling
 from lit_models.exporting import export
 from lit_models.trained import make_predictor
@@ -217,6 +218,24 @@ def leave_out_others(given: list[str]) -> list[str]:
     return [name for name in given if name not in others]
 
 
+def choose_output(given: Path | None, members: list[Member], submission: Submission) -> Path:
+    """The file of the predictions: the one that was named, or by default one beside the runs.
+
+    Raises:
+        UserError: Several runs lie apart, or it is no file that can be handed in.
+    """
+    single = members[0].source
+    folder = single.parent if single.is_file() or len(members) > 1 else single
+    if given is None and any(member.source.parent != folder for member in members[1:]):
+        raise UserError("several runs make one file: name it with --output FILE.")
+    output = given or folder / submission.filename
+    if submission.sendable and output.suffix != ".csv":
+        raise UserError(f"--output {output}: submit.py takes .csv files alone; name it so.")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it.")
+    return output
+
+
 def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:
     """Do what ``predict.py`` is asked for.
 
@@ -249,16 +268,8 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         enable_progress_bar=bar,
     )
     equip(trainer, telling, termination=False)
-    single, several = members[0].source, len(members) > 1
-    submission = members[0].data.submission()
-    folder = single.parent if single.is_file() or several else single
-    if options.output is None and any(member.source.parent != folder for member in members[1:]):
-        raise UserError("several runs make one file: name it with --output FILE.")
-    output = options.output or folder / submission.filename
-    if submission.sendable and output.suffix != ".csv":
-        raise UserError(f"--output {output}: submit.py takes .csv files alone; name it so.")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it.")
+    single, submission = members[0].source, members[0].data.submission()
+    output = choose_output(options.output, members, submission)
     parts = output.parent / f".{output.name}.parts"
     try:
         parts.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,7 @@ class TorchDatasetDataModule(ImageDataModule):
         if self.makers["val"] is None:
             return super().split(tensors)
         images, targets = self.read("val")
+        self.digest = digest(*tensors[:2], images, targets)
         return tensors, (images, targets, len(tensors[-1]) + torch.arange(len(images)))
 
     def dataset(self, part: str) -> Any:
