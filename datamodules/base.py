@@ -1,5 +1,6 @@
 """What every data set has: loaders for each stage, a fixed split, and a submission format."""
 
+import hashlib
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -264,3 +265,11 @@ def texts_of(given: Any) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"predict takes a list of texts, got {str(given)[:100]!r}.")
     return texts
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 over the values of tensors."""
+    sha256 = hashlib.sha256()
+    for tensor in tensors:
+        sha256.update(tensor.contiguous().numpy().data)
+    return sha256.hexdigest()

@@ -84,6 +84,9 @@ def test_the_same_as_the_data_module_of_the_set(data_dir: Path) -> None:
     validating.setup("fit")
     assert torch.equal(validating.splits["val"][0], ours.read_test()[0])
     assert torch.equal(validating.splits["train"][0], ours.read_train()[0])
+    other = TorchDatasetDataModule(second, val=second, **grey)
+    other.setup("fit")
+    assert other.digest != validating.digest  # of the training images too
 
 
 def test_mistakes_are_told_in_one_sentence() -> None:

@@ -1,6 +1,5 @@
 """Any folder of photos of classes. Dimensions: N images, H height, W width."""
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.file_table import FileTable
-from datamodules.base import Tensors
+from datamodules.base import Tensors, digest
 from datamodules.image_files.decode_images import SUFFIXES
 from datamodules.image_files.image_cache import Cache, decode_all, tell
 from datamodules.image_files.layouts import Labelled, Part, find_parts, image_files, read_labels
@@ -198,11 +197,3 @@ class ImageFolderDataModule(ImageDataModule):
             raise UserError(f"none of the {len(self.predicted)} photos in {folder} can be read.")
         images = np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, *self.image_size)
         return torch.from_numpy(images[ids.numpy()]), ids
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 over the values of tensors."""
-    sha256 = hashlib.sha256()
-    for tensor in tensors:
-        sha256.update(tensor.numpy().data)
-    return sha256.hexdigest()

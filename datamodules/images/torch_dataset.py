@@ -7,10 +7,9 @@ import torch
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from datamodules.base import Tensors
+from datamodules.base import Tensors, digest
 from datamodules.image_files.given_images import read_images
 from datamodules.images.base import ImageDataModule
-from datamodules.images.image_folder import digest
 
 
 class TorchDatasetDataModule(ImageDataModule):

@@ -1,6 +1,5 @@
 """Data that is made by a rule instead of read. Dimensions: N samples, B batch."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.base import BaseDataModule, Tensors
+from datamodules.base import BaseDataModule, Tensors, digest
 from datamodules.loaders.resident import ResidentLoader, Stage
 
 Split = Literal["train", "val", "test"]
@@ -65,13 +64,13 @@ class SyntheticDataModule(BaseDataModule):
             self.splits["train"] = self.draw("train", 0)
             self.splits["val"] = self.draw("val", 0)
             self._train_loader = None
-            self.digest = sha256(self.splits["train"][0], self.splits["val"][0])
+            self.digest = digest(self.splits["train"][0], self.splits["val"][0])
         else:
             super().setup(stage)
 
     def read_test(self) -> Tensors:
         tensors = self.draw("test", 0)
-        self.digest = sha256(tensors[0])
+        self.digest = digest(tensors[0])
         return tensors
 
     def read_predict(self) -> Tensors:
@@ -108,7 +107,3 @@ class DrawingLoader(ResidentLoader):
 
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.arange(self.epoch_size)  # an epoch that is filled up begins again
-
-
-def sha256(*tensors: Tensor) -> str:
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
