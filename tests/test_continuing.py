@@ -85,6 +85,7 @@ def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("one_epoch")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
+        torch.set_num_threads(1)  # as every test has, which comes later than this
         fit("--trainer.max_epochs=1")
     return home
 
