@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := .venv/bin
 NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN := runs/demo/$(NAME)
-# core/threads.py says why
+# core/starting.py says why
 ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 20000
 endif

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from core.errors import UserError
+from core.starting import start
 from core.telling import told_in_one_sentence
-from core.threads import limit_spinning
 
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
 
@@ -131,7 +131,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     with told_in_one_sentence(debug="--debug" in args) as telling:
         options, overrides = parse(args)
-        limit_spinning()
+        start()
         from pipeline.prediction import run
 
         telling.values = True  # until the first batch

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from core.errors import UserError
+from core.starting import start
 from core.telling import told_in_one_sentence
-from core.threads import limit_spinning
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def main(args: list[str] | None = None) -> None:
     with told_in_one_sentence(debug="--debug" in args):
         asks_why = args[:1] == ["why"]
         options = parse_why(args[1:]) if asks_why else parse(args)
-        limit_spinning()
+        start()
         if asks_why:
             from pipeline.why.command import why
 

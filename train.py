@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from core.threads import limit_spinning
+from core.starting import start
 
 HELP = Path(__file__).parent / "pipeline" / "help.txt"  # needs no parser, which takes seconds
 
@@ -16,7 +16,7 @@ def main(args: list[str] | None = None) -> None:
     if any(arg.partition("=")[0] == "--on" for arg in args):
         from pipeline.kaggle.remote import run  # the work is elsewhere: no torch here
     else:
-        limit_spinning()
+        start()
         from pipeline.cli import run
 
     run(args)

@@ -15,6 +15,12 @@ from pipeline.studies.grid import Study
 SUBCOMMANDS = ("fit", "validate", "test")
 
 
+def subcommands(args: list[str]) -> tuple[str, ...]:
+    """The subcommands whose parsers are needed: the one that is typed, or else all."""
+    typed = tuple(args[:1])
+    return typed if set(typed) & set(SUBCOMMANDS) else SUBCOMMANDS
+
+
 def arrange(args: list[str]) -> list[str]:
     """Put the configuration files in front, so that every typed flag wins over every file.
 
@@ -22,7 +28,7 @@ def arrange(args: list[str]) -> list[str]:
     run is looked for where ``--trainer.default_root_dir`` says. With ``--study FILE`` the run is
     named by its point, and groups become the flags they stand for.
     """
-    if not args or args[0] not in SUBCOMMANDS:
+    if args[:1] != list(subcommands(args)):
         return args
     if "--settings" in args:
         return [args[0], "--help"]

@@ -31,7 +31,7 @@ from datamodules.base import BaseDataModule
 from datamodules.exclusion import excluded_ids
 from lit_models.base import LitModel
 from pipeline.admission import admit, read_config
-from pipeline.arguments import SUBCOMMANDS, arrange
+from pipeline.arguments import arrange, subcommands
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
@@ -49,20 +49,18 @@ class CLI(LightningCLI):
         typed: The arguments as typed.
         telling: Which errors are told in one sentence.
         held: Keeps what is to be let go when the program ends: the run folder.
-        options: What LightningCLI takes.
     """
 
-    def __init__(self, typed: list[str], telling: Telling, held: ExitStack, **options: Any) -> None:
+    def __init__(self, typed: list[str], telling: Telling, held: ExitStack) -> None:
         self.typed = typed
         self.telling = telling
         self.held = held
         self.flags = arrange(typed)
-        super().__init__(args=self.flags, **options)
+        super().__init__(args=self.flags, **cli_options(typed))
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # it is called on self
         skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}
-        return {name: skipped for name in SUBCOMMANDS}
+        return {name: skipped for name in subcommands(self.typed)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -359,10 +357,10 @@ def run(args: list[str]) -> None:
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
         os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()
-        CLI(args, telling, held, **cli_options())
+        CLI(args, telling, held)
 
 
-def cli_options() -> dict[str, Any]:
+def cli_options(typed: list[str]) -> dict[str, Any]:
     """What LightningCLI is to know of this project."""
     defaults = {"default_config_files": [str(DEFAULTS)]}
     return {
@@ -374,7 +372,7 @@ def cli_options() -> dict[str, Any]:
         "parser_class": Parser,
         "parser_kwargs": {
             "description": "Train a network, validate it, test it.",
-            **{name: dict(defaults) for name in SUBCOMMANDS},
+            **{name: dict(defaults) for name in subcommands(typed)},
         },
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,

@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent.parent
 HEAVY = {"pandas", "sklearn", "wandb", "kaggle"}  # a quarter of a second or more
 
 
-def imported(module: str) -> set[str]:
-    """Names of all modules after the import of one, in a process of its own."""
-    command = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, check=True)
+def imported(statements: str) -> set[str]:
+    """Names of all modules after some statements, in a process of its own."""
+    command = f"import sys; {statements}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=HERE, capture_output=True, check=True
+    )
     return set(done.stdout.decode().split())
 
 
@@ -20,10 +24,26 @@ def imported(module: str) -> set[str]:
 )
 def test_commands_read_their_arguments_before_pytorch_is_loaded(module: str) -> None:
     """``predict.py --help`` took eight seconds. OpenMP's settings are read with PyTorch, too."""
-    assert imported(module).isdisjoint({"torch", "lightning", *HEAVY})
+    assert imported(f"import {module}").isdisjoint({"torch", "lightning", *HEAVY})
 
 
 @pytest.mark.slow
-def test_what_a_command_may_not_need_is_imported_later() -> None:
-    assert imported("pipeline.cli").isdisjoint(HEAVY)
-    assert imported("pipeline.prediction").isdisjoint(HEAVY)
+@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.prediction"])
+def test_what_a_command_may_not_need_is_imported_later(module: str) -> None:
+    found = imported(f"from core.starting import start; start(); import {module}")
+    assert found.isdisjoint({"scipy.signal", "scipy.stats", *HEAVY})
+
+
+def test_scipy_is_whole_behind_torchmetrics() -> None:
+    asking = "import scipy.signal; scipy.signal.windows.hamming(3)"
+    assert "scipy.stats" in imported(f"from core.starting import start; start(); {asking}")
+
+
+@pytest.mark.slow
+def test_a_wandb_run_begins_without_the_job_queue(workplace: Path) -> None:
+    begin = f"from callbacks import ResumableWandbLogger as L; L(save_dir={str(workplace)!r})"
+    begin += ".experiment.finish()"
+    assert "wandb.sdk.launch" not in imported(begin)
+    loaded = "import wandb.sdk.launch.inputs.internal as queue; asked = []; "
+    loaded += "queue.StagedLaunchInputs.apply = lambda self, run: asked.append(run); "
+    imported(f"{loaded}{begin}; assert len(asked) == 1")

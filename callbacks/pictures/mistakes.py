@@ -3,8 +3,6 @@
 Dimensions: N images of the test, M mistakes, B batch, K classes, H height, W width, C channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +94,7 @@ def of_all_ranks(tensors: list[Tensor], world_size: int) -> list[list[Tensor]]:
 
 def mistakes(
     columns: list[Tensor], class_names: Sequence[str], ids: Sequence[Any]
-) -> tuple[Tensor, pd.DataFrame]:
+) -> tuple[Tensor, "pd.DataFrame"]:
     """Which images (M,) are mistaken, the most confident first, and a row for each.
 
     Args:
@@ -122,7 +120,7 @@ def mistakes(
     return torch.from_numpy(numbers), table
 
 
-def mistakes_sheet(images: np.ndarray, table: pd.DataFrame, samples: int) -> Figure:
+def mistakes_sheet(images: np.ndarray, table: "pd.DataFrame", samples: int) -> Figure:
     """Draw images uint8 (m, H, W, C), each under its row of the table of all M mistakes."""
     rows = max(1, -(-len(images) // COLUMNS))
     figure = Figure(figsize=(1.8 * COLUMNS, 2.5 * rows + 0.4), layout="constrained")

@@ -1,7 +1,5 @@
 """A table of corrected sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +54,7 @@ class CorrectionTable(Callback):
                 logger.log_table(f"tables/{name}", dataframe=rows.head(self.shown))
 
 
-def corrections(examples: list[M2Sentence], corrected: Sequence[str | None]) -> pd.DataFrame:
+def corrections(examples: list[M2Sentence], corrected: Sequence[str | None]) -> "pd.DataFrame":
     """Columns ``source``, ``output``, and ``reference``, or ``reference0``, ... of several people.
 
     People who did not see a sentence have no correction of it, and neither has the network.

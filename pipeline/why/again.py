@@ -24,7 +24,7 @@ from callbacks.run.run_folder import RunRecord
 from callbacks.run.termination import Termination
 from core.errors import UserError
 from core.telling import Telling
-from pipeline.cli import CLI, PLATEAU, cli_options
+from pipeline.cli import CLI, PLATEAU
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
 from pipeline.trainer import quiet_libraries, settle
 from steadyfit.lightning import GradientSpikeMonitor
@@ -132,7 +132,7 @@ class Again(CLI):
         quiet_libraries()
         trusted = ["--trust"] if trust else []
         typed = ["fit", f"--config={config}", *trusted]
-        super().__init__(typed, Telling(values=True), ExitStack(), **cli_options())
+        super().__init__(typed, Telling(values=True), ExitStack())
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         for hook in ("prepare_data", "setup"):  # reading and checking the data once is enough
