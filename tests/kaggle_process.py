@@ -1,17 +1,11 @@
-"""Processes of their own, forked from one that has imported what they need."""
+"""What a process of its own does with ``submit.py`` and its list."""
 
-import multiprocessing
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-import pytest
-from kaggle_server import KEY, USERNAME
 
 import submit
 from core import kaggle_client
@@ -40,21 +34,3 @@ def append_rows(folder: Path, first: int) -> None:
     row = Record(*[""] * len(ledger.FIELDS))
     for ref in range(first, first + 40):
         ledger.append(replace(row, time="2026-01-02", ref=str(ref)))
-
-
-def start(target: Callable[..., None], *args: object) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kaggle", __name__])
-    settings = {  # the client reads its own when imported; Python 3.11 forgets where modules are
-        "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-        "KAGGLE_USERNAME": USERNAME,
-        "KAGGLE_KEY": KEY,
-        "KAGGLE_CONFIG_DIR": tempfile.gettempdir(),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        process = context.Process(target=target, args=args)
-        process.start()
-    return process

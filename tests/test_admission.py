@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import CONFIGS
+from processes import start_command, wait
 from test_train import sentence
 
 import predict
@@ -219,18 +219,15 @@ def test_an_own_class_that_is_typed_again_needs_no_trust(tmp_path: Path) -> None
     (tmp_path / "typed_nets.py").write_text(
         "from lit_models.networks import LeNet5\nclass OwnNet(LeNet5): pass\n"
     )
-    command = [sys.executable, train.__file__, "fit"]
     base = [f"--config={CONFIGS / 'mnist_lenet.yaml'}", "--data=DigitsDataModule", "--run=x"]
     own = ["--model.network=typed_nets.OwnNet", "--trainer.logger=callbacks.MetricsCSV"]
-    quick: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     for epochs in (1, 2):
-        args = [*base, *own, f"--trainer.max_epochs={epochs}"]
-        done = subprocess.run([*command, *args], **quick)
-        assert done.returncode == 0, done.stderr
-    done = subprocess.run([*command, "--run=mnist_lenet/x", "--trainer.max_epochs=3"], **quick)
-    assert done.stderr.endswith(
-        "if you trust whoever made this run, add --trust, in Python trust=True.\n"
-    )
+        args = ["fit", *base, *own, f"--trainer.max_epochs={epochs}"]
+        assert wait(start_command("train", args, tmp_path)) == 0
+    args = ["fit", "--run=mnist_lenet/x", "--trainer.max_epochs=3"]
+    assert wait(start_command("train", args, tmp_path)) == 1
+    said = (tmp_path / "output.txt").read_text()
+    assert said.endswith("if you trust whoever made this run, add --trust, in Python trust=True.\n")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

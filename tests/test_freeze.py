@@ -1,7 +1,5 @@
 """What is frozen stays, its gradient is not computed, and a resumed run knows."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from processes import by_two
 from test_classification import NUM_CLASSES, Points, model, trainer, weights
 from torch import Tensor, nn
 
-import train
 from callbacks import Freeze
 
 
@@ -75,8 +73,7 @@ def test_several_processes_drop_the_gradient(small: list[str], tmp_path: Path) -
     freeze = ["--trainer.callbacks+=Freeze", "--trainer.callbacks.parameters=[network.groups.0]"]
     options = ["--trainer.callbacks.from_epoch=0", "--trainer.max_epochs=2", "--run=x"]
     devices = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, train.__file__, "fit", *small, *freeze, *options, *devices]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=180)
+    assert by_two("train", ["fit", *small, *freeze, *options, *devices], tmp_path) == 0
     path = tmp_path / "runs" / "cifar10_cpu" / "x" / "checkpoints" / "last.ckpt"
     trained = torch.load(path, weights_only=True)["state_dict"]
     first, second = (trained[f"network.groups.{i}.0.weight"] for i in (0, 1))

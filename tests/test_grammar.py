@@ -3,10 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, end_wandb, offline_wandb
 from fake_data import write_books
+from processes import by_two
 from torch import Tensor, nn
 
 import predict
@@ -410,10 +407,7 @@ def by_processes(count: int, script: Any, *args: str) -> None:
         return
     if script is train:
         devices.append("--trainer.strategy=ddp")
-    # as many threads as in this process, for another number rounds differently
-    one_core = partial(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-    command = [sys.executable, script.__file__, *args, *devices]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, preexec_fn=one_core)
+    assert by_two(script.__name__, [*args, *devices], Path()) == 0
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from conftest import full_disk
 from kaggle_place import RUN, SAMPLE, Refusal, make_run, records
-from kaggle_process import append_rows, start
+from kaggle_process import append_rows
 from kaggle_server import Fault, KaggleServer
+from processes import start
 
 from core import kaggle_client
 from core.errors import UserError

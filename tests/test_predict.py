@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 import yaml
 from conftest import full_disk
 from fake_data import draw, labels_of, write_batch
+from processes import by_two
 
 import predict
 from core.files import sha256
@@ -272,21 +272,16 @@ def test_full_disk_keeps_the_former_prediction(
     gc.collect()  # here, and not in another test, the archive that numpy 2.0 leaves open complains
 
 
-def by_two(*args: str | Path) -> subprocess.CompletedProcess[str]:
+def predict_by_two(*args: str | Path) -> int:
     """Predict in two processes, into two.csv."""
-    command = [sys.executable, predict.__file__, *map(str, args), "--devices=2"]
-    command += ["--accelerator=cpu", "--output=two.csv"]
-    # as many threads as in this process, for another number rounds differently
-    one_core = partial(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, preexec_fn=one_core
-    )
+    flags = ["--devices=2", "--accelerator=cpu", "--output=two.csv"]
+    status = by_two("predict", [*args, *flags], Path())
     assert not list(Path().glob(".two*"))
-    return result
+    return status
 
 
 def predict_csv_by_two(*args: str | Path) -> bytes:
-    by_two(*args).check_returncode()
+    assert predict_by_two(*args) == 0
     return Path("two.csv").read_bytes()
 
 
@@ -333,9 +328,8 @@ def test_a_process_may_have_nothing_to_predict(run: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_refuse_other_data(run: Path, data_dir: Path) -> None:
     other = beside(run, data_dir=str(other_images(data_dir)))
-    result = by_two(run, other, "--data.eval_batch_size=9")
-    assert result.returncode == 1
-    assert "predict different samples" in result.stderr.splitlines()[-1]
+    assert predict_by_two(run, other, "--data.eval_batch_size=9") == 1
+    assert "predict different samples" in Path("output.txt").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

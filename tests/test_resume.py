@@ -3,27 +3,25 @@
 import csv
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIGS, SMALL
+from processes import by_two, start_command, wait
 
 import predict
-import train
 from callbacks.run.wandb_logger import held_metrics
 
 pytestmark = pytest.mark.slow
 
 STEPS = 240  # 4 epochs of 960 / 16 steps
-SCRIPT = Path(train.__file__)
 
 # Ends the process in the middle of writing its second checkpoint file named last.ckpt.
 KILLED_WHILE_SAVING = """
-import io, os, signal, sys, torch, train
+import io, os, signal, torch
 save, written = torch.save, []
 def dying_save(checkpoint, file, *args, **kwargs):
     name = getattr(file, "name", "")
@@ -36,17 +34,15 @@ def dying_save(checkpoint, file, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     file.write(buffer.getvalue())
 torch.save = dying_save
-train.main(sys.argv[1:])
 """
 
 # Ends the process behind its last checkpoint, while W&B still holds the last seconds in memory.
 KILLED_BEHIND_THE_LAST_STEP = """
-import os, signal, sys, train
+import os, signal
 from callbacks.run import run_folder
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 run_folder.RunRecord.on_fit_end = die
-train.main(sys.argv[1:])
 """
 
 
@@ -69,26 +65,13 @@ def uninterrupted(arguments: list[str], tmp_path_factory: pytest.TempPathFactory
     return home / "runs" / "cifar10_cpu" / "x"
 
 
-def fit(arguments: list[str], home: Path, *, program: str | None = None) -> subprocess.Popen[bytes]:
-    """Train in a process of its own to its end; one thread, so that busy machines take no harm."""
-    process = start(arguments, home, program=program)
-    process.wait(timeout=300)
-    return process
+def fit(arguments: list[str], home: Path, *, program: str = "") -> int:
+    """Train in a process of its own to its end, and give its exit status."""
+    return wait(start(arguments, home, program=program))
 
 
-def start(
-    arguments: list[str], home: Path, *, program: str | None = None
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT)] if program is None else [sys.executable, "-c", program]
-    environment = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "HOME": str(home)}
-    with (home / "output.txt").open("ab") as output:
-        return subprocess.Popen(
-            [*command, "fit", *arguments, "--run=x"],
-            cwd=home,
-            env=environment,
-            stdout=output,
-            stderr=output,
-        )
+def start(arguments: list[str], home: Path, *, program: str = "") -> BaseProcess:
+    return start_command("train", ["fit", *arguments, "--run=x"], home, program)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -114,9 +97,7 @@ def assert_same(resumed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (resumed / "submission.csv").read_bytes() == (whole / "submission.csv").read_bytes()
 
 
-@pytest.mark.parametrize("trial", range(2))
 def test_killed_at_a_random_step(
-    trial: int,
     arguments: list[str],
     uninterrupted: Path,
     tmp_path: Path,
@@ -125,12 +106,12 @@ def test_killed_at_a_random_step(
     process = start(arguments, tmp_path)
     run = tmp_path / "runs" / "cifar10_cpu" / "x"
     while not (run / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None, "training ended before its first checkpoint"
+        assert process.exitcode is None, "training ended before its first checkpoint"
         time.sleep(0.02)
     time.sleep(random.Random().uniform(0, 4))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert fit(arguments, tmp_path).returncode == 0
+    process.kill()
+    wait(process)
+    assert fit(arguments, tmp_path) == 0
     assert_same(run, uninterrupted, monkeypatch)
     assert_one_wandb_run(run)
 
@@ -147,10 +128,10 @@ def test_killed_behind_the_last_step(
     arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process killed then left a W&B run without its last steps, since nothing was trained."""
-    process = fit(arguments, tmp_path, program=KILLED_BEHIND_THE_LAST_STEP)
-    assert process.returncode == -signal.SIGKILL
+    status = fit(arguments, tmp_path, program=KILLED_BEHIND_THE_LAST_STEP)
+    assert status == -signal.SIGKILL
     run = tmp_path / "runs" / "cifar10_cpu" / "x"
-    assert fit(arguments, tmp_path).returncode == 0
+    assert fit(arguments, tmp_path) == 0
     assert_same(run, uninterrupted, monkeypatch)
     assert_one_wandb_run(run)
 
@@ -158,11 +139,10 @@ def test_killed_behind_the_last_step(
 def test_killed_while_a_checkpoint_is_written(
     arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = fit(arguments, tmp_path, program=KILLED_WHILE_SAVING)
-    assert process.returncode == -signal.SIGKILL
+    assert fit(arguments, tmp_path, program=KILLED_WHILE_SAVING) == -signal.SIGKILL
     run = tmp_path / "runs" / "cifar10_cpu" / "x"
     assert (run / "checkpoints" / "last.ckpt").is_file()
-    assert fit(arguments, tmp_path).returncode == 0
+    assert fit(arguments, tmp_path) == 0
     assert_same(run, uninterrupted, monkeypatch)
 
 
@@ -172,52 +152,32 @@ def test_killed_before_the_first_checkpoint(
     process = start(arguments, tmp_path)
     run = tmp_path / "runs" / "cifar10_cpu" / "x"
     while not (run / "config.yaml").exists():
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    wait(process)
     assert not (run / "checkpoints").exists()
-    assert fit(arguments, tmp_path).returncode == 0
+    assert fit(arguments, tmp_path) == 0
     assert_same(run, uninterrupted, monkeypatch)
-
-
-def test_same_seed_again_gives_the_same_submission(
-    arguments: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fit(arguments, tmp_path).returncode == 0
-    assert_same(tmp_path / "runs" / "cifar10_cpu" / "x", uninterrupted, monkeypatch)
 
 
 def test_two_processes_train_and_test(arguments: list[str], tmp_path: Path) -> None:
     """DDP over gloo: one run folder, every step once, a checkpoint that one process can use."""
-    both = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]
+    both = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     # without a name the second process learns the folder from the first
-    train = ["fit", *arguments, *both, "--trainer.max_epochs=1", "--test=true"]
-    environment = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), *train],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    more = ["--data.batch_size=8", "--trainer.max_epochs=1", "--test=true"]
+    assert by_two("train", ["fit", *arguments, *both, *more], tmp_path) == 0
     (run,) = (tmp_path / "runs" / "cifar10_cpu").glob("*/")
     assert steps_of(run) == list(range(STEPS // 4))
+    accuracies = [accuracy_of(run)]
+    assert by_two("train", ["test", f"--run={run}", *both], tmp_path) == 0
+    accuracies.append(accuracy_of(run))
+    one = start_command("train", ["test", f"--run={run}", "--trainer.devices=1"], tmp_path)
+    assert wait(one) == 0
+    assert [*accuracies, accuracy_of(run)] == [accuracies[0]] * 3
+
+
+def accuracy_of(run: Path) -> str:
     with (run / "metrics.csv").open(newline="") as file:
-        accuracies = [r["test/accuracy"] for r in csv.DictReader(file) if r["test/accuracy"]]
-    for flags in (both[:2], []):
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            "test",
-            f"--run={run}",
-            "--trainer.devices=1",
-            *flags,
-        ]
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
-        with (run / "metrics.csv").open(newline="") as file:
-            (tested,) = [r["test/accuracy"] for r in csv.DictReader(file) if r["test/accuracy"]]
-        accuracies.append(tested)
-    assert accuracies == [accuracies[0]] * 3
+        (tested,) = [r["test/accuracy"] for r in csv.DictReader(file) if r["test/accuracy"]]
+    return tested

@@ -291,8 +291,8 @@ def assert_goes_on(both: list[str], home: Path, whole: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "names"),
-    [(0, ()), (1, ()), (1, ("_sigterm_notifier_fn", "_broadcast_sigterm_tensor"))],
-    ids=["rank 0", "rank 1", "names of Lightning that have changed"],
+    [(1, ()), (0, ("_sigterm_notifier_fn", "_broadcast_sigterm_tensor"))],
+    ids=["rank 1", "rank 0, names of Lightning that have changed"],
 )
 def test_signal_to_one_of_two_processes(
     rank: int, names: tuple[str, ...], both: list[str], uninterrupted: Path, tmp_path: Path
