@@ -1,11 +1,8 @@
 """The states before the worst spikes: whole, few, exact, and nearly free."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import full_disk
+from processes import start_command, wait
 from torch import Tensor
 
 import spikes
@@ -35,9 +33,6 @@ def save(content, file):
         os.kill(os.getpid(), signal.SIGKILL)
     usual(content, file)
 torch.save = save
-from train import main
-import sys
-main(sys.argv[1:])
 """
 
 
@@ -107,11 +102,7 @@ def test_a_state_is_that_of_a_checkpoint_and_why_begins_with_it(
 @pytest.mark.slow
 def test_one_that_is_killed_leaves_no_damaged_file(tmp_path: Path) -> None:
     args, _ = command(tmp_path, max_epochs=20)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *args], capture_output=True, env=environment
-    )
-    assert done.returncode == -signal.SIGKILL
+    assert wait(start_command("train", args, tmp_path, KILLED)) == -signal.SIGKILL
     box = tmp_path / "planted" / "x" / "black_box"
     assert [path.name[:6] for path in box.iterdir()] == [".step_"]  # no state goes by this name
     main(args)  # goes on

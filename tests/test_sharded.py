@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import start, wait
 from torch import Tensor, nn
 from torch.distributed import device_mesh, fsdp
 from torch.nn.functional import mse_loss
@@ -113,7 +114,8 @@ def as_process(rank: int, count: int, folder: Path, work: Callable[..., Any]) ->
 
 def results(folder: Path, work: Callable[..., Any]) -> list[Any]:
     """What two processes have found."""
-    torch.multiprocessing.spawn(as_process, (2, folder, work), nprocs=2)
+    started = [start(as_process, rank, 2, folder, work) for rank in (0, 1)]
+    assert [wait(process) for process in started] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
