@@ -122,6 +122,11 @@ class Run:
         return locked(self.lock_file, self.folder, busy)
 
     @property
+    def label(self) -> str:
+        """Its config and its own name."""
+        return "/".join(self.folder.resolve().parts[-2:])
+
+    @property
     def config(self) -> Path:
         return self.folder / FILE
 

@@ -1,6 +1,8 @@
 """What the runs of a study have measured, from their folders or from the W&B server."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +141,52 @@ def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         measures = {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
         rows.append({**dict(zip(by, values, strict=True)), **measures, "missing": len(group) - n})
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the mean of one group of runs is than that of another.
+
+    Attributes:
+        mean: The difference.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Of a difference as large by chance, two-sided; NaN if no run differs from another.
+        n: Runs of both groups; of pairs, their number twice.
+        paired: Whether runs of the same seed were compared.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: tuple[int, int]
+    paired: bool
+
+
+def difference(first: pd.Series, second: pd.Series) -> Difference | None:
+    """Compare two groups of runs: Student's test of pairs where they share seeds, else Welch's.
+
+    Args:
+        first: A finite value for each run, by seed.
+        second: Likewise, of which it is told how much higher they are.
+
+    Returns:
+        None if a group has a single run: nobody knows what another seed gives.
+    """
+    shared = first.index.intersection(second.index)
+    paired = len(shared) > 1 and first.index.is_unique and second.index.is_unique
+    if paired:
+        first, second = first[shared], second[shared]
+    if min(len(first), len(second)) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are equal
+        if paired:
+            test = stats.ttest_rel(second, first)
+        else:
+            test = stats.ttest_ind(second, first, equal_var=False)
+        low, high = test.confidence_interval()
+    mean = float(second.mean() - first.mean())
+    n = len(first), len(second)
+    return Difference(mean, float(low), float(high), float(test.pvalue), n, paired)

@@ -1,0 +1,155 @@
+"""What a run has left: its numbers, and the result by which it is known."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from core.errors import UserError
+from core.provenance import recorded
+from core.runs import Run, load_checkpoint
+from pipeline.admission import read_config
+from pipeline.continuing import Settings
+from pipeline.history import update
+from pipeline.kaggle.prediction_file import wilson_interval
+from pipeline.studies.metrics import SEED, read_metrics
+
+# by what a run is known, the first that it has; what is not of a test is its best
+RESULTS = {
+    **{"test/accuracy": max, "val/accuracy": max, "test/r2": max, "val/r2": max, "val/f05": max},
+    **{"test/loss": min, "val/loss": min, "train/loss": min},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last value of a test, or the best of a validation.
+
+    Attributes:
+        name: Of the metric.
+        value: A fraction, if it is an accuracy.
+        samples: How many it was measured on; None if that is not known, or it is no accuracy.
+    """
+
+    name: str
+    value: float
+    samples: int | None = None
+
+    @property
+    def amount(self) -> str:
+        return shown_value(self.name, self.value)
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval of an accuracy."""
+        if not self.samples:
+            return "-"
+        low, high = wilson_interval(self.value, self.samples)
+        return f"{100 * low:.2f} to {100 * high:.2f} %"
+
+    def __str__(self) -> str:
+        stage, _, metric = self.name.partition("/")
+        best = {"test": "test", "val": "best validation"}.get(stage, "lowest training")
+        text = f"{self.amount} {best} {metric}"
+        if not self.samples:
+            return f"{text} (of one run; no interval is known)"
+        return f"{text}, 95 % interval {self.interval} ({self.samples:,} samples)"
+
+
+def shown_value(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"
+
+
+@dataclass
+class Facts:
+    """A run, read as far as it is there; what is not there raises a UserError."""
+
+    run: Run
+
+    @property
+    def label(self) -> str:
+        return self.run.label
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+    @cached_property
+    def config(self) -> Settings:
+        return update(read_config(self.run.config.read_text(), self.run.config))
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        return recorded(self.run.config)
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get(SEED)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Numbers, a row an optimizer step; NaN where nothing was logged."""
+        try:
+            return read_metrics(self.folder).replace("", "nan").astype(float)
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder}/metrics.csv holds what is no number: {error}."
+            ) from None
+
+    @cached_property
+    def checkpoint(self) -> dict[str, Any]:
+        return load_checkpoint(self.run.checkpoint())
+
+    def values(self, name: str) -> pd.Series:
+        """A metric by optimizer step, without what was not logged."""
+        return self.metrics[name].dropna() if name in self.metrics else pd.Series(dtype=float)
+
+    def result(self, names: tuple[str, ...] = tuple(RESULTS)) -> Result:
+        """Its result by the first of some metrics that it has.
+
+        Raises:
+            UserError: It has none.
+        """
+        for name in names:
+            if len(values := self.values(name)):
+                is_test = name.startswith("test/")
+                value = float(values.iloc[-1] if is_test else RESULTS[name](values))
+                return Result(name, value, self.samples(name))
+        raise UserError(f"{self.folder} has no metric by which it could be judged; train it first.")
+
+    def samples(self, name: str) -> int | None:
+        """How many samples an accuracy was measured on, if that was recorded."""
+        stage, _, metric = name.partition("/")
+        if metric != "accuracy":
+            return None
+        try:
+            if stage == "test":
+                return int(self.confusion("test").to_numpy().sum()) or None
+            count = self.checkpoint.get("val_samples", self.config["data"]["init_args"]["val_size"])
+        except (UserError, KeyError, ValueError, TypeError):
+            return None
+        return count if type(count) is int else None  # not a share of them
+
+    def table(self, name: str, hint: str, **options: Any) -> pd.DataFrame:
+        """A table that the run has left, as text.
+
+        Raises:
+            UserError: There is none.
+        """
+        path = self.folder / name
+        try:
+            return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
+        except FileNotFoundError:
+            raise UserError(f"there is no {name}; {hint}.") from None
+
+    def confusion(self, part: str) -> pd.DataFrame:
+        """Counts (K, K) by true class, in a row, and predicted class.
+
+        Raises:
+            UserError: There are none.
+        """
+        verb = {"test": "test", "val": "validate"}[part]
+        hint = f"python train.py {verb} --run {self.folder} makes it, if the data have classes"
+        return self.table(f"confusion_matrix_{part}.csv", hint, index_col=0).astype(int)
