@@ -52,7 +52,7 @@ def hardware(device: "torch.device", processes: int) -> str:
 
 def recorded(config: Path) -> dict[str, Any]:
     """What the comment above the configuration of a run says of its origin; empty without one."""
-    lines = config.read_text().splitlines()
+    lines = config.read_text(errors="replace").splitlines()
     try:
         origin = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
     except yaml.YAMLError:

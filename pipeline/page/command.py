@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from core.runs import Run
 from pipeline.page.facts import Facts
 from pipeline.page.one import page_of_run
 from pipeline.page.several import page_of_runs
@@ -15,7 +14,7 @@ def page(options: argparse.Namespace) -> None:
     Raises:
         UserError: A run is not there, or the file cannot be written.
     """
-    runs = [Facts(Run.find(name, Path(options.root))) for name in options.runs]
+    runs = [Facts.find(name, Path(options.root)) for name in options.runs]
     if len(runs) == 1:
         page_of_run(runs[0]).write(options.output or runs[0].folder / "page.html")
     else:

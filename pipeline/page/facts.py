@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,6 +20,7 @@ RESULTS = {
     **{"test/accuracy": max, "val/accuracy": max, "test/r2": max, "val/r2": max, "val/f05": max},
     **{"test/loss": min, "val/loss": min, "train/loss": min},
 }
+STAGES = {"test": "test", "val": "best validation", "train": "lowest training"}
 
 
 @dataclass(frozen=True)
@@ -38,69 +38,51 @@ class Result:
     samples: int | None = None
 
     @property
-    def amount(self) -> str:
-        return shown_value(self.name, self.value)
-
-    @property
     def interval(self) -> str:
         """The 95 % interval of an accuracy."""
         if not self.samples:
-            return "-"
+            return "not known"
         low, high = wilson_interval(self.value, self.samples)
-        return f"{100 * low:.2f} to {100 * high:.2f} %"
+        return f"{100 * low:.2f} to {100 * high:.2f} % ({self.samples:,} samples)"
 
     def __str__(self) -> str:
         stage, _, metric = self.name.partition("/")
-        best = {"test": "test", "val": "best validation"}.get(stage, "lowest training")
-        text = f"{self.amount} {best} {metric}"
-        if not self.samples:
-            return f"{text} (of one run; no interval is known)"
-        return f"{text}, 95 % interval {self.interval} ({self.samples:,} samples)"
+        value = shown_value(self.name, self.value)
+        return f"{value} {STAGES[stage]} {metric}, 95 % interval {self.interval}"
 
 
 def shown_value(name: str, value: float) -> str:
     return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"
 
 
-@dataclass
-class Facts:
+class Facts(Run):
     """A run, read as far as it is there; what is not there raises a UserError."""
 
-    run: Run
-
-    @property
-    def label(self) -> str:
-        return self.run.label
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder
-
     @cached_property
-    def config(self) -> Settings:
-        return update(read_config(self.run.config.read_text(), self.run.config))
+    def settings(self) -> Settings:
+        return update(read_config(self.config.read_text(errors="replace"), self.config))
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        return recorded(self.run.config)
+        return recorded(self.config)
 
     @property
     def seed(self) -> Any:
-        return self.config.get(SEED)
+        return self.settings.get(SEED)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """Numbers, a row an optimizer step; NaN where nothing was logged."""
+        metrics = read_metrics(self.folder)
         try:
-            return read_metrics(self.folder).replace("", "nan").astype(float)
+            return metrics.replace("", "nan").astype(float)
         except ValueError as error:
-            raise UserError(
-                f"{self.folder}/metrics.csv holds what is no number: {error}."
-            ) from None
+            raise UserError(f"{self.folder}/metrics.csv holds no numbers ({error}).") from None
 
     @cached_property
-    def checkpoint(self) -> dict[str, Any]:
-        return load_checkpoint(self.run.checkpoint())
+    def best(self) -> dict[str, Any]:
+        """The checkpoint that predicts."""
+        return load_checkpoint(self.checkpoint())
 
     def values(self, name: str) -> pd.Series:
         """A metric by optimizer step, without what was not logged."""
@@ -121,16 +103,16 @@ class Facts:
 
     def samples(self, name: str) -> int | None:
         """How many samples an accuracy was measured on, if that was recorded."""
-        stage, _, metric = name.partition("/")
-        if metric != "accuracy":
-            return None
         try:
-            if stage == "test":
-                return int(self.confusion("test").to_numpy().sum()) or None
-            count = self.checkpoint.get("val_samples", self.config["data"]["init_args"]["val_size"])
-        except (UserError, KeyError, ValueError, TypeError):
-            return None
-        return count if type(count) is int else None  # not a share of them
+            if name == "test/accuracy":
+                return int(self.confusion("test").to_numpy().sum())
+            if name == "val/accuracy":
+                count = self.settings["data"]["init_args"].get("val_size")
+                count = self.best.get("val_samples", count)
+                return count if type(count) is int else None  # not a share of them
+        except (UserError, ValueError):
+            pass
+        return None
 
     def table(self, name: str, hint: str, **options: Any) -> pd.DataFrame:
         """A table that the run has left, as text.
@@ -139,10 +121,9 @@ class Facts:
             UserError: There is none.
         """
         path = self.folder / name
-        try:
-            return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
-        except FileNotFoundError:
-            raise UserError(f"there is no {name}; {hint}.") from None
+        if not path.is_file():
+            raise UserError(f"there is no {name}; {hint}.")
+        return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
 
     def confusion(self, part: str) -> pd.DataFrame:
         """Counts (K, K) by true class, in a row, and predicted class.
@@ -150,6 +131,6 @@ class Facts:
         Raises:
             UserError: There are none.
         """
-        verb = {"test": "test", "val": "validate"}[part]
-        hint = f"python train.py {verb} --run {self.folder} makes it, if the data have classes"
+        command = f"python train.py {'test' if part == 'test' else 'validate'} --run {self.folder}"
+        hint = f"{command} makes it, of data with classes"
         return self.table(f"confusion_matrix_{part}.csv", hint, index_col=0).astype(int)

@@ -1,7 +1,7 @@
 """The page of one run."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -16,14 +16,17 @@ from pipeline.page.settings import unusual
 from steadyfit.pictures import SpikeRun, spike_pictures
 from steadyfit.watching.records import format_spike, read_records
 
+CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
 ROWS = 20  # of a table of spikes or mistakes; the whole is in a file of the run
-CHOICES = ("data", "model", "model.network", "model.optimizer", "model.lr_scheduler")
+CHOICES = (
+    *("data", "model", "model.network", "model.optimizer", "model.lr_scheduler"),
+    *("seed_everything", "trainer.precision"),
+)
 CAPTIONS = {
     "spikes_curves": "Loss and accuracy with spikes and kinks",
     "spikes_norms": "Norms of gradients and updates",
     "spikes_layers": "Gradients, updates and weights of each parameter",
 }
-NOT_RECORDED = "not recorded"
 
 
 def page_of_run(facts: Facts) -> Page:
@@ -47,56 +50,51 @@ def page_of_run(facts: Facts) -> Page:
 
 def trained(facts: Facts) -> Iterator[Part]:
     """Origin, data, and what it took."""
-    origin, chosen = facts.origin, dict(named(facts.config))
+    origin, chosen = facts.origin, dict(named(facts.settings))
     git, versions = origin.get("git") or {}, origin.get("versions") or {}
-    rows = [[name.rpartition(".")[2], str(chosen[name])] for name in CHOICES if name in chosen]
-    rows.append(["seed", str(facts.seed)])
-    state = {True: "", False: " with changes (code.patch, if the run has it)"}
-    rows += [
-        ["command", str(origin.get("command", NOT_RECORDED))],
-        ["commit", f"{git['commit']}{state[git['clean']]}" if git else NOT_RECORDED],
-        ["versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or NOT_RECORDED],
-        ["hardware", str(origin.get("hardware", NOT_RECORDED))],
-        ["precision", str(chosen.get("trainer.precision"))],
-    ]
-    yield Table("What was trained, with what", ["fact", "value"], rows)
-    checkpoint = facts.checkpoint
-    rows = [
-        ["data digest (SHA-256)", str(checkpoint.get("data_digest") or NOT_RECORDED)],
-        ["epoch, counted from 0", str(checkpoint["epoch"])],
-        ["optimizer steps", f"{checkpoint['global_step']:,}"],
-    ]
-    if split := checkpoint.get("split"):
-        rows.insert(1, ["digest of the folds", str(split)])
-    yield Table("The checkpoint that predicts", ["fact", "value"], rows)
-    hint = "time and memory were not recorded"
-    times = facts.table("timing.csv", hint).replace("", "nan").astype(float)
-    rows = [
-        [str(name), f"{column.median():.4g}", f"{column.max():.4g}", f"{column.iloc[-1]:.4g}"]
-        for name, column in times.items()
-    ]
-    yield Table("Time and memory (timing.csv)", ["value", "median", "largest", "last"], rows)
+    yield facts_table(
+        "What was trained, with what",
+        {name.rpartition(".")[2]: chosen.get(name) for name in CHOICES}
+        | {
+            "command": origin.get("command"),
+            "commit": git and f"{git['commit']}{'' if git['clean'] else ', with changes'}",
+            "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+            "hardware": origin.get("hardware"),
+        },
+    )
+    yield facts_table(
+        "The checkpoint that predicts",
+        {
+            "data digest (SHA-256)": facts.best.get("data_digest"),
+            "digest of the folds": facts.best.get("split", "no folds"),
+            "epoch, counted from 0": facts.best["epoch"],
+            "optimizer steps": facts.best["global_step"],
+        },
+    )
+    times = facts.table("timing.csv", "time and memory were not recorded")
+    numbers = times.replace("", "nan").astype(float).agg(["median", "max"])
+    rows = [[str(name), *(f"{x:.4g}" for x in column)] for name, column in numbers.items()]
+    yield Table("Time and memory (timing.csv)", ["value", "median", "largest"], rows)
 
 
 def settings(facts: Facts) -> Iterator[Part]:
     rows = [
         [name, shown(value, usual), shown(usual, value)]
-        for name, usual, value in unusual(facts.config)
+        for name, usual, value in unusual(facts.settings)
     ]
     caption = "What differs from the defaults, beside the classes chosen"
     yield Table(caption, ["setting", "value", "default"], rows)
-    text = yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(facts.settings, sort_keys=False, allow_unicode=True)
     yield Listing("All settings (config.yaml)", text)
 
 
 def numbers(facts: Facts) -> Iterator[Part]:
     """Every metric as in ``metrics.csv``, to six digits."""
     rows = []
-    for name in facts.metrics:
-        values = facts.values(str(name))
-        if str(name).partition("/")[0] in ("train", "val", "test") and len(values):
+    for name in map(str, facts.metrics.filter(regex="^(train|val|test)/")):
+        if len(values := facts.values(name)):
             ends = values.iloc[-1], values.min(), values.max()
-            rows.append([str(name), f"{values.index[-1]}", *(f"{x:.6g}" for x in ends)])
+            rows.append([name, f"{values.index[-1]}", *(f"{x:.6g}" for x in ends)])
     if not rows:
         raise UserError("metrics.csv holds no metric of training, validation or test.")
     head = ["metric", "last step", "last value", "lowest", "highest"]
@@ -108,14 +106,12 @@ def numbers(facts: Facts) -> Iterator[Part]:
 
 
 def curves(facts: Facts) -> Iterator[Part]:
-    told = []
-    for name in ("train/loss", "val/loss", "train/accuracy", "val/accuracy"):
-        if len(values := facts.values(name)):
-            ends = shown_value(name, values.iloc[0]), shown_value(name, values.iloc[-1])
-            told.append(f"{name} went from {ends[0]} to {ends[1]}")
-    if not told:
+    names = [n for n in CURVES if len(facts.values(n))]
+    if not names:
         raise UserError("there is no loss and no accuracy to draw.")
-    alt = f"{'; '.join(told)}, over {facts.metrics.index.max() + 1:,} optimizer steps."
+    ends = [(name, *facts.values(name).iloc[[0, -1]]) for name in names]
+    told = [f"{n} from {shown_value(n, a)} to {shown_value(n, b)}" for n, a, b in ends]
+    alt = f"{', '.join(told)}, in {facts.metrics.index.max() + 1:,} optimizer steps."
     figure = learning_curves(facts.metrics.reset_index())
     yield Picture.of(figure, "Learning curves", f"Learning curves: {alt}")
 
@@ -124,33 +120,31 @@ def spikes(facts: Facts) -> Iterator[Part]:
     """How many there were, the worst with its evidence, and why."""
     steps = len(facts.values("train/loss"))
     records = [r for r in read_records(facts.folder / "spikes.jsonl") if r["spiked"]]
-    run = SpikeRun.read(facts.folder, drawable(facts.label))
-    if records:
-        records.sort(key=lambda record: -(record["max_loss_after"] or 0))
+    records.sort(key=lambda record: -(record["max_loss_after"] or 0))
+    if not len(facts.values("grad_norm/total")):
+        yield "Missing: the run was not watched; callbacks.GradientSpikeMonitor does it."
+    else:
         confirmed = sum(record["confirmed"] for record in records)
         yield f"{len(records)} spikes in {steps:,} optimizer steps, {confirmed} seen in the loss."
+    if records:
         rows = [
             [str(r["step"]), ", ".join(r["spiked"]), format_spike(r).partition(": ")[2]]
             for r in records[:ROWS]
         ]
         few = f", the {ROWS} worst" if len(records) > ROWS else ""
         yield Table(f"Spikes{few} (spikes.jsonl)", ["step", "in", "evidence"], rows)
-    elif run.has("grad_norm/total"):
-        yield f"No spike in {steps:,} optimizer steps."
-    else:
-        yield "Missing: the run was not watched; callbacks.GradientSpikeMonitor does it."
-    path = facts.folder / "why.json"
-    if path.is_file():
+        if not (facts.folder / "why.json").is_file():
+            yield f"Missing: why it spiked; python spikes.py why {facts.folder} finds out."
+    run = SpikeRun.read(facts.folder, drawable(facts.label))
+    figure = spike_pictures([run])["spikes_curves"]
+    yield Picture.of(figure, CAPTIONS["spikes_curves"], alt_of(run))
+    if (path := facts.folder / "why.json").is_file():
         why = json.loads(path.read_text())
         yield f"Why (spikes.py why): {why['verdict']} {why['remedy']}"
         rows = [[x["name"], f"{x['gone']} of {x['forks']}"] for x in why["experiments"]]
         yield Table("What takes the spike away (why.json)", ["change", "spike gone"], rows)
         alt = f"Loss around the spike, as recorded and with each change. {why['verdict']}"
         yield Picture.read(path.with_suffix(".png"), "The spike and its changes", alt)
-    elif records:
-        yield f"Why is not known yet: python spikes.py why {facts.folder}"
-    figure = spike_pictures([run])["spikes_curves"]
-    yield Picture.of(figure, CAPTIONS["spikes_curves"], alt_of(run))
 
 
 def alt_of(run: SpikeRun) -> str:
@@ -162,10 +156,10 @@ def alt_of(run: SpikeRun) -> str:
 
 
 def gradients(facts: Facts) -> Iterator[Part]:
-    run = SpikeRun.read(facts.folder, drawable(facts.label))
     norms = facts.values("grad_norm/total")
     if norms.empty:
         raise UserError("no norms were recorded; callbacks.GradientSpikeMonitor does it.")
+    run = SpikeRun.read(facts.folder, drawable(facts.label))
     told = f"Gradient norm of a step: median {norms.median():.3g}, largest {norms.max():.3g}"
     for name, figure in spike_pictures([run]).items():
         if name != "spikes_curves":
@@ -179,17 +173,14 @@ def gradients(facts: Facts) -> Iterator[Part]:
 def confusions(facts: Facts) -> Iterator[Part]:
     there = [p for p in ("test", "val") if (facts.folder / f"confusion_matrix_{p}.csv").is_file()]
     for part in there or ["test"]:
-        counts = facts.confusion(part)
-        size, right = counts.to_numpy().sum(), counts.to_numpy().trace()
-        names = [str(name) for name in counts.columns]
-        told = f"{right:,} of {size:,} right ({part})"
-        figure = confusion_matrix(counts.to_numpy(), [drawable(name) for name in names])
+        table = facts.confusion(part)
+        counts, names = table.to_numpy(), [str(name) for name in table.columns]
+        told = f"Confusion matrix of {part}: {counts.trace():,} of {counts.sum():,} right"
         if len(names) <= READABLE:
-            rows = [
-                [name, *map(str, row)] for name, row in zip(names, counts.to_numpy(), strict=True)
-            ]
-            yield Table(f"Confusion matrix, {told}", ["true / predicted", *names], rows)
-        alt = f"Confusion matrix of {len(names)} classes, {told}; the numbers are in the CSV file."
+            rows = [[name, *map(str, row)] for name, row in zip(names, counts, strict=True)]
+            yield Table(told, ["true / predicted", *names], rows)
+        figure = confusion_matrix(counts, [drawable(name) for name in names])
+        alt = f"{told}, {len(names)} classes; the numbers are in confusion_matrix_{part}.csv."
         yield Picture.of(figure, f"Confusion matrix ({part})", alt)
 
 
@@ -206,20 +197,17 @@ def mistakes(facts: Facts) -> Iterator[Part]:
 
 
 def submission(facts: Facts) -> Iterator[Part]:
-    made = read_json(facts, "submission.json", f"python predict.py {facts.folder} makes it")
-    keys = ("csv", "rows", "competition", "created", "sha256")
-    yield Table("The prediction file", ["fact", "value"], rows_of(made, keys))
-    sent = read_json(facts, "score.json", f"python submit.py {facts.folder} sends the file")
-    keys = ("status", "public_score", "ref", "time", "competition", "message", "error")
-    yield Table("The submission", ["fact", "value"], rows_of(sent, keys))
+    for name, verb, keys in (
+        ("submission.json", "predict", ("csv", "rows", "competition", "created", "sha256")),
+        ("score.json", "submit", ("status", "public_score", "ref", "time", "message", "error")),
+    ):
+        path = facts.folder / name
+        if not path.is_file():
+            raise UserError(f"there is no {name}; python {verb}.py {facts.folder} makes it.")
+        found = json.loads(path.read_text())
+        yield facts_table(f"From {name}", {key: found.get(key) for key in keys})
 
 
-def read_json(facts: Facts, name: str, hint: str) -> dict[str, Any]:
-    path = facts.folder / name
-    if not path.is_file():
-        raise UserError(f"there is no {name}; {hint}.")
-    return dict(json.loads(path.read_text()))
-
-
-def rows_of(found: dict[str, Any], keys: tuple[str, ...]) -> list[list[str]]:
-    return [[key, str(found[key])] for key in keys if found.get(key) not in (None, "")]
+def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:
+    rows = [[k, "not recorded" if v in (None, "", {}) else str(v)] for k, v in facts.items()]
+    return Table(caption, ["fact", "value"], rows)

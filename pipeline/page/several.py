@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from core.errors import UserError
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, named, shown
 from pipeline.page.facts import RESULTS, Facts, shown_value
-from pipeline.page.one import CAPTIONS, alt_of
+from pipeline.page.one import CAPTIONS, CURVES, alt_of
 from pipeline.page.parts import Page, Part, Picture, Section, Table, drawable
 from pipeline.studies.grid import Study, short
 from pipeline.studies.metrics import SEED, difference, summary
@@ -18,10 +18,9 @@ from pipeline.studies.report import cells, curves_picture
 from steadyfit.pictures import SpikeRun, spike_pictures
 
 SIDE_BY_SIDE = 4  # columns of a picture; with more of them nothing could be read
-CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
 # where a run lies and what it tells, which makes no difference to it
 IDLE = (
-    *("trainer.default_root_dir", "trainer.logger", "data.data_dir"),
+    *("trainer.default_root_dir", "trainer.logger", "trainer.enable_", "data.data_dir"),
     *(f"trainer.callbacks.{name}" for name in CALLBACKS_MAY_CHANGE),
 )
 NAMED_BY = 2  # settings in the name of a group
@@ -49,7 +48,7 @@ def page_of_runs(runs: list[Facts]) -> Page:
 
 def differing(runs: list[Facts]) -> list[str]:
     """Names of the settings in which the runs differ, the seed left out."""
-    flat = [dict(named(run.config)) for run in runs]
+    flat = [dict(named(run.settings)) for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     chosen = [n for n in names if n != SEED and not n.startswith(IDLE)]
     return [n for n in chosen if any(s.get(n) != flat[0].get(n) for s in flat)]
@@ -57,17 +56,15 @@ def differing(runs: list[Facts]) -> list[str]:
 
 def grouped(runs: list[Facts], settings: list[str]) -> dict[str, list[Facts]]:
     """The runs of each combination of settings, by these if they are few, else by a run's name."""
-    groups: dict[str, list[Facts]] = {}
-    names: dict[str, str] = {}
+    groups: dict[str, tuple[str, list[Facts]]] = {}
     for run in runs:
-        flat = dict(named(run.config))
+        flat = dict(named(run.settings))
         values = {name: flat.get(name) for name in settings}
-        if 0 < len(settings) <= NAMED_BY:
-            name = ", ".join(f"{short(key)}={shown(value)}" for key, value in values.items())
-        else:
-            name = run.label
-        groups.setdefault(names.setdefault(repr(values), name), []).append(run)
-    return groups
+        name = ", ".join(f"{short(key)}={shown(value)}" for key, value in values.items())
+        if not 0 < len(settings) <= NAMED_BY or name in [known for known, _ in groups.values()]:
+            name = str(run.folder) if len({r.label for r in runs}) < len(runs) else run.label
+        groups.setdefault(repr(values), (name, []))[1].append(run)
+    return dict(groups.values())
 
 
 def compared(groups: Groups) -> tuple[str, list[Part]]:
@@ -110,46 +107,42 @@ def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
     lower = "loss" in y or y.startswith("steps until")
     best = rows[int((table["mean"].argmin if lower else table["mean"].argmax)())]
     which = f"{'lowest' if lower else 'highest'} mean of {len(rows)}, " if len(rows) > 1 else ""
-    result = f"{y} {best[1]}, 95 % interval {best[2]}, {best[3]} runs: {which}{best[0]}"
-    if percent(y):
-        result = result.replace(best[1], f"{best[1]} %", 1)
+    unit = " %" if y.endswith("accuracy") else ""
+    result = (
+        f"{y} {best[1]}{unit}, 95 % interval {best[2]}{unit} ({which}{best[0]}, {best[3]} runs)"
+    )
     parts: list[Part] = [Table("Means over the seeds", head, rows), *told]
     if len(told) > 1:
         parts.append(f"Each p is that of one comparison alone; there are {len(told)}.")
     return told[0] if len(told) == 1 else result, parts
 
 
-def percent(y: str) -> bool:
-    return y.endswith("accuracy")
-
-
 def verdict(first: str, second: str, reference: pd.Series, values: pd.Series, y: str) -> str:
     """Whether a group is further from another one than seeds can do, as a sentence."""
     found = difference(reference, values)
-    mean = found.mean if found else float(values.mean() - reference.mean())
-    scale, unit = (100, " points") if percent(y) else (1, "")
-    side = "above" if mean > 0 else "below"
-    text = f"{second} is {abs(scale * mean):.3g}{unit} {side} {first} in {y}: "
-    if found is None:
+    scale, unit = (100, " points") if y.endswith("accuracy") else (1, "")
+    before, after = (shown_value(y, mean) for mean in found.means)
+    apart, low, high = (f"{scale * x:+.3g}" for x in (found.means[1] - found.means[0], *found.ends))
+    text = f"{second} against {first}: {y} {before} -> {after}, {apart}{unit}"
+    runs = "{} and {} runs".format(*found.n)
+    if min(found.n) < 2:
         return (
-            f"{text}whether seeds do that cannot be told of {len(reference)} and {len(values)} "
-            "runs; train both with the same two seeds or more"
+            f"{text}; {runs} cannot tell it from seed noise: train both with the same two seeds "
+            "or more."
         )
+    if found.paired:
+        runs = f"{found.n[0]} pairs of one seed"
     if math.isnan(found.p):
-        return f"{second} and {first} are equal in {y} in every run, {found.n[0]} of each"
-    low, high = (f"{scale * end:.3g}" for end in (found.low, found.high))
-    runs = (
-        f"{found.n[0]} pairs of one seed" if found.paired else f"{found.n[0]} and {found.n[1]} runs"
-    )
-    said = "more than seed noise" if found.p < LEVEL else "no more than seed noise can be"
-    return f"{text}{said} ({runs}, 95 % interval {low} to {high}{unit}, p = {found.p:.2g})"
+        return f"{text}; equal in every run ({runs})."
+    said = "more than seed noise" if found.p < LEVEL else "not to be told from seed noise"
+    return f"{text}, 95 % interval {low} to {high}; {said} ({runs}, p = {found.p:.2g})."
 
 
 def differences(groups: Groups, settings: list[str]) -> Iterator[Part]:
     if not settings:
         yield "Nothing but the seed."
         return
-    flat = {name: dict(named(group[0].config)) for name, group in groups.items()}
+    flat = {name: dict(named(group[0].settings)) for name, group in groups.items()}
     rows = [[key, *(shown(own.get(key)) for own in flat.values())] for key in settings]
     yield Table("Settings that differ", ["setting", *flat], rows)
 
@@ -157,13 +150,10 @@ def differences(groups: Groups, settings: list[str]) -> Iterator[Part]:
 def each(groups: Groups) -> Iterator[Part]:
     metric = metric_of(groups)
     rows = []
-    for name, group in groups.items():
-        for run in group:
-            found = run.result((metric,))
-            commit = (run.origin.get("git") or {}).get("commit", "not recorded")
-            rows.append(
-                [run.label, name, str(run.seed), found.amount, found.interval, str(commit)[:12]]
-            )
+    for name, run in ((name, run) for name, group in groups.items() for run in group):
+        found, git = run.result((metric,)), run.origin.get("git") or {}
+        value, commit = shown_value(metric, found.value), str(git.get("commit"))[:12]
+        rows.append([run.label, name, str(run.seed), value, found.interval, commit])
     head = ["run", "group", "seed", metric, "95 % interval over its samples", "commit"]
     yield Table("Every run", head, rows)
     yield "python study.py page RUN has all of one run."
@@ -171,25 +161,21 @@ def each(groups: Groups) -> Iterator[Part]:
 
 def curves(groups: Groups) -> Iterator[Part]:
     for name in CURVES:
-        found = {
-            drawable(label): [
-                c.where(c.abs() < math.inf) for r in group if len(c := r.values(name))
-            ]
-            for label, group in groups.items()
-        }
-        found = {label: own for label, own in found.items() if own}
-        if not found:
+        every = {drawable(g): [run.values(name) for run in runs] for g, runs in groups.items()}
+        there = {g: [c for c in own if len(c)] for g, own in every.items() if any(map(len, own))}
+        if not there:
             continue
-        shortest = min(len(curve) for own in found.values() for curve in own)
+        shortest = min(len(curve) for own in there.values() for curve in own)
         window = 1 + shortest // 30 if name.startswith("train/") else 1
-        smooth = {k: [c.rolling(window).mean().dropna() for c in own] for k, own in found.items()}
-        ends = [
-            f"{label} ends at {shown_value(name, float(np.mean([c.iloc[-1] for c in own])))}"
-            for label, own in found.items()
-        ]
-        alt = f"{name} against the optimizer step, mean and standard deviation over seeds"
+        smooth = {
+            g: [c.where(c.abs() < math.inf).rolling(window).mean().dropna() for c in own]
+            for g, own in there.items()
+        }
+        ends = {g: float(np.mean([c.iloc[-1] for c in own])) for g, own in there.items()}
+        told = ", ".join(f"{g} ends at {shown_value(name, end)}" for g, end in ends.items())
+        alt = f"{name} against the optimizer step, mean and standard deviation of seeds: {told}."
         figure = curves_picture(smooth, name, window, None)
-        yield Picture.of(figure, f"{name} on the same axes", f"{alt}: {'; '.join(ends)}.")
+        yield Picture.of(figure, f"{name} on the same axes", alt)
 
 
 def spikes(groups: Groups) -> Iterator[Part]:
@@ -229,19 +215,11 @@ def page_of_study(
     seeds = runs[SEED] if SEED in runs else range(len(runs))
     result, told = judged(runs.assign(group=group, **{SEED: seeds}), y, missing)
     rows = [[key, ", ".join(map(str, values))] for key, values in study.parameters.items()]
-    count = f"{len(runs)} of {len(study.points)} runs are in this report"
+    picture = Picture.of(figure, title, f"{title}; the means are in the table above.")
+    count = f"{len(runs)} of {len(study.points)} runs of {study.path} are in this report."
+    grid = Table("Parameters of the grid", ["parameter", "values"], rows)
     sections = [
-        Section("The difference", told),
-        Section(
-            "The picture", [Picture.of(figure, title, f"{title}; the means are in the table.")]
-        ),
-        Section(
-            "What was trained",
-            [
-                f"{count}; {study.path}",
-                Table("Parameters of the grid", ["parameter", "values"], rows),
-                " ".join(study.template),
-            ],
-        ),
+        Section("The difference", [*told, picture]),
+        Section("What was trained", [count, grid, f"Command: {' '.join(study.template)}"]),
     ]
     return Page(result, f"Study {study.name}: {title}", sections)

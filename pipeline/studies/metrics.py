@@ -145,48 +145,42 @@ def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the mean of one group of runs is than that of another.
+    """How much higher the mean of a second group of runs is than that of a first.
 
     Attributes:
-        mean: The difference.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        p: Of a difference as large by chance, two-sided; NaN if no run differs from another.
-        n: Runs of both groups; of pairs, their number twice.
-        paired: Whether runs of the same seed were compared.
+        means: Of both groups.
+        ends: Of the 95 % interval of the difference; NaN if no run differs from another.
+        p: Of a difference as large by chance, two-sided; NaN likewise.
+        n: Runs of both groups.
+        paired: Whether runs of the same seed were compared; others are then left out.
     """
 
-    mean: float
-    low: float
-    high: float
+    means: tuple[float, float]
+    ends: tuple[float, float]
     p: float
     n: tuple[int, int]
     paired: bool
 
 
-def difference(first: pd.Series, second: pd.Series) -> Difference | None:
-    """Compare two groups of runs: Student's test of pairs where they share seeds, else Welch's.
+def difference(first: pd.Series, second: pd.Series) -> Difference:
+    """Compare groups of runs: Student's test of pairs where they share seeds, else Welch's.
+
+    With a single run in a group nobody knows what another seed gives: all is NaN but the means.
 
     Args:
         first: A finite value for each run, by seed.
-        second: Likewise, of which it is told how much higher they are.
-
-    Returns:
-        None if a group has a single run: nobody knows what another seed gives.
+        second: Likewise.
     """
     shared = first.index.intersection(second.index)
     paired = len(shared) > 1 and first.index.is_unique and second.index.is_unique
     if paired:
         first, second = first[shared], second[shared]
-    if min(len(first), len(second)) < 2:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are equal
-        if paired:
-            test = stats.ttest_rel(second, first)
-        else:
-            test = stats.ttest_ind(second, first, equal_var=False)
-        low, high = test.confidence_interval()
-    mean = float(second.mean() - first.mean())
-    n = len(first), len(second)
-    return Difference(mean, float(low), float(high), float(test.pvalue), n, paired)
+    p = low = high = float("nan")
+    if min(len(first), len(second)) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are equal
+            welch = {} if paired else {"equal_var": False}
+            test = (stats.ttest_rel if paired else stats.ttest_ind)(second, first, **welch)
+            p, (low, high) = float(test.pvalue), test.confidence_interval()
+    means = float(first.mean()), float(second.mean())
+    return Difference(means, (float(low), float(high)), p, (len(first), len(second)), paired)
