@@ -131,10 +131,10 @@ class RunRecord(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping) and has_stopped(callback):
                 trainer.should_stop = True  # Lightning would train one more epoch
-        if split := trainer.datamodule.split_digest:  # type: ignore[attr-defined]
-            self.text = f"# split: {split}\n{self.text}"
         where = hardware(trainer.strategy.root_device, trainer.world_size)
         self.text = f"# hardware: {json.dumps(where)}\n{self.text}"
+        if split := trainer.datamodule.split_digest:  # type: ignore[attr-defined]
+            self.text = f"# split: {split}\n{self.text}"
         # not on_train_start: a run killed behind its last step has nothing left to train
         history = next((log for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
         if history is None:

@@ -222,6 +222,7 @@ def report(options: argparse.Namespace) -> None:
     print(text, end="")
     if len(found) < len(study.points):
         print(f"{len(study.points) - len(found)} of {len(study.points)} runs are not finished.")
+    print(f"{path.name}.png, .csv and .md are in {folder}")
     if options.html:
         from pipeline.page.several import page_of_study  # it reads this module
 
