@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import full_disk
 from scipy import stats
@@ -195,6 +196,21 @@ def test_settings_that_differ_from_the_defaults(page: Reader) -> None:
     assert "trainer.log_every_n_steps" not in shown  # as in configs/defaults.yaml
     assert "trainer.callbacks.GradientSpikeMonitor.optional" not in shown
     assert "model.label_smoothing" not in shown or float(shown["model.label_smoothing"][0]) > 0
+
+
+def test_time_and_memory(tmp_path: Path) -> None:
+    """An elapsed time is a sum, and of memory the most counts."""
+    folder = write_run(tmp_path / "run", {})
+    text = "step,time/data_wait,time/elapsed,time/memory\n0,,5,100\n50,0.5,10,300\n99,0.1,15,200\n"
+    (folder / "timing.csv").write_text(text)
+    checkpoint = {"config": "", "state_dict": {}, "metrics": {}, "epoch": 0, "global_step": 100}
+    (folder / "checkpoints").mkdir()
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    assert written(folder).table("Time and memory")[1:] == [
+        ["time/data_wait", "0.3", "0.5"],
+        ["time/elapsed", "10", "15"],
+        ["time/memory", "200", "300"],
+    ]
 
 
 def test_a_class_of_a_stranger_is_not_imported(tmp_path: Path) -> None:

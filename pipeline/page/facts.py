@@ -85,8 +85,9 @@ class Facts(Run):
         return load_checkpoint(self.checkpoint())
 
     def values(self, name: str) -> pd.Series:
-        """A metric by optimizer step, without what was not logged."""
-        return self.metrics[name].dropna() if name in self.metrics else pd.Series(dtype=float)
+        """A metric by optimizer step, without what was not logged; the first of two optimizers."""
+        column = next((c for c in (name, f"{name}/0") if c in self.metrics), None)
+        return pd.Series(dtype=float) if column is None else self.metrics[column].dropna()
 
     def result(self, names: tuple[str, ...] = tuple(RESULTS)) -> Result:
         """Its result by the first of some metrics that it has.

@@ -54,10 +54,11 @@ def trained(facts: Facts) -> Iterator[Part]:
     git, versions = origin.get("git") or {}, origin.get("versions") or {}
     yield facts_table(
         "What was trained, with what",
-        {name.rpartition(".")[2]: chosen.get(name) for name in CHOICES}
+        {name.rpartition(".")[2]: str(chosen.get(name)) for name in CHOICES}
         | {
             "command": origin.get("command"),
-            "commit": git and f"{git['commit']}{'' if git['clean'] else ', with changes'}",
+            "commit": git
+            and f"{git['commit']}{'' if git['clean'] else ', with changes (code.patch)'}",
             "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
             "hardware": origin.get("hardware"),
         },
@@ -71,10 +72,11 @@ def trained(facts: Facts) -> Iterator[Part]:
             "optimizer steps": facts.best["global_step"],
         },
     )
-    times = facts.table("timing.csv", "time and memory were not recorded")
-    numbers = times.replace("", "nan").astype(float).agg(["median", "max"])
-    rows = [[str(name), *(f"{x:.4g}" for x in column)] for name, column in numbers.items()]
-    yield Table("Time and memory (timing.csv)", ["value", "median", "largest"], rows)
+    times = facts.table("timing.csv", "time and memory were not recorded").filter(regex="^time/")
+    ends = times.replace("", "nan").astype(float).agg(["median", "max"])
+    rows = [[str(name), *(f"{x:.4g}" for x in column)] for name, column in ends.items()]
+    caption = "Time and memory, in seconds and MiB (timing.csv)"
+    yield Table(caption, ["value", "median", "largest"], rows)
 
 
 def settings(facts: Facts) -> Iterator[Part]:
@@ -205,7 +207,9 @@ def submission(facts: Facts) -> Iterator[Part]:
         if not path.is_file():
             raise UserError(f"there is no {name}; python {verb}.py {facts.folder} makes it.")
         found = json.loads(path.read_text())
-        yield facts_table(f"From {name}", {key: found.get(key) for key in keys})
+        yield facts_table(
+            f"From {name}", {key: found[key] for key in keys if found.get(key) not in (None, "")}
+        )
 
 
 def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:

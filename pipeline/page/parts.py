@@ -40,17 +40,18 @@ class Picture:
     caption: str
     alt: str
     png: str  # base64
+    size: tuple[int, int]  # width and height in pixels
 
     @classmethod
     def of(cls, figure: Figure, caption: str, alt: str) -> "Picture":
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
-        return cls(caption, alt, encoded(file))
+        return cls(caption, alt, *encoded(file))
 
     @classmethod
     def read(cls, path: Path, caption: str, alt: str) -> "Picture":
         """A picture that a run has left."""
-        return cls(caption, alt, encoded(io.BytesIO(path.read_bytes())))
+        return cls(caption, alt, *encoded(io.BytesIO(path.read_bytes())))
 
 
 Part = str | Table | Listing | Picture
@@ -108,14 +109,14 @@ class Page:
         print(f"The page is {path}")
 
 
-def encoded(file: io.BytesIO) -> str:
-    """A PNG in base64 with 256 colours, which make a picture a third as large."""
+def encoded(file: io.BytesIO) -> tuple[str, tuple[int, int]]:
+    """A PNG in base64 with 256 colours, which make it a third as large, and its size."""
     with Image.open(file, formats=["PNG"]) as image:
         small = image.convert("RGB")
         small.thumbnail(LARGEST)
         packed = io.BytesIO()
         small.quantize(256).save(packed, "PNG", optimize=True)
-    return b64encode(packed.getvalue()).decode()
+    return b64encode(packed.getvalue()).decode(), small.size
 
 
 def drawable(text: str) -> str:
