@@ -72,6 +72,7 @@ def add_report(commands: Any) -> None:
     reporter.add_argument(
         "--sweep", metavar="ENTITY/PROJECT/ID", help="read the runs of a sweep on the W&B server"
     )
+    reporter.add_argument("--html", action="store_true", help="write a page of it as well")
     reporter.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: runs/STUDY/report"
     )
@@ -90,6 +91,25 @@ def add_compare(commands: Any) -> None:
     comparer.add_argument("--output", type=Path, metavar="FILE", help="picture to write")
 
 
+def add_page(commands: Any) -> None:
+    pager = commands.add_parser(
+        "page",
+        help="one HTML file of a run, or of several side by side",
+        description="Write all that a run has left into one HTML file that needs no network: the "
+        "result with its interval, settings, curves, spikes, mistakes, score. Of several runs: "
+        "what differs, and whether that is more than the noise of the seeds.",
+        allow_abbrev=False,
+    )
+    pager.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    pager.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
+    pager.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: page.html in the run, or in comparison/ of the last one",
+    )
+
+
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="study.py", description="Many runs that answer one question.", allow_abbrev=False
@@ -98,6 +118,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add_run(commands)
     add_report(commands)
     add_compare(commands)
+    add_page(commands)
     for command in (parser, *commands.choices.values()):
         command.add_argument(
             "--debug",
@@ -129,8 +150,12 @@ def main(args: list[str] | None = None) -> None:
                     run(study, options.jobs, flags, study.where(options.where))
             except KeyboardInterrupt:
                 raise UserError("interrupted; the same command goes on with the study.") from None
+        elif options.command == "page":
+            from pipeline.page.command import page  # seconds of imports
+
+            page(options)
         else:
-            from pipeline.studies import report  # seconds of imports
+            from pipeline.studies import report  # likewise
 
             {"report": report.report, "compare": report.compare}[options.command](options)
 

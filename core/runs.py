@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from core.errors import UserError
 from core.locks import locked
@@ -37,7 +37,7 @@ class Run:
     folder: Path
 
     @classmethod
-    def find(cls, name: str | Path, root: Path = ROOT) -> "Run":
+    def find(cls, name: str | Path, root: Path = ROOT) -> Self:
         """The run at a path, or at ``root/name``.
 
         Raises:
@@ -56,7 +56,7 @@ class Run:
         return root / (config.resolve().parents[1].name if config.name == FILE else config.stem)
 
     @classmethod
-    def claim(cls, parent: Path, name: str | None) -> "Run":
+    def claim(cls, parent: Path, name: str | None) -> Self:
         """A folder of that name, new or to be continued; without a name a new one by the time.
 
         ``mkdir`` is exclusive, so two programs started in the same second get two folders.
@@ -120,6 +120,11 @@ class Run:
             "another name with --run."
         )
         return locked(self.lock_file, self.folder, busy)
+
+    @property
+    def label(self) -> str:
+        """Its config and its own name."""
+        return "/".join(self.folder.resolve().parts[-2:])
 
     @property
     def config(self) -> Path:

@@ -39,7 +39,7 @@ def group(runs: list[Run], labels: list[str] | None) -> Groups:
         if len(set(configs)) == 1:  # there is nothing but the seeds to be compared
             repeated = set(configs)
         pairs = zip(configs, runs, strict=True)
-        labels = [name_of(run) if config in repeated else config for config, run in pairs]
+        labels = [run.label if config in repeated else config for config, run in pairs]
     elif len(labels) != len(runs):
         raise UserError(
             f"--labels needs one label for each of the {len(runs)} runs, got {len(labels)}."
@@ -54,10 +54,6 @@ def group(runs: list[Run], labels: list[str] | None) -> Groups:
             )
         own[seed_of(run)] = run
     return groups
-
-
-def name_of(run: Run) -> str:
-    return "/".join(run.folder.resolve().parts[-2:])
 
 
 def seed_of(run: Run) -> int:

@@ -161,7 +161,8 @@ def test_a_run_is_described_and_its_checkpoint_chooses_nothing(
     with renamed("_parser", "lightning"):
         train.main(["fit", config, *sizes, "--trainer.logger=false", "--run=x"])
     text = (run / "config.yaml").read_text()
-    assert text.startswith("# command:")
+    assert text.startswith("# hardware:")
+    assert "\n# command:" in text
     described = yaml.safe_load(text)
     assert [*described] == ["seed_everything", "trainer", "model", "data"]
     assert described["trainer"]["precision"] == "32-true"

@@ -1,6 +1,7 @@
 """What keeps a run folder whole: its configuration and its metrics."""
 
 import csv
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from core.files import atomic_write
+from core.provenance import hardware
 from lit_models.base import LitModel
 from steadyfit.lightning import StepCallback
 
@@ -129,6 +131,8 @@ class RunRecord(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping) and has_stopped(callback):
                 trainer.should_stop = True  # Lightning would train one more epoch
+        where = hardware(trainer.strategy.root_device, trainer.world_size)
+        self.text = f"# hardware: {json.dumps(where)}\n{self.text}"
         if split := trainer.datamodule.split_digest:  # type: ignore[attr-defined]
             self.text = f"# split: {split}\n{self.text}"
         # not on_train_start: a run killed behind its last step has nothing left to train

@@ -1,6 +1,8 @@
 """What the runs of a study have measured, from their folders or from the W&B server."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +141,46 @@ def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         measures = {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
         rows.append({**dict(zip(by, values, strict=True)), **measures, "missing": len(group) - n})
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the mean of a second group of runs is than that of a first.
+
+    Attributes:
+        means: Of both groups.
+        ends: Of the 95 % interval of the difference; NaN if no run differs from another.
+        p: Of a difference as large by chance, two-sided; NaN likewise.
+        n: Runs of both groups.
+        paired: Whether runs of the same seed were compared; others are then left out.
+    """
+
+    means: tuple[float, float]
+    ends: tuple[float, float]
+    p: float
+    n: tuple[int, int]
+    paired: bool
+
+
+def difference(first: pd.Series, second: pd.Series) -> Difference:
+    """Compare groups of runs: Student's test of pairs where they share seeds, else Welch's.
+
+    With a single run in a group nobody knows what another seed gives: all is NaN but the means.
+
+    Args:
+        first: A finite value for each run, by seed.
+        second: Likewise.
+    """
+    shared = first.index.intersection(second.index)
+    paired = len(shared) > 1 and first.index.is_unique and second.index.is_unique
+    if paired:
+        first, second = first[shared], second[shared]
+    p = low = high = float("nan")
+    if min(len(first), len(second)) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are equal
+            welch = {} if paired else {"equal_var": False}
+            test = (stats.ttest_rel if paired else stats.ttest_ind)(second, first, **welch)
+            p, (low, high) = float(test.pvalue), test.confidence_interval()
+    means = float(first.mean()), float(second.mean())
+    return Difference(means, (float(low), float(high)), p, (len(first), len(second)), paired)

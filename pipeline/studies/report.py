@@ -30,8 +30,10 @@ from steadyfit.panels import GREY, LINES
 PANELS = 6  # runs side by side; with more of them nothing could be read
 
 
-def markdown(table: pd.DataFrame, by: Sequence[str], y: str, missing: str) -> str:
-    """The table of :func:`summary` for people; accuracies in percent.
+def cells(
+    table: pd.DataFrame, by: Sequence[str], y: str, missing: str
+) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of :func:`summary` for people; accuracies in percent.
 
     Args:
         table: The table.
@@ -47,13 +49,18 @@ def markdown(table: pd.DataFrame, by: Sequence[str], y: str, missing: str) -> st
             return "-"
         return f"{100 * value:.2f}" if percent else f"{value:.4g}"
 
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for row in table.to_dict("records"):
         spread = "" if np.isnan(row["sd"]) else f" ± {say(row['sd'])}"
         interval = "-" if np.isnan(row["low"]) else f"{say(row['low'])} to {say(row['high'])}"
         lost = f", {row['missing']} more {missing}" if row["missing"] else ""
-        cells = [f"{say(row['mean'])}{spread}", interval, f"{row['n']}{lost}"]
-        lines.append([*(str(row[key]) for key in by), *cells])
+        measured = [f"{say(row['mean'])}{spread}", interval, f"{row['n']}{lost}"]
+        rows.append([*(str(row[key]) for key in by), *measured])
+    return head, rows
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -210,12 +217,17 @@ def report(options: argparse.Namespace) -> None:
     chosen = ", ".join(f"{short(key)}={value}" for key, value in where.items())
     name = " and ".join(shown) + (f" where {chosen}" if chosen else "")
     path = folder / re.sub(r"[^\w.=]+", "-", name)
-    text = markdown(table, by, y, missing)
+    text = markdown(*cells(table, by, y, missing))
     save_report(path, table, text, figure)
     print(text, end="")
     if len(found) < len(study.points):
         print(f"{len(study.points) - len(found)} of {len(study.points)} runs are not finished.")
     print(f"{path.name}.png, .csv and .md are in {folder}")
+    if options.html:
+        from pipeline.page.several import page_of_study  # it reads this module
+
+        page = page_of_study(study, name, runs, by, y, missing, figure)
+        page.write(path.with_name(f"{path.name}.html"))
     keep_on_wandb(study, folder, table, path)
 
 
@@ -301,7 +313,7 @@ def compare(options: argparse.Namespace) -> None:
     runs = [Run.find(name, Path(options.root)) for name in options.runs]
     labels = options.labels or [run.folder.name for run in runs]
     if options.labels is None and len(set(labels)) < len(labels):
-        labels = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
+        labels = [run.label for run in runs]
     if len(labels) != len(runs):
         raise UserError(f"--labels needs one label for each of {len(runs)}, got {len(labels)}.")
     if len(set(labels)) < len(labels):

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from callbacks.run.run_folder import MetricsCSV
 from core.errors import UserError
-from core.provenance import provenance
+from core.provenance import provenance, recorded
 from core.runs import Run
 from pipeline.why.again import Again, Course, Follow, Rows
 from pipeline.why.control import MORE, Control, compare, repeat
@@ -99,12 +98,7 @@ def progress_bar() -> Progress:
 
 def warn_of_versions(run: Run) -> None:
     """Say which libraries are others than those that the run was trained with."""
-    lines = run.config.read_text().splitlines()
-    head = "\n".join(line[2:] for line in lines if line.startswith("# "))
-    try:
-        was = yaml.safe_load(head)["versions"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        return
+    was = recorded(run.config).get("versions") or {}
     now = provenance()["versions"]
     if others := [f"{k} {now[k]} (was {v})" for k, v in was.items() if now.get(k, v) != v]:
         print(f"Other versions than the run's: {', '.join(others)}.", file=sys.stderr)
