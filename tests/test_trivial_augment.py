@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from core.errors import UserError
 from datamodules.images.base import ImageDataModule
-from datamodules.images.trivial_augment import KINDS, TrivialAugment
+from datamodules.images.trivial_augment import COLOURS, KINDS, TrivialAugment
 
 change = TrivialAugment()
 
@@ -115,3 +115,18 @@ def test_pixels_stay_in_their_range() -> None:
 def test_beside_other_effects_it_is_refused() -> None:
     with pytest.raises(UserError, match="trivial takes the place of rotate to blur"):
         ImageDataModule(trivial=True, blur=1.0)
+
+
+def test_a_cpu_makes_a_change_of_those_that_drew_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All eight changes of colour were made of all images, at ten times the cost of a rotation."""
+    seen = []
+
+    def equalize(images: Tensor, strength: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images
+
+    monkeypatch.setitem(COLOURS, "equalize", equalize)
+    parameters = change.parameters(torch.rand(64, 3, generator=torch.Generator().manual_seed(0)))
+    change(smooth_images(64).clamp(0, 1), parameters)
+    assert seen == [int((parameters[:, 0] == KINDS.index("equalize")).sum())]
+    assert 0 < seen[0] < 12

@@ -4,6 +4,8 @@ Dimensions: B batch, C channels, H height, W width, N images. As in ``augment.py
 (B, C, H, W) with pixels in [0, 1], and nothing is drawn here.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,7 @@ KINDS = (
     "autocontrast",
     "equalize",
 )
+MOVES = KINDS[1:6]
 LARGEST = {  # the wide search space of the paper, table 6, as torchvision has it
     "shear_x": 0.99,
     "shear_y": 0.99,
@@ -44,8 +47,6 @@ class TrivialAugment:
     """TrivialAugment Wide (Müller and Hutter, arXiv:2103.10158, section 3).
 
     A kind of change and its strength are drawn evenly for each image; there is nothing to tune.
-    Every kind of colour change is made of all images and taken by those that drew it, so that the
-    host never asks which they are.
     """
 
     draws = 3  # uniform numbers that an image needs
@@ -64,29 +65,51 @@ class TrivialAugment:
         """Change images (B, C, H, W) by their rows of ``parameters``."""
         kind, strength = parameters.unbind(1)
         is_kind = {name: kind == number for number, name in enumerate(KINDS)}
-        images = move(images, {name: strength * mine for name, mine in is_kind.items()})
-        strength = strength.view(-1, 1, 1, 1)
+        moved = torch.stack([is_kind[name] for name in MOVES])
+        images = changed(images, moved.any(0), move, *(strength * moved))
         for name, change in COLOURS.items():
-            mine = is_kind[name].view(-1, 1, 1, 1)
-            images = torch.where(mine, change(images, strength), images)
+            images = changed(images, is_kind[name], change, strength.view(-1, 1, 1, 1))
         return images
 
 
-def move(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
+def changed(
+    images: Tensor, mine: Tensor, change: Callable[..., Tensor], *amounts: Tensor
+) -> Tensor:
+    """Images (B, C, H, W) of which those that are ``mine`` (B,) are changed by their amounts.
+
+    A CPU looks at these alone. The host of a GPU would have to wait to know which they are, so a
+    GPU changes all and keeps these.
+    """
+    if images.device.type != "cpu":
+        return torch.where(mine.view(-1, 1, 1, 1), change(images, *amounts), images)
+    (places,) = mine.nonzero(as_tuple=True)
+    if not len(places):  # affine_grid makes no grid of no images
+        return images
+    ours = change(images[places], *(amount[places] for amount in amounts))
+    return images.index_copy(0, places, ours)
+
+
+def move(
+    images: Tensor,
+    shear_x: Tensor,
+    shear_y: Tensor,
+    translate_x: Tensor,
+    translate_y: Tensor,
+    rotate: Tensor,
+) -> Tensor:
     """Shear, translate and rotate images by amounts (B,), to the nearest pixel, black beyond.
 
     Args:
         images: Images (B, C, H, W).
-        amounts: For ``shear_x`` and ``shear_y`` tangents, about the upper left corner; for
-            ``translate_x`` and ``translate_y`` pixels; for ``rotate`` degrees clockwise about the
-            centre.
+        shear_x: Tangents, about the upper left corner; likewise ``shear_y``.
+        translate_x: Pixels; likewise ``translate_y``.
+        rotate: Degrees clockwise about the centre.
     """
     height, width = images.shape[2:]
-    angle = amounts["rotate"].deg2rad()
-    shear_x, shear_y = amounts["shear_x"], amounts["shear_y"]
+    angle = rotate.deg2rad()
     # where a pixel of the result comes from, in pixels from the centre
-    right = shear_x * height / 2 - amounts["translate_x"]
-    down = shear_y * width / 2 - amounts["translate_y"]
+    right = shear_x * height / 2 - translate_x
+    down = shear_y * width / 2 - translate_y
     across = shear_x + angle.sin()
     along = shear_y - angle.sin()
     x = torch.stack([angle.cos(), across * (height / width), right * (2 / width)], 1)
