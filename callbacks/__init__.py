@@ -22,6 +22,7 @@ from callbacks.run.termination import Termination
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from callbacks.training.compile import Compile
 from callbacks.training.freeze import Freeze
+from callbacks.training.learning_rate import LearningRateMonitor
 from callbacks.training.lookahead import Lookahead
 from callbacks.training.training_cost import TrainingCost
 
@@ -38,6 +39,7 @@ __all__ = [
     "HiddenGradients",
     "LastCheckpoint",
     "LearningCurves",
+    "LearningRateMonitor",
     "Lookahead",
     "MaskedAccuracy",
     "MetricsCSV",

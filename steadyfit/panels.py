@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # told apart by the colour-blind too (Okabe and Ito, "Color Universal Design", 2008)
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
@@ -79,6 +80,18 @@ def note(axes: Axes, text: str) -> None:
 def label_rows(grid: np.ndarray, labels: Iterable[str]) -> None:
     for axes, label in zip(grid[:, 0], labels, strict=True):
         axes.set_ylabel(label)
+
+
+def count_axis(column: Sequence[Axes] | np.ndarray, unit: str) -> None:
+    """Name below panels what their x axis counts: steps, of which there is no quarter."""
+    for axes in column:
+        axes.xaxis.set_major_locator(whole_numbers())
+    column[-1].set_xlabel(unit)
+
+
+def whole_numbers() -> MaxNLocator:
+    """Ticks where matplotlib has them by default, but on whole numbers alone."""
+    return MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
 
 
 def legend(figure: Figure, grid: np.ndarray) -> None:

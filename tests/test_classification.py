@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from callbacks import MetricsCSV, RunRecord
+from callbacks import LearningRateMonitor, MetricsCSV, RunRecord
 from core.errors import UserError
 from datamodules.base import BaseDataModule
 from lit_models import LitClassifier
@@ -539,7 +539,7 @@ def test_every_step_reaches_the_logger_once(
     run = trainer(
         tmp_path,
         logger=memory,
-        callbacks=[batches],
+        callbacks=[batches, LearningRateMonitor()],
         accumulate_grad_batches=accumulated,
         log_every_n_steps=4,
         **options,
@@ -550,6 +550,10 @@ def test_every_step_reaches_the_logger_once(
     assert len(windows) == run.global_step
     expected = [(step, pytest.approx(np.mean(w))) for step, w in enumerate(windows)]
     assert memory.values("train/loss") == expected
+    # what a callback knows of a step waits for all of its batches; Lightning's own log steps
+    together = [step for step, row in memory.rows if {"lr-SGD", "train/loss"} <= row.keys()]
+    assert together == list(range(len(windows)))
+    assert all(step % 4 == 3 for step, row in memory.rows if "train/loss" not in row)
 
 
 def test_values_wait_for_the_log_step(tmp_path: Path) -> None:
