@@ -24,6 +24,7 @@ from callbacks.training.compile import Compile
 from callbacks.training.freeze import Freeze
 from callbacks.training.learning_rate import LearningRateMonitor
 from callbacks.training.lookahead import Lookahead
+from callbacks.training.timing import Timing
 from callbacks.training.training_cost import TrainingCost
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "SpikePictures",
     "SubmissionLog",
     "Termination",
+    "Timing",
     "TrainingCost",
     "UpdateClipping",
 ]
