@@ -178,11 +178,22 @@ def test_a_log_has_a_line_every_half_minute(
         *("Epoch 0, 3/10", "Epoch 0, 6/10", "Epoch 0, 9/10"),
         *("Epoch 1, 2/10", "Epoch 1, 5/10", "Epoch 1, 8/10"),
     ]
+    assert lines[0] == "Epoch 0, 3/10"  # nothing was read so far
     assert "\r" not in "".join(lines)
     assert "left=" in lines[-1]
     assert "samples/s=" in lines[-1]
     assert "val/accuracy=" not in lines[0]
     assert "val/accuracy=" in lines[-1]
+
+
+def test_other_work_has_lines_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0)
+    data = Points(eval_batch_size=45)
+    run = trainer(tmp_path, callbacks=[ProgressBar()], enable_progress_bar=True)
+    run.test(model(), data, verbose=False)
+    assert capsys.readouterr().out == "Test 1/2\nTest 2/2\n"
 
 
 def test_a_terminal_has_a_line_of_each_epoch_and_each_validation(

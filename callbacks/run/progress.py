@@ -60,12 +60,12 @@ class ProgressBar(TQDMProgressBar):
         return not self.is_disabled and super()._should_update(current, total)  # type: ignore[arg-type]
 
     def _line(self, place: str) -> str:
-        trainer = self.trainer
-        stage = str(trainer.state.stage).replace("_", " ").capitalize()
-        if not trainer.training:
-            return f"{stage} {place}"
+        trainer, stage = self.trainer, self.trainer.state.stage
+        if stage and not trainer.training:
+            return f"{stage.value.replace('_', ' ').capitalize()} {place}"
         values = self.get_metrics(trainer, trainer.lightning_module) | self._validated
-        return f"Epoch {trainer.current_epoch}, {place}: {joined(values)}"
+        # before the first log step there are none
+        return f"Epoch {trainer.current_epoch}, {place}: {joined(values)}".removesuffix(": ")
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
