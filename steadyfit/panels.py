@@ -1,6 +1,6 @@
 """Parts of figures: colours, panels side by side, lines of many points, marks, legends."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,11 @@ def legend(figure: Figure, grid: np.ndarray) -> None:
             ncols=-(-len(entries) // rows),
             frameon=False,
         )
+
+
+def dots(points: Sized) -> str:
+    """The marker of a line; with few points it is visible, since one alone makes no line."""
+    return "." if len(points) < 20 else ""
 
 
 def draw_line(axes: Axes, series: Series, color: str, label: str | None = None) -> None:

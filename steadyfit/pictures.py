@@ -30,6 +30,7 @@ from .panels import (
     Series,
     around,
     count_axis,
+    dots,
     draw_line,
     gaps,
     heading,
@@ -149,9 +150,10 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
 def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
     number, val = curves.epochs + 1, curves.val_epochs + 1
-    axes.plot(number, gaps(curves.mean), color=SKY, label="training, mean of the epoch")
-    axes.plot(number, gaps(curves.last), color=BLUE, label="training, last batch")
-    axes.plot(val, gaps(curves.val_loss), color=VERMILION, label="validation")
+    few = dots(number)
+    axes.plot(number, gaps(curves.mean), marker=few, color=SKY, label="training, mean of the epoch")
+    axes.plot(number, gaps(curves.last), marker=few, color=BLUE, label="training, last batch")
+    axes.plot(val, gaps(curves.val_loss), marker=few, color=VERMILION, label="validation")
     for x, curve, colour in ((number, curves.last, BLUE), (val, curves.val_loss, VERMILION)):
         tops = [a + int(np.argmax(curve[a : b + 1])) for a, b in kinks(curve)]
         axes.scatter(x[tops], curve[tops], s=36, facecolor="none", edgecolor=colour, zorder=3)
@@ -162,8 +164,9 @@ def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
 
 def draw_accuracies(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
-    axes.plot(curves.epochs + 1, curves.accuracy, color=SKY)
-    axes.plot(curves.val_epochs + 1, curves.val_accuracy, color=VERMILION)
+    few = dots(curves.epochs)
+    axes.plot(curves.epochs + 1, curves.accuracy, marker=few, color=SKY)
+    axes.plot(curves.val_epochs + 1, curves.val_accuracy, marker=few, color=VERMILION)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, 1.03)
     found = run.measures

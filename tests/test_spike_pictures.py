@@ -194,6 +194,15 @@ def test_curves_show_last_batches_validation_and_spikes() -> None:
     assert steps.get_title(loc="right") == f"excess loss {run.measures.excess:.2f}; excursions: 1"
 
 
+def test_a_single_epoch_is_seen() -> None:
+    """One point makes no line."""
+    losses, accuracies, _ = curves_picture([SpikeRun("one", metrics_of(np.ones(10)))]).axes
+    drawn = [line for axes in (losses, accuracies) for line in axes.lines]
+    assert [line.get_marker() for line in drawn] == ["."] * 5
+    long = curves_picture([SpikeRun("long", metrics_of(np.ones(300)))]).axes[0].lines
+    assert {line.get_marker() for line in long} == {""}
+
+
 def test_norms_are_shown_before_and_after_clipping() -> None:
     run = spiky_run()
     gradient, beside, update, _ = norms_picture([run]).axes
