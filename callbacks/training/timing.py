@@ -68,12 +68,10 @@ class Timing(Callback):
                 if isinstance(logger, ResumableWandbLogger):  # it leaves out what it has
                     logger.log_metrics(row, step)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         self._running = perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._due:
             self._write(trainer)
 
@@ -88,21 +86,18 @@ class Timing(Callback):
         ):
             self._due = True  # once the module has read its values
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause(trainer)
-
-    on_train_epoch_end = on_validation_start
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._running = perf_counter()
-
-    def _pause(self, trainer: Trainer) -> None:
+    def on_validation_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self._due:
             self._write(trainer)
         elif self._running is not None:
             self._seconds += perf_counter() - self._running
         self._running = None
+
+    on_train_epoch_end = on_validation_start
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._running = perf_counter()
 
     def _write(self, trainer: Trainer) -> None:
         now, clock = perf_counter(), getattr(trainer.profiler, "waited", None)  # type: ignore[attr-defined]
@@ -126,24 +121,16 @@ class Timing(Callback):
             if not isinstance(logger, MetricsCSV):
                 logger.log_metrics(self.latest, self._last)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
         if self._due:  # what the checkpoint has seen is in the file
             self._write(trainer)
         self._save()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._save()
-
-    def _save(self) -> None:
+    def _save(self, *_: Any, **__: Any) -> None:
         if self._table is not None:
             self._table.save()
+
+    on_fit_end = on_exception = _save
 
 
 def memory(device: torch.device) -> int:
