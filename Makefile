@@ -6,6 +6,8 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 JOBS ?= 2
 BIN := .venv/bin
+# what pip only warns of is nothing that a user of this project can act on
+PIP := -m pip install -qq --progress-bar off
 NAME := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN := runs/demo/$(NAME)
 # core/starting.py says why
@@ -25,8 +27,9 @@ demo: .venv/installed
 	  print(f'test accuracy of a linear classifier on the same pixels: {f():.4f}')"
 	$(BIN)/python predict.py $(RUN)
 	$(BIN)/python submit.py $(RUN) --dry_run
-	@echo "Pictures, metrics and the W&B run are in $(RUN); look at learning_curves.png first."
-	@echo "Next, on CIFAR-10: $(BIN)/python train.py fit --config configs/cifar10_cpu.yaml --data.download=true"
+	@echo
+	@echo "The picture:        $(RUN)/learning_curves.png"
+	@echo "Next, on CIFAR-10:  $(BIN)/python train.py fit --config configs/cifar10_cpu.yaml --data.download=true"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -48,9 +51,9 @@ check: .venv/installed-dev
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements.txt
+	$(BIN)/python $(PIP) -r requirements.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	$(BIN)/python $(PIP) -r requirements-dev.txt
 	touch $@

@@ -22,7 +22,9 @@ from callbacks.run.termination import Termination
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from callbacks.training.compile import Compile
 from callbacks.training.freeze import Freeze
+from callbacks.training.learning_rate import LearningRateMonitor
 from callbacks.training.lookahead import Lookahead
+from callbacks.training.timing import Timing
 from callbacks.training.training_cost import TrainingCost
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "HiddenGradients",
     "LastCheckpoint",
     "LearningCurves",
+    "LearningRateMonitor",
     "Lookahead",
     "MaskedAccuracy",
     "MetricsCSV",
@@ -49,6 +52,7 @@ __all__ = [
     "SpikePictures",
     "SubmissionLog",
     "Termination",
+    "Timing",
     "TrainingCost",
     "UpdateClipping",
 ]

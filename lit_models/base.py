@@ -207,7 +207,8 @@ class LitModel(TrainedModel):
         now = self.global_step  # a step whose batches are still being accumulated waits for them
         pending = [(step, values) for step, values in self._pending if alone or step < now]
         del self._pending[: len(pending)]
-        rows, self._rows = self._rows, {}
+        rows = {step: row for step, row in self._rows.items() if alone or step < now}
+        self._rows = {step: row for step, row in self._rows.items() if step not in rows}
         if pending:
             table = torch.stack([torch.stack(list(v.values())) for _, v in pending]).float()
             if not alone:

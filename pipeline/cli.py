@@ -341,9 +341,9 @@ class CLI(LightningCLI):
 
 
 def show_metrics(metrics: Mapping[str, Tensor]) -> None:
-    """Print metrics a line each, those of the training batches left out."""
+    """Print what was measured a line each."""
     for name, value in sorted(metrics.items()):
-        if name == "step":  # of the checkpoint, for the loggers
+        if name == "step" or name.startswith("lr-"):  # of the checkpoint, and of the last step
             continue
         print(f"{name:>24}  {value.item():.4f}")
 

@@ -25,7 +25,7 @@ MAY_CHANGE = (
 # of callbacks those that only look, keep or end
 CALLBACKS_MAY_CHANGE = (
     *("ConfusionMatrix", "CorrectionTable", "HiddenGradients", "LearningCurves", "MaskedAccuracy"),
-    *("Mistakes", "SampleSheet", "SpikePictures", "TrainingCost"),
+    *("Mistakes", "SampleSheet", "SpikePictures", "Timing", "TrainingCost"),
     *("DeviceStatsMonitor", "LearningRateMonitor", "ModelSummary", "RichModelSummary"),
     *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
     *("BestCheckpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "EarlyStopping", "Timer"),

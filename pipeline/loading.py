@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from core.errors import UserError
 from core.files import sha256
 from core.runs import Run, data_state, load_checkpoint
@@ -15,6 +17,7 @@ from pipeline.admission import admit, read_config
 from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
 
+INPUTS = ("images", "names", "names_file", "text", "text_file")  # options of predict.py
 # A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
 UNUSED: dict[str, Any] = {"optimizer": "torch.optim.SGD", "lr_scheduler": None}
 
@@ -46,8 +49,8 @@ class Member:
             inputs: Settings of the data that are what is to be predicted.
 
         Raises:
-            UserError: The checkpoint is missing or damaged, an override does not fit, or the
-                weights are those of another network.
+            UserError: The checkpoint is missing or damaged, an override or an input does not fit,
+                or the weights are those of another network.
         """
         is_file = Path(source).suffix == ".ckpt"
         path = Path(source) if is_file else Run.find(source).checkpoint(which)
@@ -61,12 +64,13 @@ class Member:
             admit({"model": model, "data": data, "trainer": {}}, path)
         elif os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # where an own network may be
-        data["init_args"] |= inputs
         parser = Parser()
         parser.add_subclass_arguments(LitModel, "model")
         parser.add_subclass_arguments(BaseDataModule, "data")
         link_facts(parser)
         settings = parser.parse_object({"model": model, "data": data})
+        refuse_inputs(inputs, settings.data, source)
+        settings.data.init_args.update(Namespace(**inputs))
         with instantiating():
             built = parser.instantiate(parser.parse_args(overrides, settings))
         try:
@@ -105,3 +109,24 @@ class Member:
             "validation_samples": 0 if accuracy is None else counted,
             "config": self.config,
         }
+
+
+def refuse_inputs(inputs: dict[str, Any], data: Namespace, source: str) -> None:
+    """Refuse inputs of another kind than the run's.
+
+    Args:
+        inputs: By the name of their setting.
+        data: Class and settings of the run's data.
+        source: The run, for the message.
+
+    Raises:
+        UserError: What the run predicts instead.
+    """
+    known = vars(data.init_args)
+    for name in (name for name in inputs if name not in known):
+        taken = " or ".join(f"--{other}" for other in INPUTS if other in known)
+        instead = "that set; leave it out, or predict others in Python (docs/python.md)"
+        raise UserError(
+            f"--{name.removeprefix('as_')} does not fit {source}: a run on "
+            f"{data.class_path.rpartition('.')[2]} predicts {taken or instead}."
+        )

@@ -28,11 +28,9 @@ from core.submission import Submission
 from core.telling import Telling
 from lit_models.exporting import export
 from lit_models.trained import make_predictor
-from pipeline.loading import Member
+from pipeline.loading import INPUTS, Member
 from pipeline.studies import out_of_fold
 from pipeline.trainer import equip, quiet_libraries
-
-INPUTS = ("images", "names", "names_file", "text", "text_file")  # options that the data know
 
 Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
 Predicted = tuple[np.ndarray, Outputs]  # ids (N,) in ascending order, and what was predicted

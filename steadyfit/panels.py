@@ -1,12 +1,13 @@
 """Parts of figures: colours, panels side by side, lines of many points, marks, legends."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # told apart by the colour-blind too (Okabe and Ito, "Color Universal Design", 2008)
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
@@ -81,6 +82,18 @@ def label_rows(grid: np.ndarray, labels: Iterable[str]) -> None:
         axes.set_ylabel(label)
 
 
+def count_axis(column: Sequence[Axes] | np.ndarray, unit: str) -> None:
+    """Name below panels what their x axis counts: steps, of which there is no quarter."""
+    for axes in column:
+        axes.xaxis.set_major_locator(whole_numbers())
+    column[-1].set_xlabel(unit)
+
+
+def whole_numbers() -> MaxNLocator:
+    """Ticks where matplotlib has them by default, but on whole numbers alone."""
+    return MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
+
+
 def legend(figure: Figure, grid: np.ndarray) -> None:
     """One legend for all panels, each label once."""
     entries: dict[str, Any] = {}
@@ -96,6 +109,11 @@ def legend(figure: Figure, grid: np.ndarray) -> None:
             ncols=-(-len(entries) // rows),
             frameon=False,
         )
+
+
+def dots(points: Sized) -> str:
+    """The marker of a line; with few points it is visible, since one alone makes no line."""
+    return "." if len(points) < 20 else ""
 
 
 def draw_line(axes: Axes, series: Series, color: str, label: str | None = None) -> None:

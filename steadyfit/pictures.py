@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from .measures import Curves, SpikeMeasures, excursions, kinks, measure
 from .panels import (
@@ -29,6 +29,8 @@ from .panels import (
     VERMILION,
     Series,
     around,
+    count_axis,
+    dots,
     draw_line,
     gaps,
     heading,
@@ -136,10 +138,9 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
     label_rows(grid, ("loss", "accuracy", "loss of each step"))
     same_end(grid[:2], max(run.curves.epochs[-1] + 1 for run in runs))
     same_end(grid[2:], max(run.end for run in runs))
-    for row, unit in zip(grid, ("", "epoch", "optimizer step"), strict=True):
-        for axes in row:
-            axes.set_xlabel(unit)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for column in grid.T:
+        count_axis(column[:2], "epoch")
+        count_axis(column[2:], "optimizer step")
     same_top(grid[0], [x for r in runs for x in (r.curves.last, r.curves.mean, r.curves.val_loss)])
     same_top(grid[2], [r.curves.loss for r in runs])
     legend(figure, grid)
@@ -149,9 +150,10 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
 def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
     number, val = curves.epochs + 1, curves.val_epochs + 1
-    axes.plot(number, gaps(curves.mean), color=SKY, label="training, mean of the epoch")
-    axes.plot(number, gaps(curves.last), color=BLUE, label="training, last batch")
-    axes.plot(val, gaps(curves.val_loss), color=VERMILION, label="validation")
+    few = dots(number)
+    axes.plot(number, gaps(curves.mean), marker=few, color=SKY, label="training, mean of the epoch")
+    axes.plot(number, gaps(curves.last), marker=few, color=BLUE, label="training, last batch")
+    axes.plot(val, gaps(curves.val_loss), marker=few, color=VERMILION, label="validation")
     for x, curve, colour in ((number, curves.last, BLUE), (val, curves.val_loss, VERMILION)):
         tops = [a + int(np.argmax(curve[a : b + 1])) for a, b in kinks(curve)]
         axes.scatter(x[tops], curve[tops], s=36, facecolor="none", edgecolor=colour, zorder=3)
@@ -162,8 +164,9 @@ def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
 
 def draw_accuracies(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
-    axes.plot(curves.epochs + 1, curves.accuracy, color=SKY)
-    axes.plot(curves.val_epochs + 1, curves.val_accuracy, color=VERMILION)
+    few = dots(curves.epochs)
+    axes.plot(curves.epochs + 1, curves.accuracy, marker=few, color=SKY)
+    axes.plot(curves.val_epochs + 1, curves.val_accuracy, marker=few, color=VERMILION)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, 1.03)
     found = run.measures
@@ -195,7 +198,7 @@ def norms_picture(runs: Sequence[SpikeRun]) -> Figure:
             before, after = norm_of(run, signal)
             draw_norm(axes, run, signal, before, after)
             draw_histograms(beside, before[1], after[1])
-            values += [before[1], after[1]]
+            values += [before[1], after[1], run.series(f"{COLUMNS[signal]}/threshold")[1]]
         same_decades(row, values)
         for run, axes in zip(runs, row[::2], strict=True):
             shade(axes, run.series(f"{COLUMNS[signal]}/threshold"))
@@ -203,8 +206,8 @@ def norms_picture(runs: Sequence[SpikeRun]) -> Figure:
         heading(axes, run.label)
     label_rows(grid, ("gradient norm", "update norm"))
     same_end(grid[:, ::2], max(run.end for run in runs))
-    for axes in grid[-1, ::2]:
-        axes.set_xlabel("optimizer step")
+    for column in grid[:, ::2].T:
+        count_axis(column, "optimizer step")
     legend(figure, grid)
     return figure
 
@@ -271,9 +274,9 @@ def layers_picture(runs: Sequence[SpikeRun]) -> Figure:
             axes.tick_params(labelleft=False)
     same_end(grid, max(run.end for run, _ in shown))
     top = max(axes.get_ylim()[1] for axes in grid[2])
-    for axes in grid[2]:
-        axes.set_ylim(0, top)
-        axes.set_xlabel("optimizer step")
+    for column in grid.T:
+        column[2].set_ylim(0, top)
+        count_axis(column, "optimizer step")
     grid[2, 0].set_ylabel("weight norm")
     legend(figure, grid)
     return figure
@@ -350,11 +353,11 @@ def through_time_picture(runs: Sequence[SpikeRun]) -> Figure:
         samples = np.where(seen.norms > 0, seen.norms, np.nan)
         axes.plot(time, np.delete(samples, most, 0)[:64].T, color=GREY, alpha=0.3, linewidth=0.6)
         axes.plot([], [], color=GREY, alpha=0.6, linewidth=0.8, label="other samples")
-        axes.plot(time, np.sqrt(squares.sum(0)), color=BLUE, linewidth=2.5, label="the batch")
+        axes.plot(time, seen.of_batch, color=BLUE, linewidth=2.5, label="the batch")
         axes.plot(time, samples[most], color=ORANGE, linewidth=1, label="its largest sample")
-        axes.set_xlabel("time step t of the input")
+        count_axis([axes], "time step t of the input")
         axes.set_xlim(1, len(time))
-    same_decades(grid[0], [seen.norms for _, seen in shown])
+    same_decades(grid[0], [x for _, seen in shown for x in (seen.norms, seen.of_batch)])
     label_rows(grid, ("|dL / dx(t)|",))
     legend(figure, grid)
     return figure

@@ -100,6 +100,11 @@ class ThroughTime:
     origin: str
 
     @property
+    def of_batch(self) -> np.ndarray:
+        """The same of all samples together, (T,)."""
+        return np.linalg.norm(self.norms, axis=0)
+
+    @property
     def proof(self) -> str:
         """Whether what was made again is what happened, in words."""
         recorded = self.worst.grad_norm

@@ -111,6 +111,13 @@ def weights(lit: LightningModule) -> list[Tensor]:
     return [p.detach().clone() for p in lit.parameters()]
 
 
+class Extra(Callback):
+    """A value of every step, known before its first batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.add_to_rows({trainer.global_step: {"extra": 1.0}})
+
+
 class BatchLosses(Callback):
     """The loss of every training batch, as ``training_step`` returned it."""
 
@@ -539,7 +546,7 @@ def test_every_step_reaches_the_logger_once(
     run = trainer(
         tmp_path,
         logger=memory,
-        callbacks=[batches],
+        callbacks=[batches, Extra()],
         accumulate_grad_batches=accumulated,
         log_every_n_steps=4,
         **options,
@@ -550,6 +557,7 @@ def test_every_step_reaches_the_logger_once(
     assert len(windows) == run.global_step
     expected = [(step, pytest.approx(np.mean(w))) for step, w in enumerate(windows)]
     assert memory.values("train/loss") == expected
+    assert memory.values("extra") == [(step, 1.0) for step in range(len(windows))]
 
 
 def test_values_wait_for_the_log_step(tmp_path: Path) -> None:

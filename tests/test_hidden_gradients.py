@@ -305,15 +305,15 @@ def made(gradients: list[float], radius: float = math.nan) -> Trace:
 
 def test_heat_maps_hold_every_measurement() -> None:
     steps = {0: {"0": made([1e-3, 0, 1], 0.5)}, 10: {"0": made([1e-2, math.inf, 2], 1.5)}}
-    figure = heat_maps(steps)
+    figure = heat_maps(steps, 13)
     heat, radius, *_ = figure.axes
     (mesh,) = heat.collections
     values: Any = mesh.get_array()
     assert values.shape == (3, 2)
     assert values.mask.tolist() == [[False] * 2, [True, False], [False] * 2]
-    assert heat.get_xlim() == (0, 20)
+    assert heat.get_xlim() == (0, 13)  # no further than training went
     assert radius.lines[1].get_ydata().tolist() == [0.5, 1.5]  # type: ignore[union-attr]
-    assert len(heat_maps({0: {"0": made([1.0]), "1": made([0.0])}}).axes) == 3  # and the scale
+    assert len(heat_maps({0: {"0": made([1.0]), "1": made([0.0])}}, 1).axes) == 3  # and the scale
 
 
 def test_a_gradient_that_is_nowhere_has_no_ratio() -> None:

@@ -340,6 +340,16 @@ def test_names_are_predicted_without_the_training_names(
     assert "submit.py" not in printed
 
 
+def test_inputs_of_another_kind_are_told_with_those_of_the_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        predict.main([str(run), "--text", "A line."])
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --text does not fit {run}: a run on LastNamesDataModule")
+    assert told.endswith("predicts --names or --names_file.\n")
+
+
 def test_unknown_characters_are_told_in_one_sentence(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

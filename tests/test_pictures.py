@@ -279,6 +279,16 @@ def test_learning_rates_far_apart_are_all_seen() -> None:
     assert learning_curves(near).axes[2].get_yscale() == "linear"
 
 
+def test_every_step_has_its_learning_rate(trained: Path) -> None:
+    """A rate on log steps alone, as Lightning's monitor has it, misses a warm-up."""
+    metrics = pd.read_csv(trained / "metrics.csv")
+    rate = np.asarray(learning_curves(metrics).axes[2].lines[0].get_ydata())
+    assert len(rate) == len(metrics) == 60  # of which Lightning's monitor has one
+    top = int(np.argmax(rate))
+    assert 0 < top < 49
+    assert rate[0] < rate[top] == pytest.approx(0.6, rel=0.01)
+
+
 def test_curves_show_the_logged_values() -> None:
     metrics = metrics_table()
     loss, accuracy, rate = learning_curves(metrics).axes

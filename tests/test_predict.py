@@ -226,7 +226,10 @@ def test_mistakes_are_told_in_one_sentence(
     shutil.copytree(run, "runs/elsewhere/first")
     assert "several runs make one file" in sentence(capsys, run, "runs/elsewhere/first")
     assert "unknown argument --foo" in sentence(capsys, run, "--foo=3")
-    assert "there is no images" in sentence(capsys, run, "--images=photos")
+    for option in ("--images=photos", "--names=Li", "--text_file=x", "--json"):
+        told = sentence(capsys, run, option)
+        assert f"{option.partition('=')[0]} does not fit {run}: a run on CIFAR10DataModule" in told
+        assert "leave it out" in told
     assert "there is no foo" in sentence(capsys, run, "--data.foo=3")
     assert "missing" in sentence(capsys, run, "--data_dir=missing")
     assert "NoSuch is neither a class" in sentence(capsys, run, "--data=NoSuch")

@@ -122,8 +122,11 @@ def test_checkpoints_are_saved(name: str, tmp_path: Path) -> None:
     assert names <= {path.name for path in tmp_path.rglob("*.ckpt")}
 
 
-def test_the_bar_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """We override it to draw less often; without it Lightning draws at every step."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with renamed("_should_update", "lightning"):
         bar = ProgressBar()
         run = trainer(tmp_path, max_epochs=1, callbacks=[bar], enable_progress_bar=True)

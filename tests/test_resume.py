@@ -74,8 +74,8 @@ def start(arguments: list[str], home: Path, *, program: str = "") -> BaseProcess
     return start_command("train", ["fit", *arguments, "--run=x"], home, program)
 
 
-def steps_of(folder: Path) -> list[int]:
-    with (folder / "metrics.csv").open(newline="") as file:
+def steps_of(folder: Path, name: str = "metrics.csv") -> list[int]:
+    with (folder / name).open(newline="") as file:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
@@ -91,6 +91,7 @@ def assert_same(resumed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert a["metrics"] == b["metrics"]
     assert steps_of(resumed) == list(range(STEPS))
     assert (resumed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert steps_of(resumed, "timing.csv") == list(range(6, STEPS, 7))
     for run in (resumed, whole):
         monkeypatch.chdir(run.parents[2])
         predict.main([str(run)])
@@ -121,6 +122,8 @@ def assert_one_wandb_run(run: Path) -> None:
     folders = sorted((run / "wandb").glob("offline-run-*"))
     recorded = [step for f in folders for step, name in held_metrics(f) if name == "train/loss"]
     assert sorted(recorded) == list(range(STEPS))
+    timed = [step for f in folders for step, name in held_metrics(f) if name == "time/elapsed"]
+    assert len(timed) == len(set(timed))
     assert len({folder.name[-8:] for folder in folders}) == 1
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 import train
+from callbacks.pictures.hidden_gradients import Trace, heat_maps
+from callbacks.pictures.learning_curves import learning_curves
 from callbacks.pictures.spike_pictures import SpikePictures
 from core.errors import UserError
 from datamodules import TemporalOrderDataModule
@@ -190,6 +192,15 @@ def test_curves_show_last_batches_validation_and_spikes() -> None:
         np.asarray(steps.collections[0].get_offsets()), [[149, table["train/loss"][149]]]
     )
     assert steps.get_title(loc="right") == f"excess loss {run.measures.excess:.2f}; excursions: 1"
+
+
+def test_a_single_epoch_is_seen() -> None:
+    """One point makes no line."""
+    losses, accuracies, _ = curves_picture([SpikeRun("one", metrics_of(np.ones(10)))]).axes
+    drawn = [line for axes in (losses, accuracies) for line in axes.lines]
+    assert [line.get_marker() for line in drawn] == ["."] * 5
+    long = curves_picture([SpikeRun("long", metrics_of(np.ones(300)))]).axes[0].lines
+    assert {line.get_marker() for line in long} == {""}
 
 
 def test_norms_are_shown_before_and_after_clipping() -> None:
@@ -378,6 +389,40 @@ def test_the_picture_says_whether_the_weights_are_those_of_the_step() -> None:
     assert titles[0].startswith("step 3 (epoch 1, batch 2): gradient norm 50, reproduced")
     assert "one of the 4 samples makes 100.0% of it" in titles[0]
     assert "gradient norm 50; 0.2 with the weights 7 steps before" in titles[1]
+
+
+def test_the_line_of_the_batch_is_within_the_picture() -> None:
+    """In a calm run, where all samples are alike, it is far above each of them."""
+    seen = ThroughTime(WorstStep(3, 1, [2], 1.0), np.full((32, 6), 0.1), 1.0, "of that step")
+    run = SpikeRun("calm", metrics_of(np.ones(20)), through_time=seen)
+    (axes,) = through_time_picture([run]).axes
+    (batch,) = [line for line in axes.lines if line.get_label() == "the batch"]
+    assert values(batch) == pytest.approx(np.full(6, 0.1 * 32**0.5))
+    assert axes.get_ylim()[1] > values(batch).max()
+
+
+def test_the_threshold_of_a_calm_run_is_within_the_picture() -> None:
+    calm = metrics_of(np.ones(20), **{"grad_norm/threshold": np.full(20, 50.0)})
+    gradient = norms_picture([SpikeRun("calm", calm)]).axes[0]
+    assert gradient.get_ylim()[1] > 50
+
+
+@pytest.mark.parametrize("steps", [1, 3, 300])
+def test_no_tick_stands_between_two_steps(steps: int) -> None:
+    metrics = metrics_of(np.ones(steps), **{"lr-SGD": np.ones(steps)})
+    measured = {0: {"0": Trace(torch.ones(2), torch.ones(2), 1.0)}}
+    for figure in (
+        curves_picture([SpikeRun("short", metrics)]),
+        norms_picture([SpikeRun("short", metrics)]),
+        learning_curves(metrics),
+        heat_maps(measured, steps),
+    ):
+        figure.canvas.draw()
+        lowest = [axes for axes in figure.axes if axes.get_xlabel()]
+        assert {axes.get_xlabel() for axes in lowest} <= {"epoch", "optimizer step"}
+        ticks = np.concatenate([axes.get_xticks() for axes in lowest])
+        assert len(ticks) > 0
+        assert (ticks == np.round(ticks)).all()
 
 
 # The callback

@@ -22,7 +22,16 @@ from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
 from core.files import atomic_write
 from lit_models.networks.unrolled import State
-from steadyfit.panels import GREY, LINES, VERMILION, around, note, short
+from steadyfit.panels import (
+    GREY,
+    LINES,
+    VERMILION,
+    around,
+    count_axis,
+    note,
+    short,
+    whole_numbers,
+)
 
 CELLS: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch.rnn_tanh_cell,
@@ -254,7 +263,7 @@ class HiddenGradients(PictureCallback):
         if trainer.state.fn != TrainerFn.FITTING or not self.measured or self.folder is None:
             return
         write_csv(self.folder / "hidden_gradients.csv", self.measured)
-        self.save(trainer, "hidden_gradients", heat_maps(self.measured))
+        self.save(trainer, "hidden_gradients", heat_maps(self.measured, trainer.global_step))
 
 
 def scalars(layers: Mapping[str, Trace]) -> dict[str, float]:
@@ -283,16 +292,17 @@ def write_csv(path: Path, measured: Mapping[int, Mapping[str, Trace]]) -> None:
 # The figures
 
 
-def heat_maps(measured: Mapping[int, Mapping[str, Trace]]) -> Figure:
+def heat_maps(measured: Mapping[int, Mapping[str, Trace]], end: int) -> Figure:
     """|dL/dh[t]| of each layer, the time step against the training step.
 
     White is zero, red infinite or not a number. Below are the spectral radii, where there are any.
 
     Args:
         measured: Norms of the batch (T,) of each layer, by optimizer step.
+        end: Number of optimizer steps.
     """
     steps = np.array(sorted(measured))
-    edges = np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
+    edges = np.append(steps, max(end, steps[-1] + 1))
     names = list(measured[int(steps[0])])
     tables = {name: table([measured[int(s)][name].gradients for s in steps]) for name in names}
     radii = {name: [measured[int(s)][name].radius for s in steps] for name in names}
@@ -312,6 +322,7 @@ def heat_maps(measured: Mapping[int, Mapping[str, Trace]]) -> Figure:
             cmap=colours,
         )
         axes.set_ylabel("time step t")
+        axes.yaxis.set_major_locator(whole_numbers())
         note(axes, f"layer {name}: |dL / d{'c' if name.endswith('cell') else 'h'}(t)|")
     figure.colorbar(mesh, ax=list(grid[: len(names)]), pad=0.01)
     for colour, (name, line) in zip(LINES, radii.items(), strict=False):
@@ -320,7 +331,7 @@ def heat_maps(measured: Mapping[int, Mapping[str, Trace]]) -> Figure:
         note(grid[-1], "largest |eigenvalue| of the recurrent matrix")
     if len(radii) > 1:
         grid[-1].legend(frameon=False)
-    grid[-1].set_xlabel("optimizer step")
+    count_axis(grid, "optimizer step")
     return figure
 
 

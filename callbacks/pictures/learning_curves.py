@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
-from steadyfit.panels import BLUE, GREY, VERMILION
+from steadyfit.panels import BLUE, GREY, VERMILION, count_axis, dots
 
 if TYPE_CHECKING:  # a third of a second of imports, which only a picture needs
     import pandas as pd
@@ -91,7 +91,7 @@ def learning_curves(metrics: "pd.DataFrame") -> Figure:
             draw_rates(axes, rates)
         else:
             draw_metric(axes, name, metrics)
-    grid[-1].set_xlabel("optimizer step")
+    count_axis(grid, "optimizer step")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -131,8 +131,3 @@ def draw_rates(axes: Axes, rates: "pd.DataFrame") -> None:
         axes.set_ylim(bottom=0)
     if len(rates.columns) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
-
-
-def dots(points: "pd.Series") -> str:
-    """The marker of a line; with few points it is visible, since one alone makes no line."""
-    return "." if len(points) < 20 else ""

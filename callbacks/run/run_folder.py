@@ -30,6 +30,7 @@ class MetricsCSV(Logger):
         save_dir: The run folder.
     """
 
+    filename = "metrics.csv"
     # to ModelCheckpoint these are folders below save_dir, and none are wanted
     name = ""
     version = ""
@@ -46,7 +47,7 @@ class MetricsCSV(Logger):
 
     @property
     def path(self) -> Path:
-        return Path(self._save_dir) / "metrics.csv"
+        return Path(self._save_dir) / self.filename
 
     @property
     def rows(self) -> dict[int, dict[str, float]]:

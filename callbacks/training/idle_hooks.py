@@ -1,6 +1,7 @@
 """Less of what Lightning does in every step for nothing."""
 
 from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
 from typing import Any
 
 from lightning import Trainer
@@ -17,11 +18,26 @@ OF_A_BATCH = (
     "on_validation_batch_start",
     "on_validation_batch_end",
 )
+FETCH = "train_dataloader_next"  # Lightning starts and stops its profiler around it
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
-class NoProfiler(PassThroughProfiler):
-    """A profiler that profiles nothing, and does not make a context of its own for every call."""
+class LoaderClock(PassThroughProfiler):
+    """A profiler that looks at the training loader alone, and makes no context for other calls.
+
+    Attributes:
+        waited: Seconds that training has waited for its loader; None before it has.
+    """
+
+    waited: float | None = None
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith(FETCH):
+            self.since = perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith(FETCH):
+            self.waited = (self.waited or 0.0) + perf_counter() - self.since
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:  # type: ignore[override]
         return NOTHING
@@ -43,7 +59,7 @@ def pass_over_idle_hooks(trainer: Trainer) -> None:
             if not own and getattr(type(callback), hook) in idle:
                 setattr(callback, hook, None)
     if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
-        trainer.profiler = NoProfiler()  # type: ignore[attr-defined]
+        trainer.profiler = LoaderClock()  # type: ignore[attr-defined]
 
 
 def saves_at_epochs_alone(checkpoint: ModelCheckpoint) -> bool:

@@ -25,7 +25,7 @@ from pipeline.studies.metrics import (
     steps_until,
     summary,
 )
-from steadyfit.panels import GREY, LINES
+from steadyfit.panels import GREY, LINES, count_axis
 
 PANELS = 6  # runs side by side; with more of them nothing could be read
 
@@ -154,7 +154,8 @@ def curves_picture(
         axes.set_yscale("log")
     axes.legend(frameon=False)
     of = f", mean of {window} steps" if window > 1 else ""
-    finish(axes, "optimizer step", f"{y}{of}")
+    finish(axes, "", f"{y}{of}")
+    count_axis([axes], "optimizer step")
     return figure
 
 
@@ -349,7 +350,7 @@ def learning_curves_of(runs: dict[str, pd.DataFrame]) -> Figure:
             draw_metric(axes, name, finite)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        column[-1].set_xlabel("optimizer step")
+        count_axis(column, "optimizer step")
     for axes, name in zip(grid[:, 0], rows, strict=True):
         axes.set_ylabel(name)
     handles, names = grid[0, 0].get_legend_handles_labels()

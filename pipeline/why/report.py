@@ -25,6 +25,7 @@ from pipeline.why.experiments import CLIPPED, SHORT, Case
 from pipeline.why.spike import Spike
 from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
+from steadyfit.panels import count_axis
 from steadyfit.watching.records import json_safe
 
 IMAGES = 8  # of samples that are shown
@@ -187,7 +188,8 @@ class Report:
         if math.isfinite(spike.limit):
             axes.axhline(spike.limit, color=BLUE, lw=0.8, ls=":", label="half the height")
         axes.axvline(spike.start, color=GREY, lw=0.8, ls=":")
-        axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+        axes.set(ylabel="training loss", yscale="log")
+        count_axis([axes], "optimizer step")
         low, high = axes.get_ylim()
         if high < 10 * low:  # hardly a power of ten to be labelled
             axes.yaxis.set_minor_formatter(ScalarFormatter())

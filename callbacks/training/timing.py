@@ -1,0 +1,142 @@
+"""How fast training goes, what it waits for, what memory it takes, and when it will end."""
+
+import math
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.run.run_folder import MetricsCSV
+from callbacks.run.wandb_logger import ResumableWandbLogger
+
+MIB = 2**20
+
+
+class TimingCSV(MetricsCSV):
+    """The times of a run, which ``metrics.csv`` has none of: it is the same after a resume."""
+
+    filename = "timing.csv"
+
+
+class Timing(Callback):
+    """Measure the speed of training, for ``timing.csv``, all other loggers and the progress bar.
+
+    A row is of the steps since the row before, without validation, checkpoints and pictures, and
+    stands at the last of them: at log steps, and at the end of an epoch that has none. The module
+    has then read the values of its steps, so a device has done its work, and nothing is read for
+    the times. Lightning's ``ThroughputMonitor`` waits for the device in every step, and its
+    ``DeviceStatsMonitor`` writes to all loggers, ``metrics.csv`` among them.
+
+    - ``time/samples_per_second``: of all processes.
+    - ``time/data_wait``: share of the time that training waited for its loader, unless a profiler
+      is set, which tells it too.
+    - ``time/memory``: in MiB; on a GPU the most that tensors took since training began, elsewhere
+      what the process holds now (RSS).
+    - ``time/elapsed`` and ``time/left``: seconds of the whole training, from its first start on and
+      up to its last step at the pace since the last start, validation and all included.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self._table: TimingCSV | None = None
+        self._seconds = self._waited = 0.0  # since the last row; the loader's clock at that time
+        self._samples = 0
+        self._running: float | None = None  # since when; None while the clock stands still
+        self._last = -1  # step of the last row
+        self._due = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
+        if folder and trainer.loggers and trainer.is_global_zero and stage == "fit":
+            self._table = TimingCSV(folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began, self._first = perf_counter(), trainer.global_step
+        self._last = self._first - 1
+        self._running = self._began  # within an epoch, none begins
+        self._total = getattr(pl_module, "total_steps", -1)
+        self._before = 0.0
+        if self._table is None:
+            return
+        self._table.restart_from(trainer.global_step)
+        for step, row in self._table.rows.items():
+            self._before = row["time/elapsed"]
+            for logger in trainer.loggers:
+                if isinstance(logger, ResumableWandbLogger):  # it leaves out what it has
+                    logger.log_metrics(row, step)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._running = perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._due:
+            self._write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += len(batch[-1])
+        step, every = trainer.global_step, trainer.log_every_n_steps or math.inf  # type: ignore[attr-defined]
+        of_epoch = (batch_idx + 1) // trainer.accumulate_grad_batches
+        if step - 1 > self._last and (
+            step % every == 0 or (trainer.is_last_batch and step % every >= of_epoch)
+        ):
+            self._due = True  # once the module has read its values
+
+    def on_validation_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if self._due:
+            self._write(trainer)
+        elif self._running is not None:
+            self._seconds += perf_counter() - self._running
+        self._running = None
+
+    on_train_epoch_end = on_validation_start
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._running = perf_counter()
+
+    def _write(self, trainer: Trainer) -> None:
+        now, clock = perf_counter(), getattr(trainer.profiler, "waited", None)  # type: ignore[attr-defined]
+        seconds = self._seconds + now - (self._running or now)
+        step = trainer.global_step
+        row = {"time/samples_per_second": self._samples * trainer.world_size / seconds}
+        if clock is not None:
+            row["time/data_wait"] = (clock - self._waited) / seconds
+        row["time/memory"] = memory(trainer.strategy.root_device) / MIB
+        row["time/elapsed"] = self._before + now - self._began
+        if self._total > 0:
+            pace = (now - self._began) / (step - self._first)
+            row["time/left"] = pace * (self._total - step)
+        self.latest = {name: round(value, 4) for name, value in row.items()}
+        self._seconds, self._samples, self._waited = 0.0, 0, clock or 0.0
+        self._running, self._last, self._due = now, step - 1, False
+        if self._table is None:
+            return
+        self._table.log_metrics(self.latest, self._last)
+        for logger in trainer.loggers:
+            if not isinstance(logger, MetricsCSV):
+                logger.log_metrics(self.latest, self._last)
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        if self._due:  # what the checkpoint has seen is in the file
+            self._write(trainer)
+        self._save()
+
+    def _save(self, *_: Any, **__: Any) -> None:
+        if self._table is not None:
+            self._table.save()
+
+    on_fit_end = on_exception = _save
+
+
+def memory(device: torch.device) -> int:
+    """Bytes, without waiting for the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil  # it takes a while, and only a training needs it
+
+    return psutil.Process().memory_info().rss
