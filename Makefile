@@ -27,8 +27,10 @@ demo: .venv/installed
 	  print(f'test accuracy of a linear classifier on the same pixels: {f():.4f}')"
 	$(BIN)/python predict.py $(RUN)
 	$(BIN)/python submit.py $(RUN) --dry_run
+	@$(BIN)/python study.py page $(RUN) > /dev/null
 	@echo
 	@echo "The picture:        $(RUN)/learning_curves.png"
+	@echo "Everything:         $(RUN)/page.html"
 	@echo "Next, on CIFAR-10:  $(BIN)/python train.py fit --config configs/cifar10_cpu.yaml --data.download=true"
 
 test: .venv/installed-dev

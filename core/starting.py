@@ -11,6 +11,8 @@ def start() -> None:
     """Say what takes so long, and load no more than is needed; before the first import of torch."""
     if sys.stderr.isatty():
         print("Loading PyTorch and Lightning ...", file=sys.stderr)
+    else:  # a log, where a bar that is drawn ten times a second is thousands of lines
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     limit_spinning()
     load_torchmetrics()
 
