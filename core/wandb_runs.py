@@ -95,37 +95,54 @@ def link(wandb_run: "WandbRun", used: Sequence[Piece], made: Sequence[Piece]) ->
         print(f"note: artifacts are missing on the W&B run: {' '.join(str(error).split())}")
 
 
-def keeps_artifacts(wanted: bool | None, *, offline: bool) -> bool:
+def keeps_artifacts(wanted: str | bool | None, *, offline: bool) -> bool:
     """Whether artifacts are made: by default online alone, since offline their files are copied."""
-    return not offline if wanted is None else wanted
+    return not offline if wanted is None else bool(wanted)
 
 
-def record(run: Run, job_type: str, used: Sequence[Piece], made: Sequence[Piece]) -> None:
-    """A W&B run for what is made of a trained run, if that one has a W&B run and keeps artifacts.
+def join(run: Run, what: str, job_type: str = "") -> "WandbRun | None":
+    """The W&B run of a run, to add to it, or the one of a job beside it.
 
-    Its summary is the metadata of what was made.
+    None if the run has none, W&B is off, or it refuses, which is told in a line.
+
+    Args:
+        run: Trained before.
+        what: Is missing if W&B refuses, with its verb.
+        job_type: Of what is made of the run.
     """
     mode = os.environ.setdefault("WANDB_MODE", "offline")
-    settings = logger_settings(run)
-    wanted = keeps_artifacts(settings.get("log_model", False), offline=mode == "offline")
-    if run.wandb_id is None or mode == "disabled" or not wanted:
-        return
+    if run.wandb_id is None or mode == "disabled":
+        return None
     import wandb
 
+    beside: dict[str, Any] = {}
+    if job_type:
+        name = f"{'/'.join(run.folder.absolute().parts[-2:])} {job_type}"
+        beside = {"name": name, **describe(run, job_type)}
     try:
-        wandb_run = wandb.init(
-            id=f"{run.wandb_id}-{job_type}",
-            name=f"{'/'.join(run.folder.absolute().parts[-2:])} {job_type}",
-            project=settings.get("project"),
+        return wandb.init(
+            id="-".join(filter(None, (run.wandb_id, job_type))),
+            project=logger_settings(run).get("project"),
             dir=run.folder,
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
-            **describe(run, job_type),
+            **beside,
         )
     except wandb.Error as error:
-        print(f"note: artifacts are missing on W&B: {' '.join(str(error).split())}")
+        print(f"note: {what} not on the W&B run: {' '.join(str(error).split())}")
+        return None
+
+
+def record(run: Run, job_type: str, used: Sequence[Piece], made: Sequence[Piece]) -> None:
+    """A W&B run for what is made of a trained run, if that one keeps artifacts.
+
+    Its summary is the metadata of what was made.
+    """
+    offline = os.environ.get("WANDB_MODE", "offline") == "offline"
+    if not keeps_artifacts(logger_settings(run).get("log_model", False), offline=offline):
         return
-    link(wandb_run, used, made)
-    for piece in made:
-        wandb_run.summary.update(piece.metadata)
-    wandb_run.finish()
+    if wandb_run := join(run, f"{made[0].kind} is", job_type):
+        link(wandb_run, used, made)
+        for piece in made:
+            wandb_run.summary.update(piece.metadata)
+        wandb_run.finish()

@@ -50,11 +50,8 @@ class ResumableWandbLogger(WandbLogger):
     @property
     def keeps_artifacts(self) -> bool:
         """Whether the W&B run gets artifacts."""
-        run, wanted = (
-            self.experiment,
-            bool(self._artifacts) if self._artifacts is not None else None,
-        )
-        return not run.disabled and keeps_artifacts(wanted, offline=run.offline)
+        run = self.experiment
+        return not run.disabled and keeps_artifacts(self._artifacts, offline=run.offline)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
