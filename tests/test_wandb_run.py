@@ -120,7 +120,8 @@ def test_variables_of_the_environment_win(
         monkeypatch.setenv("WANDB_NOTES", "a note")
         monkeypatch.setenv("WANDB_RUN_GROUP", "my group")
         monkeypatch.setenv("WANDB_JOB_TYPE", "debugging")
-        run = fit(*LOGGER, "--trainer.max_steps=1")
+        keeps = ("--trainer.enable_checkpointing=false", "--trainer.logger.log_model=true")
+        run = fit(*LOGGER, *keeps, "--trainer.max_steps=1")  # there is nothing to be kept
     [said] = of_type(folders(run)[0], "run")
     assert said["tags"] == ["mine", "too"]
     assert (said["run_group"], said["job_type"]) == ("my group", "debugging")

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.wandb_logger import STEP, ResumableWandbLogger
+from core.errors import UserError
 from core.runs import Run
 from core.wandb_runs import Piece, link
 from lit_models.base import LitModel
@@ -63,10 +64,13 @@ class WandbSummary(Callback):
         for logger in trainer.loggers if trainer.is_global_zero else []:
             if isinstance(logger, ResumableWandbLogger) and logger.keeps_artifacts:
                 data = trainer.datamodule  # type: ignore[attr-defined]
-                learned = Piece("dataset", type(data).__name__, digest=data.digest)
-                best_model = Run(folder).checkpoint()
-                model = Piece("model", logger.experiment.id, best_model, metadata=best)
-                link(logger.experiment, [learned], [model])
+                read = Piece("dataset", type(data).__name__, digest=data.digest)
+                try:
+                    file = Run(folder).checkpoint()
+                except UserError:  # it was to keep none
+                    continue
+                made = Piece("model", logger.experiment.id, file, metadata=best)
+                link(logger.experiment, [read], [made])
 
     def best_values(self, trainer: Trainer) -> dict[str, dict[str, float]]:
         """Best and last value of each metric over the whole run, also of parts before a resume.
