@@ -59,7 +59,7 @@ class ResumableWandbLogger(WandbLogger):
         if bad and self._is_finite:
             self._is_finite = False
             text = (
-                f"{bad[0]} is {metrics[bad[0]]} at step {step}; spikes.jsonl says what came before."
+                f"{bad[0]} is {metrics[bad[0]]} at step {step}; metrics.csv has the steps before."
             )
             self.experiment.alert("the loss is not finite", text, level="ERROR", wait_duration=600)
         self._log_missing(metrics, step)
