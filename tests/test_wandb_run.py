@@ -1,6 +1,7 @@
 """What people look for on a W&B run; its own offline files are read back."""
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -128,6 +129,7 @@ def test_variables_of_the_environment_win(
     assert said["notes"] == "a note"
 
 
+@pytest.mark.slow
 def test_rows_come_once_after_a_kill_and_best_values_are_those_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +159,23 @@ def test_rows_come_once_after_a_kill_and_best_values_are_those_of_the_whole(
     [seen] = read_wandb(third, "--summary")
     best = max(float(row["val/accuracy"]) for row in rows(run) if row["val/accuracy"])
     assert seen["summary"]["val/accuracy"]["max"] == pytest.approx(best)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_not_the_lowest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To W&B the minimum of 1 and NaN is NaN."""
+    monkeypatch.chdir(tmp_path)
+    with offline_wandb():
+        run = fit(*LOGGER, "--trainer.max_epochs=1", "--model.optimizer.lr=1e20")
+    [seen] = read_wandb(folders(run)[0], "--summary")
+    losses = [float(row["train/loss"]) for row in rows(run)]
+    assert not math.isfinite(losses[-1])
+    lowest = min(filter(math.isfinite, losses))
+    assert seen["summary"]["train/loss"] == {"min": pytest.approx(lowest), "last": "NaN"}
+    titles = [alert["title"] for alert in of_type(folders(run)[0], "alert")]
+    assert titles == ["the loss is not finite", "training has ended"]
 
 
 def test_a_loss_that_is_no_number_alerts_once(tmp_path: Path) -> None:
@@ -248,6 +267,7 @@ def test_without_git_there_is_no_patch(tmp_path: Path, monkeypatch: pytest.Monke
     assert provenance.code_patch() == ""
 
 
+@pytest.mark.slow
 def test_an_unclean_tree_is_in_the_folder_and_on_the_run(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
 """What people look for on a W&B run, beside the rows of its metrics."""
 
+import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -72,7 +73,7 @@ class WandbSummary(Callback):
                 made = Piece("model", logger.experiment.id, file, metadata=best)
                 link(logger.experiment, [read], [made])
 
-    def best_values(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+    def best_values(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
         """Best and last value of each metric over the whole run, also of parts before a resume.
 
         What W&B keeps itself begins anew with each offline folder, and a NaN stays its minimum.
@@ -84,7 +85,8 @@ class WandbSummary(Callback):
             values = [row[name] for row in rows if name in row]
             if finite := [value for value in values if math.isfinite(value)]:
                 best = min(finite) if end == "min" else max(finite)
-                found[name] = {end: best, "last": values[-1]}
+                last = values[-1]  # to W&B, NaN has no value; its own rows have the word, as JSON
+                found[name] = {end: best, "last": last if math.isfinite(last) else json.dumps(last)}
         return found
 
 
