@@ -2,8 +2,8 @@
 
 ``train.py`` has a W&B run for each run, which a test joins. ``predict.py`` and ``submit.py`` have
 runs of their own, since in W&B's graph a run makes something of what it uses; their ids begin with
-that of training. Whoever makes a thing and whoever uses it describes it alike: to W&B
-the same content is the same version, so nobody has to ask the server for it.
+that of training. Whoever makes a thing and whoever uses it describes it alike: to W&B the same
+content is the same version, so nobody has to ask the server for it.
 """
 
 import os
@@ -43,12 +43,13 @@ def describe(run: Run, job_type: str, *tags: str | None) -> dict[str, Any]:
 
 
 def logger_settings(run: Run) -> dict[str, Any]:
-    """Settings of the run's W&B logger; empty if it has none."""
-    loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
-    for logger in loggers if isinstance(loggers, list) else []:
-        if logger["class_path"].endswith("WandbLogger"):
-            return dict(logger["init_args"])
-    return {}
+    """Settings of the run's W&B logger; empty if it has none, or its record is damaged."""
+    try:
+        loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
+        found = [x for x in loggers or [] if x["class_path"].endswith("WandbLogger")]
+        return dict(found[0]["init_args"])
+    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError):
+        return {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Piece:
     def artifact(self) -> "Artifact":
         import wandb
 
-        name = re.sub(r"[^\w.-]", "-", f"{self.kind}-{self.name}")  # an id may hold other letters
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{self.kind}-{self.name}")  # an id may hold others
         made = wandb.Artifact(name, self.kind, metadata=self.metadata)
         if self.file:
             made.add_file(str(self.file), self.file.name, skip_cache=True)

@@ -19,7 +19,7 @@ from callbacks.run.run_folder import RunRecord
 from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics
 from core import provenance
 from core.runs import Run
-from core.wandb_runs import describe, keeps_artifacts
+from core.wandb_runs import describe, keeps_artifacts, logger_settings
 
 LOGGER = ("--trainer.logger=ResumableWandbLogger", "--trainer.logger.project=steadyfit")
 
@@ -108,6 +108,14 @@ def test_artifacts_are_made_online_unless_told(finished: Path) -> None:
     assert not keeps_artifacts(None, offline=True)
     assert keeps_artifacts(True, offline=True)
     assert not keeps_artifacts(False, offline=False)
+
+
+@pytest.mark.parametrize("text", ["", "[", "trainer: 1", "trainer: {logger: [1]}", "trainer: {}"])
+def test_a_damaged_record_names_no_logger(text: str, tmp_path: Path) -> None:
+    """``predict.py`` reads a run from its checkpoint, and had no need of this file."""
+    assert logger_settings(Run(tmp_path)) == {}
+    (tmp_path / "config.yaml").write_text(text)
+    assert logger_settings(Run(tmp_path)) == {}
 
 
 def test_variables_of_the_environment_win(
