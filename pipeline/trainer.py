@@ -81,8 +81,8 @@ def settle_wandb(logger: Namespace, config: Namespace, run: Run, subcommand: str
     logger.name = logger.name or "/".join(run.folder.parts[-2:])
     if run.wandb_is_begun:
         return
-    trainer, file = config.trainer, config.config
-    name = Run.parent(Path(file[0].relative)).name if file else "unnamed"
+    trainer, file = config.trainer, next(filter(None, config.config or []), None)
+    name = Run.parent(Path(file.relative)).name if file else run.folder.absolute().parent.name
     job_type = "train" if subcommand == "fit" else subcommand
     data = config.data.class_path.rpartition(".")[2]
     tags = (name, data, trainer.precision, device(trainer.accelerator))

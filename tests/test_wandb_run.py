@@ -15,6 +15,7 @@ from test_train import rows
 from wandb.sdk.lib import run_stopping
 
 import predict
+import train
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics
 from core import provenance
@@ -135,6 +136,18 @@ def test_variables_of_the_environment_win(
     assert said["tags"] == ["mine", "too"]
     assert (said["run_group"], said["job_type"]) == ("my group", "debugging")
     assert said["notes"] == "a note"
+
+
+def test_a_test_of_a_run_that_w_and_b_does_not_know_is_a_run_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = fit(*LOGGER, "--trainer.max_epochs=1")  # W&B is off
+    with offline_wandb():
+        train.main(["test", f"--run={run}"])
+    [said] = of_type(folders(run)[0], "run")
+    assert (said["job_type"], said["run_group"]) == ("test", "mnist_lenet")
+    assert said["tags"][:2] == ["mnist_lenet", "DigitsDataModule"]
 
 
 @pytest.mark.slow
