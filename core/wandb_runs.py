@@ -142,7 +142,7 @@ def record(run: Run, job_type: str, used: Sequence[Piece], made: Sequence[Piece]
     offline = os.environ.get("WANDB_MODE", "offline") == "offline"
     if not keeps_artifacts(logger_settings(run).get("log_model", False), offline=offline):
         return
-    if wandb_run := join(run, f"{made[0].kind} is", job_type):
+    if wandb_run := join(run, f"the lineage of the {made[0].kind} is", job_type):
         link(wandb_run, used, made)
         for piece in made:
             wandb_run.summary.update(piece.metadata)
