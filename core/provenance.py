@@ -2,7 +2,10 @@
 
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +15,16 @@ import yaml
 if TYPE_CHECKING:  # two seconds, and only the type
     import torch
 
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # ends of the names of variables
+HERE = Path(__file__).parents[1]
+LONGEST_PATCH = 1_000_000  # bytes; code is smaller, and a table that git tracks is no code
+
 
 def provenance() -> dict[str, Any]:
     """What a result came from: the commit of this project and the versions of its libraries."""
-    here = Path(__file__).parents[1]
 
     def git(*args: str) -> str:
-        command = ["git", "-C", str(here), *args]
+        command = ["git", "-C", str(HERE), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -58,3 +64,51 @@ def recorded(config: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return origin if isinstance(origin, dict) else {}
+
+
+def secrets() -> set[str]:
+    """Keys, tokens and passwords in the environment."""
+    named = (text.strip() for name, text in os.environ.items() if name.endswith(SECRET))
+    return {text for text in named if len(text) >= 8}
+
+
+def masked(text: str) -> str:
+    """The text without the secrets of the environment."""
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    return text
+
+
+def command() -> str:
+    """The command that was typed, without secrets and passwords in addresses."""
+    typed = [re.sub(r"(?<=://)[^/\s@]+@", "***@", masked(arg)) for arg in sys.argv]
+    return shlex.join(["python", *typed])
+
+
+def code_patch() -> str:
+    """What ``git apply`` adds to the commit of :func:`provenance`; empty if that is all, or no git.
+
+    Without secrets of the environment, and without files that git does not track, which may be
+    anything: the first line names them.
+    """
+
+    def git(*args: str) -> bytes:
+        command = ["git", "-C", str(HERE), *args]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as made:
+            assert made.stdout is not None
+            return made.stdout.read(LONGEST_PATCH + 1)
+
+    try:
+        patch = git("diff", "HEAD", "--relative", "--no-color", "--no-ext-diff")
+        untracked = git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
+    except OSError:
+        return ""
+    text = patch[:LONGEST_PATCH].decode(errors="replace")
+    if names := untracked.decode(errors="replace").split("\n")[:-1]:
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        text = (
+            f"# not in here, since git does not track them: {', '.join(names[:20])}{more}\n{text}"
+        )
+    if len(patch) > LONGEST_PATCH:
+        text = f"# cut after {LONGEST_PATCH:,} bytes: it cannot be applied\n{text}\n"
+    return masked(text)

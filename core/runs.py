@@ -154,10 +154,16 @@ class Run:
     @property
     def wandb_id(self) -> str | None:
         """Id of the W&B run that was started in this folder, if any."""
-        for folder in sorted(self.folder.glob("wandb/*run-*-*")):
-            if match := re.fullmatch(r"(?:offline-)?run-\d+_\d+-(.+)", folder.name):
-                return match[1]
-        return None
+        names = [folder.name for folder in self.folder.glob("wandb/*run-*-*")]
+        found = [re.fullmatch(r"(?:offline-)?run-(\d+_\d+)-(.+)", name) for name in names]
+        started = sorted((match[1], match[2]) for match in found if match)
+        return started[0][1] if started else None  # later ones may be of what is made of the run
+
+    @property
+    def wandb_is_begun(self) -> bool:
+        """Whether W&B has written anything of it."""
+        files = self.folder.glob("wandb/*run-*-*/run-*.wandb")
+        return any(file.stat().st_size > 7 for file in files)  # the file's own header
 
 
 def data_state(checkpoint: dict[str, Any], class_path: str) -> dict[str, Any]:

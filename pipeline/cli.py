@@ -22,9 +22,10 @@ import datamodules  # noqa: F401
 import lit_models  # noqa: F401
 from callbacks.run.checkpoints import BestCheckpoint, LastCheckpoint, is_last_checkpoint
 from callbacks.run.run_folder import RunRecord
+from callbacks.run.wandb_run import WandbSummary
 from callbacks.training.averaging import CurrentUntilAveraged
 from core.errors import UserError
-from core.provenance import provenance
+from core.provenance import command, provenance
 from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
@@ -37,7 +38,7 @@ from pipeline.history import update
 from pipeline.parser import Parser, instantiating, link_facts
 from pipeline.refusals import KnownMonitors, refuse_other_part, refuse_settings, refuse_val_size
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
-from pipeline.trainer import equip, quiet_libraries, settle
+from pipeline.trainer import equip, quiet_libraries, settle, settle_wandb
 
 PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
 
@@ -181,20 +182,10 @@ class CLI(LightningCLI):
         config.trainer.default_root_dir = str(run.folder)
         for logger in config.trainer.logger or []:
             settings = logger.init_args
-            ours = settings.get("save_dir") in (None, ".")
-            if ours:
+            if settings.get("save_dir") in (None, "."):
                 settings.save_dir = str(run.folder)
             if logger.class_path.endswith("WandbLogger"):
-                if not ours:
-                    raise UserError(
-                        f"the W&B run is kept in {run.folder}, where the next start looks for it; "
-                        "leave its save_dir out."
-                    )
-                if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
-                    settings.id = settings.id or run.wandb_id
-                settings.name = settings.name or "/".join(run.folder.parts[-2:])
-                if self.study:
-                    settings.group = settings.group or self.study.name
+                settle_wandb(settings, config, run, str(self.subcommand))
 
     def compare(self, checkpoint: Path, run: Run) -> None:
         """Refuse to go on from a checkpoint with settings that make another run of it."""
@@ -247,7 +238,8 @@ class CLI(LightningCLI):
         kinds = {type(callback) for callback in kept}
         before = [CurrentUntilAveraged(c) for c in kept if isinstance(c, WeightAveraging)]
         added = [KnownMonitors(), *(kind() for kind in needed if kind not in kinds)]
-        return [self.record, *before, *kept, *added]
+        summary = WandbSummary(tells_end=self.study is None)
+        return [self.record, summary, *before, *kept, *added]
 
     def run_folder(self, config: Namespace) -> Run:
         root = self.root
@@ -270,9 +262,7 @@ class CLI(LightningCLI):
         settings = self.settings(self.config)
         if not settings["init_from"]:
             del settings["init_from"]
-        origin = yaml.safe_dump(
-            {"command": shlex.join(["python", *sys.argv]), **provenance()}, sort_keys=False
-        )
+        origin = yaml.safe_dump({"command": command(), **provenance()}, sort_keys=False)
         header = "".join(f"# {line}\n" for line in origin.splitlines())
         return header + yaml.safe_dump(settings, sort_keys=False)
 

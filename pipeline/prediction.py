@@ -19,13 +19,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import ProgressBar
+from core import wandb_runs
 from core.errors import UserError
 from core.files import atomic_write, sha256
 from core.locks import locked
 from core.provenance import provenance
-from core.runs import is_file
+from core.runs import Run, is_file
 from core.submission import Submission
 from core.telling import Telling
+from core.wandb_runs import Piece
 from lit_models.exporting import export
 from lit_models.trained import make_predictor
 from pipeline.loading import INPUTS, Member
@@ -234,6 +236,21 @@ def choose_output(given: Path | None, members: list[Member], submission: Submiss
     return output
 
 
+def link_predictions(members: list[Member], output: Path) -> None:
+    """Put the predictions of a run on W&B; those of an ensemble are of no run alone."""
+    source, data = Run(members[0].source), members[0].data
+    if len(members) > 1 or not source.folder.is_dir() or (id := source.wandb_id) is None:
+        return
+    recorded = json.loads(output.with_suffix(".json").read_text())
+    facts = {name: recorded[name] for name in ("rows", "sha256", "competition")}
+    used = [
+        Piece("dataset", type(data).__name__, digest=data.digest),
+        Piece("model", id, members[0].path),
+    ]
+    made = Piece("predictions", id, output, metadata=facts)
+    wandb_runs.record(source, "predict", used, [made])
+
+
 def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:
     """Do what ``predict.py`` is asked for.
 
@@ -286,6 +303,7 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         if told:
             count = members[0].data.submission().count(predictions[0][0])
             print(f"{count:,} predictions in {output}")
+        link_predictions(members, output)
         if submission.sendable:
             target = single if output.parent == single and options.output is None else output
             print(f"Next: python submit.py {shlex.quote(str(target))} --dry_run")

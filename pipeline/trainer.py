@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
+from core.errors import UserError
+from core.runs import Run
 from core.telling import Telling
+from core.wandb_runs import describe
 from pipeline.studies.grid import DEFAULTS, read_yaml
 
 # what the Trainer refuses to have among its callbacks when it is told to do without
@@ -51,6 +55,40 @@ def settle(trainer: Namespace) -> None:
         loggers.insert(0, settings)  # what a run keeps is not asked of the list
     idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
     trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
+
+
+def settle_wandb(logger: Namespace, config: Namespace, run: Run, subcommand: str) -> None:
+    """Give the W&B run of a run its place, id and name, and a new one group, tags and notes.
+
+    Whoever joins a W&B run leaves these as they are: people edit them on its page.
+
+    Args:
+        logger: The logger's settings.
+        config: All settings of the subcommand.
+        run: Where everything is written.
+        subcommand: Of ``train.py``.
+
+    Raises:
+        UserError: The W&B run would be elsewhere.
+    """
+    if logger.save_dir != str(run.folder):
+        raise UserError(
+            f"the W&B run is kept in {run.folder}, where the next start looks for it; leave its "
+            "save_dir out."
+        )
+    if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
+        logger.id = logger.id or run.wandb_id
+    logger.name = logger.name or "/".join(run.folder.parts[-2:])
+    if run.wandb_is_begun:
+        return
+    trainer, file = config.trainer, next(filter(None, config.config or []), None)
+    name = Run.parent(Path(file.relative)).name if file else run.folder.absolute().parent.name
+    job_type = "train" if subcommand == "fit" else subcommand
+    data = config.data.class_path.rpartition(".")[2]
+    tags = (name, data, trainer.precision, device(trainer.accelerator))
+    for key, fact in describe(run, job_type, *tags).items():
+        if logger.get(key) is None:
+            logger[key] = fact
 
 
 def has_precision_plugin(trainer: Namespace) -> bool:
@@ -146,12 +184,20 @@ def keep_freed_memory() -> None:
 
 def fastest_precision(accelerator: str) -> str:
     """bf16 where the processor multiplies it natively, else float32; fp16 only where asked for."""
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if on_gpu:
+    if device(accelerator) == "cuda":
         native = torch.cuda.get_device_capability()[0] >= 8
     else:
-        native = accelerator in ("auto", "cpu") and cpu_has_bf16()
+        native = device(accelerator) == "cpu" and cpu_has_bf16()
     return "bf16-mixed" if native else "32-true"
+
+
+def device(accelerator: Any) -> str:
+    """What a Trainer with this setting trains on: ``cuda``, ``mps``, ``cpu`` or its own name."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu" if accelerator == "auto" else str(getattr(accelerator, "class_path", accelerator))
 
 
 def cpu_has_bf16() -> bool:

@@ -1,6 +1,8 @@
 """The callback that watches for spikes, without the name of Lightning (see `_hooks.py`)."""
 
 import itertools
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,8 @@ from .watching.monitor import SpikeMonitor
 from .watching.observation import Observation
 from .watching.reactions import Reaction, ReactionName
 from .watching.records import format_spike, top_parameter
+
+ALERT_SECONDS = 600  # between two W&B alerts
 
 
 class BlackBoxHooks:
@@ -100,7 +104,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         threshold: Robust standard deviations of the logarithm beyond which a value is a spike.
         top_k: Parameters named in a record.
         weight_norm_every: Optimizer steps between two readings of the weight norms.
-        alert: Send a W&B alert about spikes, at most every ten minutes.
+        alert: Send a W&B alert with the evidence of a spike, at most every ten minutes.
         optional: A training that cannot be watched is not refused: a line says why, once.
         black_box: Keep the states before so many of the worst spikes in ``black_box/`` of the run's
             folder, each a checkpoint; see :class:`~steadyfit.watching.black_box.BlackBox`.
@@ -135,6 +139,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         self.alert = alert
         self.optional = optional
         self.off = False
+        self._next_alert = -math.inf  # by the clock, in seconds
         self._batches: list[int] = []
         self._stepped = False  # an optimizer has, since the last batch began
         self._losses = Losses()
@@ -255,11 +260,15 @@ class MonitorHooks(SpikeMonitor, StepHooks):
 
     def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
         spiked = [record for record in fresh if record["spiked"]]
-        for logger in wandb_loggers(self.trainer) if spiked and self.alert else []:
+        if not spiked or not self.alert or time.monotonic() < self._next_alert:
+            return
+        self._next_alert = time.monotonic() + ALERT_SECONDS  # offline, W&B keeps each that is sent
+        for logger in wandb_loggers(self.trainer):
             logger.experiment.alert(
                 title="gradient spikes",  # W&B waits between alerts of one title
                 text=format_spike(spiked[0]),
-                wait_duration=600,
+                level="WARN",
+                wait_duration=ALERT_SECONDS,
             )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -146,6 +146,22 @@ def test_score_is_on_the_offline_wandb_run(kaggle: KaggleServer, wandb_run: Path
     assert seen["summary"]["kaggle/public_score"] == 0.9123
 
 
+def test_predictions_and_score_are_a_lineage_where_artifacts_are_kept(
+    kaggle: KaggleServer, wandb_run: Path
+) -> None:
+    config = wandb_run.with_name("config.yaml")
+    config.write_text(config.read_text().replace("{project:", "{log_model: true, project:"))
+    main([RUN, "--wait"])
+    (folder,) = wandb_run.glob("offline-run-*-abc123-submit")
+    records = read_wandb(folder)
+    [said] = [record["run"] for record in records if record["type"] == "run"]
+    assert (said["job_type"], said["run_group"]) == ("submit", "digits")
+    used, made = (record["artifact"] for record in records if record["type"] == "artifact")
+    assert (used["name"], used["use_after_commit"]) == ("predictions-abc123", True)
+    assert (made["name"], made["type"]) == ("score-abc123", "score")
+    assert json.loads(made["metadata"]) == {"kaggle/ref": 4711, "kaggle/public_score": 0.9123}
+
+
 def test_score_is_kept_when_wandb_refuses(
     kaggle: KaggleServer,
     wandb_run: Path,

@@ -47,6 +47,23 @@ def tensorboard_steps() -> int:
     return len(events.Scalars("train/loss"))
 
 
+def tensorboard_rows() -> bool:
+    """Whether TensorBoard has what metrics.csv has, and nothing else."""
+    found: dict[tuple[int, str], float] = {}
+    for file in (FOLDER / "r").glob("lightning_logs/*/events*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            found |= {(event.step, name): event.value for event in events.Scalars(name)}
+    expected = {
+        (int(row["step"]), name): pytest.approx(float(value))
+        for row in rows(FOLDER / "r")
+        for name, value in row.items()
+        if value and name != "step"
+    }
+    return (9, "val/loss") in found and found == expected
+
+
 CALLBACKS = "--trainer.callbacks"
 EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured, what it is
     ("", steps, 20),
@@ -68,6 +85,7 @@ EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured
     ("--trainer.logger=true", lambda: has("metrics.csv"), 1),
     ("--trainer.logger=CSVLogger", csv_steps, 20),
     ("--trainer.logger=TensorBoardLogger", tensorboard_steps, 20),
+    ("--trainer.logger+=TensorBoardLogger --test=true", tensorboard_rows, True),
     ("--trainer.profiler=simple", lambda: has("fit-*.txt"), 0),
     (
         "--trainer.profiler=SimpleProfiler --trainer.profiler.filename=times "

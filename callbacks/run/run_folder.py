@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.run.wandb_logger import ResumableWandbLogger
 from core.files import atomic_write
-from core.provenance import hardware
+from core.provenance import code_patch, hardware
 from lit_models.base import LitModel
 from steadyfit.lightning import StepCallback
 
@@ -117,6 +117,12 @@ class RunRecord(Callback):
             return
         with atomic_write(Path(folder) / "config.yaml", "w") as file:
             file.write(self.text)
+        patch = Path(folder) / "code.patch"
+        if text := code_patch():
+            with atomic_write(patch, "w") as file:
+                file.write(text)
+        else:
+            patch.unlink(missing_ok=True)  # of an earlier start
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 config = yaml.safe_load(self.text)
@@ -143,8 +149,7 @@ class RunRecord(Callback):
         history.restart_from(self.done)
         for logger in trainer.loggers:
             if isinstance(logger, ResumableWandbLogger):
-                for step, row in history.rows.items():
-                    logger.log_metrics(row, step)
+                logger.log_history(history.rows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer)  # now something is trained with these settings

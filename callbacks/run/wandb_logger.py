@@ -1,5 +1,8 @@
 """A W&B logger whose offline runs can be interrupted and resumed without a gap or a double row."""
 
+import _thread
+import math
+import signal
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -7,11 +10,13 @@ from contextlib import contextmanager
 from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from core.wandb_runs import keeps_artifacts
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -26,13 +31,29 @@ class ResumableWandbLogger(WandbLogger):
     Offline, W&B continues a run in a second folder with the same id, and a killed process leaves
     the first one with its last seconds missing. Whoever resumes the run logs its metrics again from
     the start; only what is missing is written, so the second folder begins where the first ended.
+
+    Args:
+        log_model: Keep the best checkpoint and what is made of it as artifacts; null: online alone,
+            since offline W&B copies them. ``all`` has Lightning's meaning, every checkpoint.
+        kwargs: What Lightning's logger takes.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, log_model: Literal["all"] | bool | None = None, **kwargs: Any) -> None:
+        super().__init__(log_model="all" if log_model == "all" else False, **kwargs)
+        self._artifacts = log_model
+        init = getattr(self, "_wandb_init", {})
         # W&B warns of this argument, which Lightning always gives (wandb/wandb#10909)
-        getattr(self, "_wandb_init", {}).pop("anonymous", None)
-        self._held: set[tuple[int, str]] | None = None
+        init.pop("anonymous", None)
+        if isinstance(settings := init.get("settings") or {}, dict):
+            init["settings"] = {"stop_fn": stop_training, **settings}
+        self._held: set[tuple[int | None, str]] | None = None
+        self._is_finite = True  # the losses so far
+
+    @property
+    def keeps_artifacts(self) -> bool:
+        """Whether the W&B run gets artifacts."""
+        run = self.experiment
+        return not run.disabled and keeps_artifacts(self._artifacts, offline=run.offline)
 
     @property
     @rank_zero_experiment
@@ -44,6 +65,27 @@ class ResumableWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        bad = [k for k, v in metrics.items() if k.endswith("/loss") and not math.isfinite(v)]
+        if bad and self._is_finite:
+            self._is_finite = False
+            text = (
+                f"{bad[0]} is {metrics[bad[0]]} at step {step}; metrics.csv has the steps before."
+            )
+            self.experiment.alert("the loss is not finite", text, level="ERROR", wait_duration=600)
+        self._log_missing(metrics, step)
+
+    @rank_zero_only
+    def log_history(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Log what was measured before an interruption; measured again, as a test, it is left out.
+
+        Otherwise a run that was killed behind its test would have the row of the test twice.
+        """
+        for step, metrics in rows.items():
+            self._log_missing(metrics, step)
+        if self._held is not None:
+            self._held |= {(step, name) for step, metrics in rows.items() for name in metrics}
+
+    def _log_missing(self, metrics: Mapping[str, float], step: int | None) -> None:
         if self._held is None:
             folder = Path(self.save_dir or ".") / "wandb"
             current = Path(self.experiment.dir).parent
@@ -78,6 +120,16 @@ def leave_out_job_inputs() -> None:
             detect(run)
 
     setattr(Run, name, if_any)
+
+
+def stop_training() -> None:
+    """Do on "Stop run" what SIGTERM does; W&B's own SIGINT would lose the epoch.
+
+    Called in a thread of W&B's.
+    """
+    print("\nW&B asks this run to stop.", file=sys.stderr)
+    handled = callable(signal.getsignal(signal.SIGTERM))  # else the main thread would not notice
+    _thread.interrupt_main(signal.SIGTERM if handled else signal.SIGINT)
 
 
 @contextmanager

@@ -62,11 +62,11 @@ class Timing(Callback):
         if self._table is None:
             return
         self._table.restart_from(trainer.global_step)
-        for step, row in self._table.rows.items():
+        for row in self._table.rows.values():
             self._before = row["time/elapsed"]
-            for logger in trainer.loggers:
-                if isinstance(logger, ResumableWandbLogger):  # it leaves out what it has
-                    logger.log_metrics(row, step)
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableWandbLogger):
+                logger.log_history(self._table.rows)
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._running = perf_counter()

@@ -16,12 +16,12 @@ from dataclasses import asdict, astuple, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
+from core import wandb_runs
 from core.errors import UserError
-from core.files import atomic_write
+from core.files import atomic_write, sha256
 from core.locks import locked
-from core.runs import ROOT, Run
+from core.runs import ROOT, Run, is_file
+from core.wandb_runs import Piece
 
 LEDGER = ROOT / "submissions.csv"
 UNCLEAR = "SENDING"  # nobody knows whether Kaggle made a submission of it
@@ -178,27 +178,12 @@ def tell_wandb(record: Record) -> None:
     run = Run(Path(record.run))
     if not record.run or run.wandb_id is None:
         return
-    import wandb
-
-    os.environ.setdefault("WANDB_MODE", "offline")
-    try:
-        with wandb.init(
-            id=run.wandb_id,
-            project=wandb_project(run),
-            dir=run.folder,
-            resume="allow",
-            settings=wandb.Settings(console="off", silent=True),
-        ) as wandb_run:
-            score = as_number(record.public_score)
-            wandb_run.summary.update({"kaggle/ref": int(record.ref), "kaggle/public_score": score})
-    except wandb.Error as error:
-        print(f"note: the score is not on the W&B run: {error}")
-
-
-def wandb_project(run: Run) -> str | None:
-    """Project of the run's W&B logger, without which a sync would not find the run again."""
-    loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
-    for logger in loggers if isinstance(loggers, list) else []:
-        if logger["class_path"].endswith("WandbLogger"):
-            return logger["init_args"]["project"]
-    return None
+    facts = {"kaggle/ref": int(record.ref), "kaggle/public_score": as_number(record.public_score)}
+    if wandb_run := wandb_runs.join(run, "the score is"):
+        wandb_run.summary.update(facts)
+        wandb_run.finish()
+    path = Path(record.file)
+    if is_file(path) and sha256(path) == record.sha256:  # not predicted anew meanwhile
+        used = Piece("predictions", run.wandb_id, path)
+        made = Piece("score", run.wandb_id, path.with_name("score.json"), metadata=facts)
+        wandb_runs.record(run, "submit", [used], [made])

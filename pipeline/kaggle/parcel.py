@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from core import provenance
 from core.errors import UserError
 from core.files import sha256
 from core.runs import is_file
@@ -26,7 +27,6 @@ ROOT = Path(__file__).absolute().parents[2]
 HARDWARE = ROOT / "configs" / "hardware" / "kaggle_t4x2.yaml"
 SUFFIXES = {".py", ".yaml", ".yml", ".txt"}
 LEFT_OUT = {"benchmarks", "data", "docs", "runs", "tests"}
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # ends of the names of variables
 SCRIPT = '''\
 import base64, io, sys, tarfile, tempfile
 
@@ -54,8 +54,7 @@ def pack(args: list[str], secrets: Collection[str]) -> tuple[list[str], bytes]:
     """
     files = {path.as_posix(): (ROOT / path).read_bytes() for path in code_files()}
     args = [carry(arg, files) for arg in args]
-    named = (text.strip() for name, text in os.environ.items() if name.endswith(SECRET))
-    secrets = {*secrets, *named}
+    secrets = {*secrets, *provenance.secrets()}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2") as archive:
         for name, content in sorted(files.items()):
