@@ -365,7 +365,7 @@ def test_curves_are_drawn_no_more_often_than_asked(
         "save",
         lambda self, trainer, name, figure: drawn.append(trainer.global_step),
     )
-    for min_interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [3, 6])):
+    for min_interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [6])):
         drawn.clear()
         logger = CSVLogger(tmp_path, version=f"{min_interval}")
         curves = LearningCurves(min_interval)

@@ -24,7 +24,7 @@ class LearningCurves(PictureCallback):
     brought up to date at the end, and when training breaks off.
 
     Args:
-        min_interval: Least time between two pictures, in seconds.
+        min_interval: Least time before the first picture and between two, in seconds.
     """
 
     def __init__(self, min_interval: float = 30.0) -> None:
@@ -32,6 +32,9 @@ class LearningCurves(PictureCallback):
             raise UserError(f"min_interval must not be negative, got {min_interval}.")
         self.min_interval = min_interval
         self.next_time = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.next_time = time.monotonic() + self.min_interval
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and time.monotonic() >= self.next_time:
