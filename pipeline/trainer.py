@@ -13,11 +13,13 @@ from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.constants import default_pg_timeout
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.telling import Telling
+from pipeline.hosts import TIMEOUT
 from pipeline.studies.grid import DEFAULTS, read_yaml
 
 # what the Trainer refuses to have among its callbacks when it is told to do without
@@ -99,6 +101,9 @@ def equip(trainer: Trainer, telling: Telling, *, termination: bool = True) -> No
     if termination:  # now, since Lightning would take it for a ModelCheckpoint
         trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
     pass_over_idle_hooks(trainer)
+    # a lost host ends the others soon; Lightning's default is half an hour
+    if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
+        setattr(trainer.strategy, "_timeout", TIMEOUT)  # noqa: B010
     # With max_steps Lightning takes every resumed epoch for one that is not finished, and counts
     # epochs and logged steps one too far (Lightning-AI/pytorch-lightning#19617).
     if hasattr(loop := trainer.fit_loop, "_iteration_based_training"):
