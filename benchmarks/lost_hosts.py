@@ -2,10 +2,10 @@
 
     sudo python -m benchmarks.lost_hosts --losses 10
 
-Both hosts train one run by torchrun. At a random step of one of them its link goes down, its
-process is stopped, or the whole host is killed, in turn. What is printed: the seconds from the loss
-until the last process on the other host has ended, what that said, and whether the run went on to
-its end: by ``--max-restarts`` where both hosts are there again, else by the same command.
+Both hosts train one run by torchrun. At a random step the link of one goes down, its process is
+stopped, or all its processes are killed, in turn. What is printed: the seconds until the process on
+the other host has ended, and what that said; then what the run went on by, and to which step. The
+link comes back after that; a killed host needs its command again.
 Linux alone; needs root, ``ip netns`` and data in the layout of CIFAR-10.
 """
 
@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 ADDRESSES = {"a": "10.25.0.1", "b": "10.25.0.2"}
@@ -69,6 +71,7 @@ class Host:
         launcher += ["--nnodes=2", "--nproc-per-node=1", f"--local-addr={ADDRESSES[self.name]}"]
         environment = os.environ | {
             "GLOO_SOCKET_IFNAME": self.namespace,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "WANDB_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
@@ -120,13 +123,6 @@ def lose(host: Host, kind: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def bring_back(host: Host, kind: str) -> None:
-    if kind == "link":
-        host.link("up")
-    for pid in host.workers() if kind == "stop" else ():
-        os.kill(pid, signal.SIGCONT)
-
-
 def wait_for(condition: object, seconds: float) -> float:
     """Seconds until a condition holds."""
     assert callable(condition)
@@ -138,10 +134,10 @@ def wait_for(condition: object, seconds: float) -> float:
     return time.monotonic() - begin
 
 
-def both(hosts: list[Host], args: list[str], port: int, restarts: int) -> None:
-    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES['a']}:{port}"]
-    for host in hosts:
-        host.start(args, [*meet, "--rdzv-id=1", f"--max-restarts={restarts}"])
+def torchrun(port: int) -> list[str]:
+    """Restart processes up to twice, and wait ten minutes for a link that is down."""
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES['a']}:{port}", "--rdzv-id=1"]
+    return [*meet, "--max-restarts=2", "--rdzv-conf=read_timeout=600"]
 
 
 def finished(hosts: list[Host]) -> bool:
@@ -164,30 +160,39 @@ def one_loss(number: int, hosts: list[Host], args: list[str], folder: Path) -> N
     args = [*args, f"--run=loss{number}"]
     for host in hosts:
         host.output.unlink(missing_ok=True)
-    both(hosts, args, 29500 + number, restarts=2 if kind == "link" else 0)
+        host.start(args, torchrun(29500 + number))
     wait_for((run / "checkpoints" / "last.ckpt").exists, 120)
-    time.sleep(random.uniform(0, 6))
+    time.sleep(random.uniform(0, 5))
+    step = last_step(run)
     (alone,) = left.workers()
     lose(lost, kind)
     took = wait_for(lambda: alone not in left.workers(), 300)
-    time.sleep(3)
     said = re.findall(r"^error: (.*)", left.said(), re.M)
-    bring_back(lost, kind)
     by = "--max-restarts"
+    if kind == "link":
+        lost.link("up")
+    elif kind == "kill":
+        by = f"the command on {lost.name}"
+        lost.start(args, torchrun(29500 + number))
     try:
-        wait_for(lambda: finished(hosts), 120 if kind == "link" else 20)
+        wait_for(lambda: finished(hosts), 150)
     except TimeoutError:
         end_all(hosts)
     if any(host.process.returncode for host in hosts):
-        by = "one command"
-        both(hosts, args, 29600 + number, restarts=0)
-        wait_for(lambda: finished(hosts), 240)
+        by = "the command on both"
+        for host in hosts:
+            host.start(args, torchrun(29600 + number))
+        wait_for(lambda: finished(hosts), 150)
     statuses = [host.process.returncode for host in hosts]
-    print(
-        f"{number + 1:2} {kind:4} of {lost.name}: {left.name} ended after {took:5.1f} s;", end=" "
-    )
-    print(f"went on by {by}: exit {statuses}")
-    print(f"   {said[-1] if said else left.said()[-300:]}", flush=True)
+    print(f"{number + 1:2} {kind:4} of {lost.name} after step {step}:", end=" ")
+    print(f"{left.name} ended after {took:.1f} s; on by {by} to step {last_step(run)}", end=" ")
+    print(f"(exit {statuses})\n   {said[-1] if said else left.said()[-300:]}", flush=True)
+
+
+def last_step(run: Path) -> int:
+    """Optimizer steps in the checkpoint that a run goes on from."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return int(checkpoint["global_step"])
 
 
 def main() -> None:
@@ -201,6 +206,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=int, help="seconds; by default that of train.py")
     options = parser.parse_args()
     random.seed(options.first)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and take the namespaces away
     shutil.rmtree(options.folder, ignore_errors=True)
     names = {host: f"sf{os.getpid() % 10000}{host}" for host in ADDRESSES}
     shared = options.folder.resolve() / "shared"

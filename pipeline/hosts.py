@@ -43,19 +43,19 @@ class Hosts:
         environment = next((kind() for kind in kinds if kind.detect()), None)
         if environment is None or environment.world_size() == 1:
             return self
+        refuse_restarts()
         self.rank, self.size = environment.global_rank(), environment.world_size()
         address = f"{environment.main_address}:{environment.main_port}"
         try:  # the environment's two properties have set what env:// reads
             meeting = rendezvous("env://", self.rank, self.size, timeout=TIMEOUT)
-            store, *_ = next(meeting)
+            self.store, *_ = next(meeting)
         except DistError as error:
             raise UserError(
                 f"{self.host} did not meet all of {self.size} processes at {address} within "
                 f"{TIMEOUT.seconds} seconds; start the command on every host, and let them reach "
                 "that port."
             ) from error
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"steadyfit/{attempt}", store)
+        self.store = PrefixStore("steadyfit", self.store)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -121,8 +121,8 @@ class Hosts:
             heard: dict[str, Any] = json.loads(self.store.get(what))
         except (DistError, RuntimeError) as error:
             raise UserError(
-                f"{self.host} waited {TIMEOUT.seconds} seconds for the {what} of another process; "
-                "see the output of the other hosts."
+                f"{self.host} waited {TIMEOUT.seconds} seconds for another process, which says "
+                "nothing; see the output of the other hosts."
             ) from error
         if what == "chosen" and "problem" in heard:
             self.leave()
@@ -154,15 +154,13 @@ class Hosts:
         thread = Thread(target=report, daemon=True)
         thread.start()
         thread.join(PATIENCE)
-        lost = sorted(silent)
-        if self.rank in silent:
-            lost, away = [0], "does not answer, and neither do those that meet there"
-        else:
-            away = "does not answer" if lost else "nobody: all report it"
+        if self.leads:
+            time.sleep(1)  # for those that ask as well
+        lost = [0] if self.rank in silent else sorted(silent)  # they meet on the host of rank 0
         named = ", ".join(f"rank {rank} on {self.names[rank]}" for rank in lost)
         return (
-            f"{named or 'a process was lost,'} {away}; the same command on all hosts, with --run, "
-            "goes on from the last checkpoint"
+            f"{named or 'a link between hosts'} does not answer; the same command with --run goes "
+            "on from the last checkpoint"
         )
 
 
@@ -178,6 +176,20 @@ def problem_with(checkpoint: str | None, digest: str, host: str, first: str) -> 
         f"{host} has {kind} {first}, which goes on from it; keep runs in a folder that all hosts "
         f"share (--trainer.default_root_dir), or copy the file from {first} first."
     )
+
+
+def refuse_restarts() -> None:
+    """Refuse torchrun's restarts where processes would read what former ones have left.
+
+    Raises:
+        UserError: How to have torchrun begin each time anew.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts would let new processes wait for former ones; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, and --rdzv-backend=c10d."
+        )
 
 
 def job_name() -> str | None:
