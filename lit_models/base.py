@@ -257,7 +257,8 @@ class LitModel(TrainedModel):
 
     def on_validation_epoch_end(self) -> None:
         values = self.computed(self.val_metrics)
-        self.log_values(values)
+        # the same in all processes: their mean might round, the largest does not
+        self.log_dict(values, sync_dist=True, reduce_fx="max")
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
         for config in self.trainer.lr_scheduler_configs:
@@ -269,10 +270,6 @@ class LitModel(TrainedModel):
         # a test has no step of its own: it belongs to the checkpoint's, which rank 0 has read
         if step := self.trainer.strategy.broadcast(self.trained_steps):
             values["step"] = torch.tensor(float(step), device=self.device)
-        self.log_values(values)
-
-    def log_values(self, values: dict[str, Tensor]) -> None:
-        """Log what is the same in all processes; their mean might round, the largest does not."""
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
