@@ -18,6 +18,7 @@ from core.errors import UserError
 from core.files import sha256
 
 TIMEOUT = timedelta(minutes=2)  # of each exchange of the processes, unless a strategy says another
+LOSS = ("gloo", "pair closure", "Connection closed", "Connection reset")  # in errors of torch
 PATIENCE = 10.0  # seconds in which those that are left report a loss
 
 
@@ -63,7 +64,7 @@ class Hosts:
             return
         if not self.names:
             self.refuse(error)
-        elif isinstance(error, DistError) or "gloo" in str(error):
+        elif isinstance(error, DistError) or any(words in str(error) for words in LOSS):
             raise UserError(f"{self.explain_loss()} ({str(error).splitlines()[0]})") from error
 
     @property

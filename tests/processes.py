@@ -62,7 +62,13 @@ def start_command(
     return start(command, script, typed, folder.resolve(), program, added)
 
 
-def by_two(script: str, args: Sequence[object], folder: Path, other: Path | None = None) -> int:
+def by_two(
+    script: str,
+    args: Sequence[object],
+    folder: Path,
+    other: Path | None = None,
+    program: str = "",
+) -> int:
     """Run a command in two processes, as torchrun does, and give its exit status: 0 is of both.
 
     Args:
@@ -70,6 +76,7 @@ def by_two(script: str, args: Sequence[object], folder: Path, other: Path | None
         args: What is typed.
         folder: Where.
         other: The folder of the second process, which is on another host then.
+        program: What each does before, in Python.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -82,7 +89,7 @@ def by_two(script: str, args: Sequence[object], folder: Path, other: Path | None
     for rank, place in enumerate((folder, other or folder)):
         at = {"GROUP_RANK": 0, "LOCAL_RANK": rank} if hosts == 1 else {"GROUP_RANK": rank}
         ranked = both | {"LOCAL_RANK": 0, "RANK": rank} | at
-        started.append(start(command, script, typed, place.resolve(), "", ranked))
+        started.append(start(command, script, typed, place.resolve(), program, ranked))
     return max((wait(process) for process in started), key=abs)
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 import yaml
 from conftest import CONFIGS, SMALL
 from processes import by_two, start_command, wait
+
+from benchmarks.lost_hosts import ADDRESSES, namespaces
 
 RECIPES = Path(__file__).parents[1] / "docs" / "clusters"
 # what a machine without a GPU and a miniature of the data need
@@ -33,6 +37,25 @@ def warn(self, trainer, *args):
     if trainer.global_step in (5, 12):
         os.kill(os.getpid(), signal.SIGUSR1)
 RunRecord.on_train_batch_start = warn
+"""
+
+# Each process is in a network namespace of its own.
+APART = """
+import ctypes, os, subprocess
+import pipeline.hosts
+from callbacks import RunRecord
+name = {names}[int(os.environ["RANK"])]
+with open(f"/run/netns/{{name}}") as file:
+    assert ctypes.CDLL(None).setns(file.fileno(), 0x40000000) == 0  # CLONE_NEWNET
+os.environ.update(MASTER_ADDR="{address}", GLOO_SOCKET_IFNAME=name)
+pipeline.hosts.PATIENCE = 3.0
+"""
+# At the 5th step of the second epoch the link of the second host goes down.
+LOST = """
+def lose(self, trainer, *args):
+    if trainer.global_rank == 1 and trainer.global_step == 15:
+        subprocess.run(["ip", "link", "set", name, "down"], check=True)
+RunRecord.on_train_batch_start = lose
 """
 
 
@@ -98,19 +121,51 @@ def test_torchrun_on_two_hosts(program: Callable[[str], Path], data: Path, tmp_p
         host.mkdir()
         (host / "configs").symlink_to(CONFIGS)
     args = [*args, *HERE, "--test=true"]
-    assert by_two("train", args, first, second) == 0, (first / "output.txt").read_text()
+    assert by_two("train", args, first, second) == 0, said(first)
     folder = Path("runs", "cifar10_resnet9", "mine")
     assert not (second / folder).exists()
-    assert "sync_dist" not in (first / "output.txt").read_text()
+    assert "sync_dist" not in said(first)
     assert by_two("train", args, first, second) == 1
     missing = second / folder / "checkpoints" / "last.ckpt"
     for host in (first, second):
-        assert f"has no {missing}, unlike" in (host / "output.txt").read_text()
+        assert f"has no {missing}, unlike" in said(host)
     assert by_two("train", ["test", f"--run={folder}", *args[-1:0]], first, second) == 1
-    assert f"{folder} is not a run folder" in (first / "output.txt").read_text()
+    assert f"{folder} is not a run folder" in said(first)
     shutil.copytree(first / folder, second / folder)
     assert by_two("train", args, first, second) == 0
-    assert "was already finished after 3 steps" in (first / "output.txt").read_text()
+    assert "was already finished after 3 steps" in said(first)
+
+
+@pytest.mark.slow
+def test_a_lost_link_ends_both_hosts(data: Path, tmp_path: Path) -> None:
+    """Both hung for half an hour, and neither said a word."""
+    names = {"a": f"sf{os.getpid()}a", "b": f"sf{os.getpid()}b"}
+    apart = APART.format(names=[*names.values()], address=ADDRESSES["a"])
+    config = CONFIGS / "cifar10_cpu.yaml"
+    args = ["fit", f"--config={config}", *SMALL, f"--data.data_dir={data}", "--run=mine"]
+    args += ["--data.batch_size=8", "--trainer.max_epochs=2", "--trainer.limit_train_batches=10"]
+    args += ["--trainer.num_nodes=2", "--trainer.strategy=DDPStrategy"]
+    args += ["--trainer.strategy.timeout=0:0:10", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for host in (first, second):
+        host.mkdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(namespaces(names))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces can be made here: {error}")
+        assert by_two("train", args, first, second, apart + LOST) == 1
+        here = socket.gethostname()
+        for host, lost in ((first, 1), (second, 0)):
+            assert f"error: rank {lost} on {here} does not answer" in said(host)
+        subprocess.run(["ip", "-n", names["b"], "link", "set", names["b"], "up"], check=True)
+        assert by_two("train", args, first, second, apart) == 0, said(first)
+    last = tmp_path / "runs" / "cifar10_cpu" / "mine" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 20
+
+
+def said(host: Path) -> str:
+    return (host / "output.txt").read_text()
 
 
 def test_sky(program: Callable[[str], Path], tmp_path: Path) -> None:
