@@ -24,6 +24,7 @@ from callbacks.run.checkpoints import BestCheckpoint, LastCheckpoint, is_last_ch
 from callbacks.run.run_folder import RunRecord
 from callbacks.training.averaging import CurrentUntilAveraged
 from core.errors import UserError
+from core.hosts import Hosts, job_name
 from core.provenance import provenance
 from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
@@ -34,7 +35,6 @@ from pipeline.admission import admit, read_config
 from pipeline.arguments import arrange, subcommands
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
-from pipeline.hosts import Hosts, job_name
 from pipeline.parser import Parser, instantiating, link_facts
 from pipeline.refusals import KnownMonitors, refuse_other_part, refuse_settings, refuse_val_size
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study

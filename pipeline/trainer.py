@@ -18,8 +18,8 @@ from torch.distributed.constants import default_pg_timeout
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
+from core.hosts import TIMEOUT
 from core.telling import Telling
-from pipeline.hosts import TIMEOUT
 from pipeline.studies.grid import DEFAULTS, read_yaml
 
 # what the Trainer refuses to have among its callbacks when it is told to do without

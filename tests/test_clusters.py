@@ -42,13 +42,13 @@ RunRecord.on_train_batch_start = warn
 # Each process is in a network namespace of its own.
 APART = """
 import ctypes, os, subprocess
-import pipeline.hosts
+import core.hosts
 from callbacks import RunRecord
 name = {names}[int(os.environ["RANK"])]
 with open(f"/run/netns/{{name}}") as file:
     assert ctypes.CDLL(None).setns(file.fileno(), 0x40000000) == 0  # CLONE_NEWNET
 os.environ.update(MASTER_ADDR="{address}", GLOO_SOCKET_IFNAME=name)
-pipeline.hosts.PATIENCE = 3.0
+core.hosts.PATIENCE = 3.0
 """
 # At the 5th step of the second epoch the link of the second host goes down.
 LOST = """

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
+from core import hosts
 from core.errors import UserError
-from pipeline import hosts
-from pipeline.hosts import Hosts, job_name
+from core.hosts import Hosts, job_name
 
 HOSTS = ("first", "second", "third")
 WORDS = "error: (.*)"

@@ -1,6 +1,5 @@
 """A run that is told to end keeps what it has learned."""
 
-import os
 import shlex
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from lightning import LightningModule, Trainer, __version__
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from core.hosts import slurm_job
 from core.runs import Run
 
 FEWEST = 20  # batches between two exchanges of several processes
@@ -156,12 +156,6 @@ def another_batch_follows(trainer: Trainer) -> bool:
         or trainer.should_stop
         or loop._should_check_val_fx(fetcher)
     )
-
-
-def slurm_job() -> str:
-    """The id of the SLURM job, or of its part of a job array; empty outside of SLURM."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID", "") for name in ("JOB", "TASK"))
-    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 def requeue() -> None:

@@ -23,10 +23,10 @@ from torch import Tensor
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.termination import Termination
 from core.errors import UserError
+from core.hosts import Hosts
 from core.telling import Telling
 from pipeline.cli import CLI, PLATEAU
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
-from pipeline.hosts import Hosts
 from pipeline.trainer import quiet_libraries, settle
 from steadyfit.lightning import GradientSpikeMonitor
 

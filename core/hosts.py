@@ -13,7 +13,6 @@ from typing import Any, Self
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch.distributed import DistError, PrefixStore, Store, rendezvous
 
-from callbacks.run.termination import slurm_job
 from core.errors import UserError
 from core.files import sha256
 
@@ -191,6 +190,12 @@ def refuse_restarts() -> None:
             "torchrun --max-restarts would let new processes wait for former ones; set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, and --rdzv-backend=c10d."
         )
+
+
+def slurm_job() -> str:
+    """The id of the SLURM job, or of its part of a job array; empty outside of SLURM."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID", "") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 def job_name() -> str | None:
