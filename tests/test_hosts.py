@@ -1,5 +1,6 @@
 """Processes of several hosts agree on what they go on from, or refuse it together."""
 
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ from core.errors import UserError
 from core.hosts import Hosts, job_name
 
 HOSTS = ("first", "second", "third")
-WORDS = "error: (.*)"
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +133,13 @@ def test_an_error_of_its_own_is_no_loss() -> None:
 
 def test_says_that_others_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "TIMEOUT", timedelta(seconds=1))
-    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
-    for name, value in (alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "9"}).items():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in (alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="2 processes at localhost:9 within 1 seconds"), Hosts():
+    with pytest.raises(UserError, match=f"2 processes at localhost:{port} within 1 s"), Hosts():
         pass
 
 
@@ -158,6 +161,18 @@ def test_a_run_is_named_by_its_slurm_job(monkeypatch: pytest.MonkeyPatch) -> Non
     assert job_name() == "slurm-4700_11-1"
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # somebody types commands there
     assert job_name() is None
+
+
+def test_restarts_that_would_meet_former_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun keeps its store, with the addresses of the lost processes in it."""
+    several = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    several |= {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), Hosts():
+        pass
 
 
 def test_restarts_need_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
