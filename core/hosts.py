@@ -101,6 +101,8 @@ class Hosts:
         """Let the others end with this process, and say why."""
         said = str(error).splitlines()[0] if isinstance(error, ValueError) else "see its output."
         problem = f"{self.host} cannot begin: {said}"
+        if not self.leads:
+            problem += " All hosts need the same files, or a folder that they share."
         with suppress(RuntimeError, UserError):  # they are gone
             if self.leads:
                 self.tell("chosen", {"problem": problem})

@@ -101,6 +101,8 @@ def test_all_end_with_a_process_that_cannot_begin(failing: int, error: BaseExcep
     results = together(*(fail if rank == failing else agree for rank in range(3)))
     reason = "data is no folder." if isinstance(error, UserError) else "see its output."
     expected = f"{HOSTS[failing]} cannot begin: {reason}"
+    if failing:
+        expected += " All hosts need the same files, or a folder that they share."
     assert results == ["failed" if rank == failing else expected for rank in range(3)]
 
 
