@@ -258,7 +258,8 @@ class LitModel(TrainedModel):
 
     def on_validation_epoch_end(self) -> None:
         values = self.computed(self.val_metrics)
-        self.log_dict(values)
+        # the same in all processes: their mean might round, the largest does not
+        self.log_dict(values, sync_dist=True, reduce_fx="max")
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
         for config in self.trainer.lr_scheduler_configs:
@@ -267,9 +268,10 @@ class LitModel(TrainedModel):
 
     def on_test_epoch_end(self) -> None:
         values = self.computed(self.test_metrics)
-        self.log_dict(values)
-        if self.trained_steps:  # a test has no step of its own: it belongs to the checkpoint's
-            self.log("step", float(self.trained_steps))
+        # a test has no step of its own: it belongs to the checkpoint's, which rank 0 has read
+        if step := self.trainer.strategy.broadcast(self.trained_steps):
+            values["step"] = torch.tensor(float(step), device=self.device)
+        self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
         """Hook: the metrics of an epoch of validation or test, which begin anew."""

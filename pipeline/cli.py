@@ -25,6 +25,7 @@ from callbacks.run.run_folder import RunRecord
 from callbacks.run.wandb_run import WandbSummary
 from callbacks.training.averaging import CurrentUntilAveraged
 from core.errors import UserError
+from core.hosts import Hosts, job_name
 from core.provenance import command, provenance
 from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoint
 from core.telling import Telling, told_in_one_sentence
@@ -50,10 +51,12 @@ class CLI(LightningCLI):
         typed: The arguments as typed.
         telling: Which errors are told in one sentence.
         held: Keeps what is to be let go when the program ends: the run folder.
+        hosts: The processes that train together.
     """
 
-    def __init__(self, typed: list[str], telling: Telling, held: ExitStack) -> None:
+    def __init__(self, typed: list[str], telling: Telling, held: ExitStack, hosts: Hosts) -> None:
         self.typed = typed
+        self.hosts = hosts
         self.telling = telling
         self.held = held
         self.flags = arrange(typed)
@@ -129,10 +132,14 @@ class CLI(LightningCLI):
         if trainer.fast_dev_run and self.subcommand == "fit":
             return
         run = self.run_folder(config)
-        if self.subcommand == "fit":
+        if self.hosts.leads and self.subcommand == "fit":
             self.go_on(config, run)
-        else:
-            self.evaluate(config, run)
+        elif self.hosts.leads:
+            config.ckpt_path = config.ckpt_path or str(run.checkpoint())
+        folder, config.ckpt_path = self.hosts.agree(run.folder, config.ckpt_path)
+        run = Run(folder)
+        if self.subcommand != "fit":
+            self.evaluate(config)
         if not trainer.fast_dev_run:
             self.settle_in(config, run)
 
@@ -156,10 +163,9 @@ class CLI(LightningCLI):
             if not point.is_finished(self.point):
                 point.write(self.point, finished=False)
 
-    def evaluate(self, config: Namespace, run: Run) -> None:
-        """Validate or test the run's best checkpoint; what training measured stays recorded."""
+    def evaluate(self, config: Namespace) -> None:
+        """Validate or test a checkpoint; what training measured stays recorded."""
         self.shows_metrics, config.verbose = config.verbose, False  # a line each, not as a table
-        config.ckpt_path = config.ckpt_path or str(run.checkpoint())
         checkpoint = load_checkpoint(Path(config.ckpt_path))
         learned = data_state(checkpoint, config.data.class_path)
         if "merges" in learned:  # subwords need no books again; classes are read and compared
@@ -207,7 +213,9 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         source = self.config[self.subcommand].init_from
         if source and self.subcommand == "fit" and not self.config.fit.ckpt_path:
-            self.model.init_from(self.checkpoint_of(source))
+            if self.hosts.leads:
+                self.model.init_from(self.checkpoint_of(source))
+            self.model.has_weights = True  # DDP hands those of the first process to the others
 
     def checkpoint_of(self, source: str) -> Path:
         """The checkpoint of a run, or the one that is named."""
@@ -247,9 +255,9 @@ class CLI(LightningCLI):
             return Run.find(config.run, root)
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
         parent = root / self.study.name if self.study else Run.parent(file, root)
-        given = config.run
+        given = config.run or job_name()
         typed = given if self.study or given is None else Run.name(given, parent)
-        # rank 0 claims the folder; the others learn it from Lightning
+        # rank 0 claims the folder; the others learn it from it, or from Lightning
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return Run(parent / (typed or "unknown"))
         run = Run.claim(parent, typed)
@@ -287,7 +295,8 @@ class CLI(LightningCLI):
         # asked on all ranks: Lightning broadcasts the answer
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if self.config.fit.test:
-            best = Run(folder).checkpoint()
+            # weights go from the first process to all; other hosts need not have the file
+            best = Run(folder).checkpoint() if self.hosts.leads else None
             # loading a checkpoint, Lightning's averaging brings back the weights of training
             kept = [c for c in self.trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
             self.trainer.callbacks = kept  # type: ignore[attr-defined]
@@ -347,7 +356,7 @@ def run(args: list[str]) -> None:
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
         os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()
-        CLI(args, telling, held)
+        CLI(args, telling, held, held.enter_context(Hosts()))
 
 
 def cli_options(typed: list[str]) -> dict[str, Any]:

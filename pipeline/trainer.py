@@ -14,11 +14,13 @@ from lightning import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.constants import default_pg_timeout
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
 from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.errors import UserError
+from core.hosts import TIMEOUT
 from core.runs import Run
 from core.telling import Telling
 from core.wandb_runs import describe
@@ -137,6 +139,9 @@ def equip(trainer: Trainer, telling: Telling, *, termination: bool = True) -> No
     if termination:  # now, since Lightning would take it for a ModelCheckpoint
         trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
     pass_over_idle_hooks(trainer)
+    # a lost host ends the others soon; Lightning's default is half an hour
+    if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
+        setattr(trainer.strategy, "_timeout", TIMEOUT)  # noqa: B010
     # With max_steps Lightning takes every resumed epoch for one that is not finished, and counts
     # epochs and logged steps one too far (Lightning-AI/pytorch-lightning#19617).
     if hasattr(loop := trainer.fit_loop, "_iteration_based_training"):

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,7 +43,11 @@ def start(target: Callable[..., None], *args: object) -> BaseProcess:
 
 
 def start_command(
-    script: str, args: Sequence[object], folder: Path, program: str = ""
+    script: str,
+    args: Sequence[object],
+    folder: Path,
+    program: str = "",
+    environment: Mapping[str, object] | None = None,
 ) -> BaseProcess:
     """Start ``train.py`` or ``predict.py`` in a folder, where ``output.txt`` gets what it says.
 
@@ -52,20 +56,40 @@ def start_command(
         args: What is typed.
         folder: Where.
         program: What is done before, in Python.
+        environment: Variables that it has besides.
     """
-    return start(command, script, [str(arg) for arg in args], folder.resolve(), program, {})
+    typed, added = [str(arg) for arg in args], dict(environment or {})
+    return start(command, script, typed, folder.resolve(), program, added)
 
 
-def by_two(script: str, args: Sequence[object], folder: Path) -> int:
-    """Run a command in two processes, as torchrun does, and give its exit status: 0 is of both."""
+def by_two(
+    script: str,
+    args: Sequence[object],
+    folder: Path,
+    other: Path | None = None,
+    program: str = "",
+) -> int:
+    """Run a command in two processes, as torchrun does, and give its exit status: 0 is of both.
+
+    Args:
+        script: Its name, without the ending.
+        args: What is typed.
+        folder: Where.
+        other: The folder of the second process, which is on another host then.
+        program: What each does before, in Python.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    both = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "GROUP_RANK": 0}
-    both |= {"LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "x"}
+    hosts = 1 if other is None else 2
+    both = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    both |= {"LOCAL_WORLD_SIZE": 2 // hosts, "TORCHELASTIC_RUN_ID": "x"}
     typed = [str(arg) for arg in args]
-    ranks = [both | {"RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
-    started = [start(command, script, typed, folder.resolve(), "", rank) for rank in ranks]
+    started = []
+    for rank, place in enumerate((folder, other or folder)):
+        at = {"GROUP_RANK": 0, "LOCAL_RANK": rank} if hosts == 1 else {"GROUP_RANK": rank}
+        ranked = both | {"LOCAL_RANK": 0, "RANK": rank} | at
+        started.append(start(command, script, typed, place.resolve(), program, ranked))
     return max((wait(process) for process in started), key=abs)
 
 

@@ -165,12 +165,24 @@ def test_killed_before_the_first_checkpoint(
 
 
 def test_two_processes_train_and_test(arguments: list[str], tmp_path: Path) -> None:
-    """DDP over gloo: one run folder, every step once, a checkpoint that one process can use."""
+    """DDP over gloo: one run folder, every step once, a checkpoint that one process can use.
+
+    One process validates 39 samples as two do, of which neither sees one twice.
+    """
     both = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     # without a name the second process learns the folder from the first
     more = ["--data.batch_size=8", "--trainer.max_epochs=1", "--test=true"]
+    more += ["--data.val_size=39", "--model.tta=none"]  # which validation in fit leaves out
     assert by_two("train", ["fit", *arguments, *both, *more], tmp_path) == 0
     (run,) = (tmp_path / "runs" / "cifar10_cpu").glob("*/")
+    output = tmp_path / "output.txt"
+    assert "sync_dist" not in output.read_text()
+    validated = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["metrics"]
+    one = start_command("train", ["validate", f"--run={run}", "--trainer.devices=1"], tmp_path)
+    assert wait(one) == 0
+    shown = output.read_text().rpartition("The run is in")[2]
+    for name, value in validated.items():
+        assert f"{name}  {value:.4f}" in shown, name
     assert steps_of(run) == list(range(STEPS // 4))
     accuracies = [accuracy_of(run)]
     assert by_two("train", ["test", f"--run={run}", *both], tmp_path) == 0

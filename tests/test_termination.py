@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from conftest import CONFIGS, SMALL
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim import Adam
@@ -26,7 +24,7 @@ from torch.optim import Adam
 import train
 from benchmarks.step_overhead import RandomNumbers
 from callbacks import Termination
-from callbacks.run.termination import FEWEST, MOST
+from callbacks.run.termination import FEWEST, MOST, requeue
 from lit_models import LitClassifier
 
 SCRIPT = Path(train.__file__)
@@ -146,22 +144,47 @@ def test_says_where_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
-def test_requeueing_by_slurm_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its signal is another one; SIGTERM, which comes behind it, stops as ever."""
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A SLURM job of one task; the file in which its fake ``scontrol`` says what it was told."""
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
-    for name in ("NTASKS", "NTASKS_PER_NODE", "JOB_ID"):
+    for name in ("NTASKS", "NTASKS_PER_NODE"):
         monkeypatch.setenv(f"SLURM_{name}", "1")
-    scontrol = Mock(return_value=0)
-    monkeypatch.setattr(signal_connector, "call", scontrol)
-    signals = [
-        SignalAt("on_train_batch_start", 3, signal.SIGUSR1),
-        SignalAt("on_train_batch_start", 5),
-    ]
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    program, told = tmp_path / "bin" / "scontrol", tmp_path / "told.txt"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $* >> {told}\nexit ${{SCONTROL_STATUS:-0}}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    return told
+
+
+def test_slurms_warning_stops_and_requeues(
+    scontrol: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning trained on behind its own checkpoint, which no run goes on from."""
+    small = Small(tmp_path, plugins=[SLURMEnvironment()])
     with pytest.raises(SIGTERMException):
-        Small(tmp_path, plugins=[SLURMEnvironment()]).fit(*signals)
-    scontrol.assert_called_once_with(["scontrol", "requeue", "1"])
-    assert Small(tmp_path).saved()["global_step"] == 5
+        small.fit(SignalAt("on_train_batch_start", 3, signal.SIGUSR1))
+    assert small.saved()["global_step"] == 3
+    assert scontrol.read_text() == "requeue 4711\n"
+    assert "4711 is in the queue again" in capfd.readouterr().err
+    assert not list(tmp_path.glob("hpc_ckpt*"))
+
+
+def test_a_part_of_a_job_array_that_is_not_requeued(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4700")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "11")
+    monkeypatch.setenv("SCONTROL_STATUS", "3")
+    requeue()
+    assert scontrol.read_text() == "requeue 4700_11\n"
+    assert "was not requeued (status 3)" in capfd.readouterr().err
+    monkeypatch.setenv("PATH", "")
+    requeue()
+    assert "was not requeued (No such file" in capfd.readouterr().err
 
 
 def test_other_stages_end_at_once(tmp_path: Path) -> None:

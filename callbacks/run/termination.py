@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from lightning import LightningModule, Trainer, __version__
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from core.hosts import slurm_job
 from core.runs import Run
 
 FEWEST = 20  # batches between two exchanges of several processes
 MOST = 50  # optimizer steps between them, where epochs are long
 EXIT_STATUS = 143  # 128 + SIGTERM, as a shell reports it
+END, REQUEUE = 1, 2  # notes: SIGTERM, and the signal before the end of a SLURM job's time
 
 
 class Termination(Checkpoint):
@@ -32,12 +35,15 @@ class Termination(Checkpoint):
 
     Outside of training there is nothing to keep, and a signal ends the program at once.
 
+    SLURM's warning, SIGUSR1, is answered likewise, and the job goes into the queue again. Lightning
+    would train on meanwhile, and no run goes on from its ``hpc_ckpt_1.ckpt``.
+
     As a ``Checkpoint`` it comes behind all callbacks that learn something from the step.
     """
 
     def __init__(self) -> None:
-        self.noted = False  # whether this process was told to end
-        self.agreed = False  # whether any was
+        self.noted = 0  # what this process was told: END or REQUEUE
+        self.agreed = 0  # the most that any was told
         self.batches = 0  # trained since the processes last exchanged their notes
         self.postponed = False  # to the end of the epoch
         self.handler: Callable[..., Any] | None = None  # None where Lightning installs it
@@ -45,9 +51,11 @@ class Termination(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         def note(signum: int, *_: object) -> None:
-            self.noted = True
+            self.noted = max(self.noted, END if signum == signal.SIGTERM else REQUEUE)
 
         def end(signum: int, *_: object) -> NoReturn:
+            if signum != signal.SIGTERM and trainer.is_global_zero:
+                requeue()
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signum)
             raise SIGTERMException(EXIT_STATUS)
@@ -60,6 +68,7 @@ class Termination(Checkpoint):
         signals: Any = getattr(trainer, "_signal_connector", None)
         if hasattr(signals, "_sigterm_notifier_fn"):
             signals._sigterm_notifier_fn = handler
+            signals._slurm_sigusr_handler_fn = handler  # registered under SLURM alone
         else:  # Lightning installs its own after this hook, and ours takes its place later
             self.handler, self.previous_handler = handler, signal.getsignal(signal.SIGTERM)
         loop: Any = trainer.fit_loop.epoch_loop
@@ -96,10 +105,10 @@ class Termination(Checkpoint):
             self.agreed = self.noted
         elif due and self.batches >= FEWEST:
             self.batches = 0
-            flag = torch.tensor(int(self.noted), device=trainer.strategy.root_device)
+            flag = torch.tensor(self.noted, device=trainer.strategy.root_device)
             # strategy.reduce would wait at a barrier first
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.agreed = bool(flag)
+            self.agreed = int(flag)
 
     def can_stop_here(self, trainer: Trainer) -> bool:
         try:
@@ -120,11 +129,14 @@ class Termination(Checkpoint):
         # all ranks wait until it is written
         trainer.save_checkpoint(run.last_checkpoint, weights_only=False)
         if trainer.is_global_zero:
+            signalled = "SIGTERM" if self.agreed == END else "SLURM"
             print(
-                f"\nStopped by SIGTERM after step {trainer.global_step}; the same command with "
+                f"\nStopped by {signalled} after step {trainer.global_step}; the same command with "
                 f"--run={shlex.quote(run.folder.name)} goes on from {run.last_checkpoint}",
                 file=sys.stderr,
             )
+            if self.agreed == REQUEUE:
+                requeue()
         # Lightning's launcher kills the first process of a node when another one fails
         raise SIGTERMException(EXIT_STATUS if trainer.local_rank == 0 else 0)
 
@@ -144,3 +156,14 @@ def another_batch_follows(trainer: Trainer) -> bool:
         or trainer.should_stop
         or loop._should_check_val_fx(fetcher)
     )
+
+
+def requeue() -> None:
+    """Have SLURM run the job again; its own words say why it does not."""
+    try:
+        status = subprocess.call(["scontrol", "requeue", slurm_job()])
+        problem = f"status {status}" if status else ""
+    except OSError as error:
+        problem = str(error.strerror)
+    again = f"was not requeued ({problem}); submit it" if problem else "is in the queue again"
+    print(f"SLURM job {slurm_job()} {again}.", file=sys.stderr)

@@ -23,6 +23,7 @@ from torch import Tensor
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.termination import Termination
 from core.errors import UserError
+from core.hosts import Hosts
 from core.telling import Telling
 from pipeline.cli import CLI, PLATEAU
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
@@ -132,7 +133,7 @@ class Again(CLI):
         quiet_libraries()
         trusted = ["--trust"] if trust else []
         typed = ["fit", f"--config={config}", *trusted]
-        super().__init__(typed, Telling(values=True), ExitStack())
+        super().__init__(typed, Telling(values=True), ExitStack(), Hosts())
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         for hook in ("prepare_data", "setup"):  # reading and checking the data once is enough
