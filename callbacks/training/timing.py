@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.wandb_logger import ResumableWandbLogger
@@ -56,7 +55,7 @@ class Timing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._first = perf_counter(), trainer.global_step
         self._last = self._first - 1
-        self._running = self._began  # within an epoch, none begins
+        self._running = None
         self._total = getattr(pl_module, "total_steps", -1)
         self._before = 0.0
         if self._table is None:
@@ -74,6 +73,8 @@ class Timing(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._due:
             self._write(trainer)
+        elif self._running is None:  # after a pause the loader was the first to go on
+            self._running = getattr(trainer.profiler, "since", perf_counter())  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,10 +95,6 @@ class Timing(Callback):
         self._running = None
 
     on_train_epoch_end = on_validation_start
-
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._running = perf_counter()
 
     def _write(self, trainer: Trainer) -> None:
         now, clock = perf_counter(), getattr(trainer.profiler, "waited", None)  # type: ignore[attr-defined]
@@ -122,8 +119,7 @@ class Timing(Callback):
                 logger.log_metrics(self.latest, self._last)
 
     def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        if self._due:  # what the checkpoint has seen is in the file
-            self._write(trainer)
+        self.on_validation_start(trainer)  # what the checkpoint has seen is in the file
         self._save()
 
     def _save(self, *_: Any, **__: Any) -> None:
