@@ -379,7 +379,11 @@ def test_pairs_of_equal_seeds_are_compared(tmp_path: Path) -> None:
         ["setting", "lr=0.1", "lr=0.2"],
         ["model.optimizer.lr", "0.1", "0.2"],
     ]
-    assert [row[3] for row in page.table("Every run")[1:4]] == ["90.00 %", "92.00 %", "91.00 %"]
+    assert [row[3] for row in page.table("Every run, by its best validation accuracy")[1:4]] == [
+        "90.00 %",
+        "92.00 %",
+        "91.00 %",
+    ]
     means = [row[1] for row in page.table("Means")[1:]]
     assert means == ["91.00 ± 1.00", "92.67 ± 0.58"]
     captions = [text for text in page.texts["figcaption"] if "same axes" in text]
@@ -421,6 +425,12 @@ def test_seeds_alone_have_a_mean(tmp_path: Path) -> None:
 def test_runs_without_a_number_in_common(tmp_path: Path) -> None:
     page = written(write_run(tmp_path / "a", {}), *write_group(tmp_path, 0.2, SECOND[:1]))
     assert page.result.startswith("No result: ")
+
+
+def test_runs_that_all_diverged(tmp_path: Path) -> None:
+    page = written(*write_group(tmp_path, 0.1, [np.inf]), *write_group(tmp_path, 0.2, [np.inf]))
+    assert page.result == "No result: val/accuracy: not finite in any of the runs"
+    assert [row[1] for row in page.table("Means")[1:]] == ["-", "-"]
 
 
 def test_a_study_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
