@@ -202,7 +202,8 @@ def test_settings_that_differ_from_the_defaults(page: Reader) -> None:
 def test_time_and_memory(tmp_path: Path) -> None:
     """An elapsed time is a sum, and of memory the most counts."""
     folder = write_run(tmp_path / "run", {})
-    text = "step,time/data_wait,time/elapsed,time/memory\n0,,5,100\n50,0.5,10,300\n99,0.1,15,200\n"
+    head = "step,time/data_wait,time/elapsed,time/memory,time/left"
+    text = "\n".join([head, "0,,5,100,9", "50,0.5,10,300,5", "99,0.1,15,200,0\n"])
     (folder / "timing.csv").write_text(text)
     checkpoint = {"config": "", "state_dict": {}, "metrics": {}, "epoch": 0, "global_step": 100}
     (folder / "checkpoints").mkdir()
@@ -212,6 +213,17 @@ def test_time_and_memory(tmp_path: Path) -> None:
         ["time/elapsed", "10", "15"],
         ["time/memory", "200", "300"],
     ]
+
+
+@pytest.mark.parametrize("patch", ["", " (code.patch)"])
+def test_changes_of_the_commit_have_a_patch_if_they_are_of_code(tmp_path: Path, patch: str) -> None:
+    folder = write_run(tmp_path / "run", {})
+    config = folder / "config.yaml"
+    config.write_text(f"# git: {{commit: abc, clean: false}}\n{config.read_text()}")
+    if patch:
+        (folder / "code.patch").write_text("x")
+    facts = dict(written(folder).table("What was trained")[1:])
+    assert facts["commit"] == f"abc, with changes{patch}"
 
 
 def test_a_class_of_a_stranger_is_not_imported(tmp_path: Path) -> None:

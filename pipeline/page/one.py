@@ -52,13 +52,13 @@ def trained(facts: Facts) -> Iterator[Part]:
     """Origin, data, and what it took."""
     origin, chosen = facts.origin, dict(named(facts.settings))
     git, versions = origin.get("git") or {}, origin.get("versions") or {}
+    patch = " (code.patch)" if (facts.folder / "code.patch").is_file() else ""
     yield facts_table(
         "What was trained, with what",
         {name.rpartition(".")[2]: str(chosen.get(name)) for name in CHOICES}
         | {
             "command": origin.get("command"),
-            "commit": git
-            and f"{git['commit']}{'' if git['clean'] else ', with changes (code.patch)'}",
+            "commit": git and f"{git['commit']}{'' if git['clean'] else f', with changes{patch}'}",
             "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
             "hardware": origin.get("hardware"),
         },
@@ -72,7 +72,9 @@ def trained(facts: Facts) -> Iterator[Part]:
             "optimizer steps": facts.best["global_step"],
         },
     )
-    times = facts.table("timing.csv", "time and memory were not recorded").filter(regex="^time/")
+    times = facts.table("timing.csv", "time and memory were not recorded").filter(
+        regex="^time/(?!left)"
+    )
     ends = times.replace("", "nan").astype(float).agg(["median", "max"])
     rows = [[str(name), *(f"{x:.4g}" for x in column)] for name, column in ends.items()]
     caption = "Time and memory, in seconds and MiB (timing.csv)"
