@@ -111,6 +111,18 @@ def test_training_is_timed_without_validation(tmp_path: Path, clock: Clock) -> N
     assert "time/" not in (tmp_path / "metrics.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("steps", "ends", "elapsed"), [(20, [7, 15, 19], 20 * 4 + 2 * 103), (3, [2], 3 * 4)]
+)
+def test_the_last_row_is_of_the_last_step(
+    tmp_path: Path, clock: Clock, steps: int, ends: list[int], elapsed: float
+) -> None:
+    rows, _ = timed(tmp_path, clock, log_every_n_steps=8, max_steps=steps)
+    assert [row["step"] for row in rows] == ends
+    assert rows[-1]["time/left"] == 0
+    assert rows[-1]["time/elapsed"] == elapsed  # validations too
+
+
 def test_checkpoints_are_no_training(tmp_path: Path, clock: Clock) -> None:
     """Neither those within an epoch nor those after a validation."""
 
