@@ -200,18 +200,19 @@ def test_settings_that_differ_from_the_defaults(page: Reader) -> None:
 
 
 def test_time_and_memory(tmp_path: Path) -> None:
-    """An elapsed time is a sum, and of memory the most counts."""
+    """Of an elapsed time the last counts, of memory the most; an interrupted run has time left."""
     folder = write_run(tmp_path / "run", {})
     head = "step,time/data_wait,time/elapsed,time/memory,time/left"
-    text = "\n".join([head, "0,,5,100,9", "50,0.5,10,300,5", "99,0.1,15,200,0\n"])
+    text = "\n".join([head, "0,,5,100,9", "50,0.5,10,300,5", "99,0.1,15,200,2\n"])
     (folder / "timing.csv").write_text(text)
     checkpoint = {"config": "", "state_dict": {}, "metrics": {}, "epoch": 0, "global_step": 100}
     (folder / "checkpoints").mkdir()
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     assert written(folder).table("Time and memory")[1:] == [
-        ["time/data_wait", "0.3", "0.5"],
-        ["time/elapsed", "10", "15"],
-        ["time/memory", "200", "300"],
+        ["time/data_wait", "0.3", "0.5", "0.1"],
+        ["time/elapsed", "10", "15", "15"],
+        ["time/memory", "200", "300", "200"],
+        ["time/left", "5", "9", "2"],
     ]
 
 

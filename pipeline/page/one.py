@@ -72,13 +72,12 @@ def trained(facts: Facts) -> Iterator[Part]:
             "optimizer steps": facts.best["global_step"],
         },
     )
-    times = facts.table("timing.csv", "time and memory were not recorded").filter(
-        regex="^time/(?!left)"
-    )
-    ends = times.replace("", "nan").astype(float).agg(["median", "max"])
-    rows = [[str(name), *(f"{x:.4g}" for x in column)] for name, column in ends.items()]
+    recorded = facts.table("timing.csv", "time and memory were not recorded")
+    times = recorded.filter(regex="^time/").replace("", "nan").astype(float)
+    ends = zip(times.median(), times.max(), times.iloc[-1], strict=True)
+    rows = [[str(n), *(f"{x:.4g}" for x in found)] for n, found in zip(times, ends, strict=True)]
     caption = "Time and memory, in seconds and MiB (timing.csv)"
-    yield Table(caption, ["value", "median", "largest"], rows)
+    yield Table(caption, ["value", "median", "largest", "last"], rows)
 
 
 def settings(facts: Facts) -> Iterator[Part]:
