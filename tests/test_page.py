@@ -227,6 +227,14 @@ def test_changes_of_the_commit_have_a_patch_if_they_are_of_code(tmp_path: Path, 
     assert facts["commit"] == f"abc, with changes{patch}"
 
 
+def test_predictions_that_nobody_scores_miss_no_score(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {})
+    (folder / "predictions.json").write_text('{"rows": 7, "sendable": false}')
+    page = written(folder)
+    assert page.table("From predictions.json")[1:] == [["rows", "7"]]
+    assert not any("submi" in text for text in page.missing)
+
+
 def test_a_class_of_a_stranger_is_not_imported(tmp_path: Path) -> None:
     network = {"class_path": "antigravity.Network", "init_args": {"width": 3}}
     model = {"class_path": "lit_models.LitClassifier", "init_args": {"network": network}}

@@ -200,8 +200,10 @@ def mistakes(facts: Facts) -> Iterator[Part]:
 
 
 def submission(facts: Facts) -> Iterator[Part]:
+    names = "submission.json", "predictions.json"  # the second of what nobody scores
+    predicted = next((name for name in names if (facts.folder / name).is_file()), names[0])
     for name, verb, keys in (
-        ("submission.json", "predict", ("csv", "rows", "competition", "created", "sha256")),
+        (predicted, "predict", ("csv", "rows", "competition", "created", "sha256")),
         ("score.json", "submit", ("status", "public_score", "ref", "time", "message", "error")),
     ):
         path = facts.folder / name
@@ -211,6 +213,8 @@ def submission(facts: Facts) -> Iterator[Part]:
         yield facts_table(
             f"From {name}", {key: found[key] for key in keys if found.get(key) not in (None, "")}
         )
+        if not found.get("sendable", True):
+            return
 
 
 def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:
