@@ -454,6 +454,16 @@ def test_runs_that_all_diverged(tmp_path: Path) -> None:
     assert [row[1] for row in page.table("Means")[1:]] == ["-", "-"]
 
 
+def test_runs_of_different_data_are_told_so(tmp_path: Path) -> None:
+    first, second, third = write_group(tmp_path, 0.1, FIRST)
+    for other, kind in ((second, "UCSBCIFAR10"), (third, "KaggleCIFAR10")):
+        config = other / "config.yaml"
+        config.write_text(config.read_text().replace("DemoData", f"{kind}Data"))
+    page = written(first, second, third)
+    assert page.result.startswith("Of different data: val/accuracy 92.00 %")
+    assert not any("Each p" in text for text in page.texts["p"])  # there is none
+
+
 def test_a_study_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "keep_on_wandb", lambda *args: None)
     parameters = {"model.rate": {"values": [0.1, 0.2]}, "seed_everything": {"values": [0, 1, 2]}}

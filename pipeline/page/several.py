@@ -36,6 +36,8 @@ def page_of_runs(runs: list[Facts]) -> Page:
         result, told = compared(groups)
     except UserError as error:
         result, told = f"No result: {error}", []
+    if "data" in settings:  # its class
+        result = f"Of different data: {result}"
     sections = [
         Section("The difference", [*told]),
         Section.of("What differs in the settings", differences(groups, settings)),
@@ -115,8 +117,8 @@ def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
         f"{y} {best[1]}{unit}, 95 % interval {best[2]}{unit} ({which}{best[0]}, {best[3]} runs)"
     )
     parts += told
-    if len(told) > 1:
-        parts.append(f"Each p is that of one comparison alone; there are {len(told)}.")
+    if (tests := sum("p = " in text for text in told)) > 1:
+        parts.append(f"Each p is that of one comparison alone; there are {tests}.")
     return told[0] if len(told) == 1 else result, parts
 
 
