@@ -74,7 +74,7 @@ def secrets() -> set[str]:
 
 def masked(text: str) -> str:
     """The text without the secrets of the environment."""
-    for secret in secrets():
+    for secret in sorted(secrets(), key=len, reverse=True):  # one may be the start of another
         text = text.replace(secret, "***")
     return text
 
@@ -99,7 +99,9 @@ def code_patch() -> str:
             return made.stdout.read(LONGEST_PATCH + 1)
 
     try:
-        patch = git("diff", "HEAD", "--relative", "--no-color", "--no-ext-diff")
+        # so that it can be applied, whatever git is set to, and with pictures
+        plain = ("--binary", "--src-prefix=a/", "--dst-prefix=b/", "--no-color", "--no-ext-diff")
+        patch = git("diff", "HEAD", "--relative", "--no-textconv", *plain)
         untracked = git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
     except OSError:
         return ""

@@ -118,8 +118,7 @@ def join(run: Run, what: str, job_type: str = "") -> "WandbRun | None":
 
     beside: dict[str, Any] = {}
     if job_type:
-        name = f"{'/'.join(run.folder.absolute().parts[-2:])} {job_type}"
-        beside = {"name": name, **describe(run, job_type)}
+        beside = {"name": f"{run.label} {job_type}", **describe(run, job_type)}
     try:
         return wandb.init(
             id="-".join(filter(None, (run.wandb_id, job_type))),

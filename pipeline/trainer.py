@@ -80,7 +80,7 @@ def settle_wandb(logger: Namespace, config: Namespace, run: Run, subcommand: str
         )
     if "WANDB_SWEEP_ID" not in os.environ:  # an agent has given the run its id
         logger.id = logger.id or run.wandb_id
-    logger.name = logger.name or "/".join(run.folder.parts[-2:])
+    logger.name = logger.name or run.label
     if run.wandb_is_begun:
         return
     trainer, file = config.trainer, next(filter(None, config.config or []), None)

@@ -200,18 +200,39 @@ def test_settings_that_differ_from_the_defaults(page: Reader) -> None:
 
 
 def test_time_and_memory(tmp_path: Path) -> None:
-    """An elapsed time is a sum, and of memory the most counts."""
+    """Of an elapsed time the last counts, of memory the most; an interrupted run has time left."""
     folder = write_run(tmp_path / "run", {})
-    text = "step,time/data_wait,time/elapsed,time/memory\n0,,5,100\n50,0.5,10,300\n99,0.1,15,200\n"
+    head = "step,time/data_wait,time/elapsed,time/memory,time/left"
+    text = "\n".join([head, "0,,5,100,9", "50,0.5,10,300,5", "99,0.1,15,200,2\n"])
     (folder / "timing.csv").write_text(text)
     checkpoint = {"config": "", "state_dict": {}, "metrics": {}, "epoch": 0, "global_step": 100}
     (folder / "checkpoints").mkdir()
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     assert written(folder).table("Time and memory")[1:] == [
-        ["time/data_wait", "0.3", "0.5"],
-        ["time/elapsed", "10", "15"],
-        ["time/memory", "200", "300"],
+        ["time/data_wait", "0.3", "0.5", "0.1"],
+        ["time/elapsed", "10", "15", "15"],
+        ["time/memory", "200", "300", "200"],
+        ["time/left", "5", "9", "2"],
     ]
+
+
+@pytest.mark.parametrize("patch", ["", " (code.patch)"])
+def test_changes_of_the_commit_have_a_patch_if_they_are_of_code(tmp_path: Path, patch: str) -> None:
+    folder = write_run(tmp_path / "run", {})
+    config = folder / "config.yaml"
+    config.write_text(f"# git: {{commit: abc, clean: false}}\n{config.read_text()}")
+    if patch:
+        (folder / "code.patch").write_text("x")
+    facts = dict(written(folder).table("What was trained")[1:])
+    assert facts["commit"] == f"abc, with changes{patch}"
+
+
+def test_predictions_that_nobody_scores_miss_no_score(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {})
+    (folder / "predictions.json").write_text('{"rows": 7, "sendable": false}')
+    page = written(folder)
+    assert page.table("From predictions.json")[1:] == [["rows", "7"]]
+    assert not any("submi" in text for text in page.missing)
 
 
 def test_a_class_of_a_stranger_is_not_imported(tmp_path: Path) -> None:
@@ -379,7 +400,11 @@ def test_pairs_of_equal_seeds_are_compared(tmp_path: Path) -> None:
         ["setting", "lr=0.1", "lr=0.2"],
         ["model.optimizer.lr", "0.1", "0.2"],
     ]
-    assert [row[3] for row in page.table("Every run")[1:4]] == ["90.00 %", "92.00 %", "91.00 %"]
+    assert [row[3] for row in page.table("Every run, by its best validation accuracy")[1:4]] == [
+        "90.00 %",
+        "92.00 %",
+        "91.00 %",
+    ]
     means = [row[1] for row in page.table("Means")[1:]]
     assert means == ["91.00 ± 1.00", "92.67 ± 0.58"]
     captions = [text for text in page.texts["figcaption"] if "same axes" in text]
@@ -421,6 +446,22 @@ def test_seeds_alone_have_a_mean(tmp_path: Path) -> None:
 def test_runs_without_a_number_in_common(tmp_path: Path) -> None:
     page = written(write_run(tmp_path / "a", {}), *write_group(tmp_path, 0.2, SECOND[:1]))
     assert page.result.startswith("No result: ")
+
+
+def test_runs_that_all_diverged(tmp_path: Path) -> None:
+    page = written(*write_group(tmp_path, 0.1, [np.inf]), *write_group(tmp_path, 0.2, [np.inf]))
+    assert page.result == "No result: val/accuracy: not finite in any of the runs"
+    assert [row[1] for row in page.table("Means")[1:]] == ["-", "-"]
+
+
+def test_runs_of_different_data_are_told_so(tmp_path: Path) -> None:
+    first, second, third = write_group(tmp_path, 0.1, FIRST)
+    for other, kind in ((second, "UCSBCIFAR10"), (third, "KaggleCIFAR10")):
+        config = other / "config.yaml"
+        config.write_text(config.read_text().replace("DemoData", f"{kind}Data"))
+    page = written(first, second, third)
+    assert page.result.startswith("Of different data: val/accuracy 92.00 %")
+    assert not any("Each p" in text for text in page.texts["p"])  # there is none
 
 
 def test_a_study_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,5 +364,5 @@ def test_what_cannot_be_compared_is_told(capsys: pytest.CaptureFixture[str]) -> 
     Path(run, "metrics.csv").write_text("")
     assert "metrics.csv cannot be read" in refused(capsys, "compare", run)
     Path(run, "metrics.csv").unlink()
-    with pytest.raises(UserError, match="train the run first"):
+    with pytest.raises(UserError, match="train the run first, with its loggers"):
         study_report.read_metrics(Path(run))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_classification import Memory, Points, model, trainer
 
 from callbacks import MetricsCSV, ProgressBar, Timing
@@ -82,12 +83,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def timed(
-    folder: Path, clock: Clock, resume: Path | None = None, **options: Any
+    folder: Path, clock: Clock, *more: Callback, resume: Path | None = None, **options: Any
 ) -> tuple[list[dict[str, float]], Memory]:
     memory = Memory()
     logger = MetricsCSV(str(folder))
     settings = {"max_epochs": 2, "log_every_n_steps": 4, **options}
-    run = trainer(folder, logger=[logger, memory], callbacks=[Timing(), Slow(clock)], **settings)
+    callbacks = [Timing(), Slow(clock), *more]
+    run = trainer(folder, logger=[logger, memory], callbacks=callbacks, **settings)
     pass_over_idle_hooks(run)
     run.fit(model(), Points(), ckpt_path=resume)
     run.save_checkpoint(folder / "last.ckpt")
@@ -109,6 +111,36 @@ def test_training_is_timed_without_validation(tmp_path: Path, clock: Clock) -> N
     assert "time/" not in (tmp_path / "metrics.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("steps", "ends", "elapsed"), [(20, [7, 15, 19], 20 * 4 + 2 * 103), (3, [2], 3 * 4)]
+)
+def test_the_last_row_is_of_the_last_step(
+    tmp_path: Path, clock: Clock, steps: int, ends: list[int], elapsed: float
+) -> None:
+    rows, _ = timed(tmp_path, clock, log_every_n_steps=8, max_steps=steps)
+    assert [row["step"] for row in rows] == ends
+    assert rows[-1]["time/left"] == 0
+    assert rows[-1]["time/elapsed"] == elapsed  # validations too
+
+
+def test_checkpoints_are_no_training(tmp_path: Path, clock: Clock) -> None:
+    """Neither those within an epoch nor those after a validation."""
+
+    class SlowCheckpoint(ModelCheckpoint):
+        def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+            super()._save_checkpoint(trainer, filepath)
+            clock.now += 1000
+
+    for name, options in (("steps", {"every_n_train_steps": 3}), ("best", {"monitor": "val/loss"})):
+        saving = SlowCheckpoint(tmp_path / name, save_top_k=-1, **options)
+        rows, _ = timed(
+            tmp_path / name, clock, saving, val_check_interval=5, enable_checkpointing=True
+        )
+        assert len(list((tmp_path / name).glob("*.ckpt"))) > 2
+        assert all(row["time/samples_per_second"] > 1 for row in rows), rows
+        assert rows[-1]["time/elapsed"] > 3000
+
+
 def test_a_profiler_that_was_asked_for_tells_the_wait_itself(tmp_path: Path, clock: Clock) -> None:
     rows, _ = timed(tmp_path, clock, profiler="simple")
     assert "time/data_wait" not in rows[0]
@@ -128,7 +160,7 @@ def test_a_resumed_run_goes_on_with_its_times(tmp_path: Path, clock: Clock) -> N
     timed(tmp_path / "half", clock, max_epochs=1, **options)
     path = tmp_path / "half" / "timing.csv"
     path.write_text(path.read_text() + "7,0.5,1,1,1,1\n")
-    rows, _ = timed(tmp_path / "half", clock, tmp_path / "half" / "last.ckpt", **options)
+    rows, _ = timed(tmp_path / "half", clock, resume=tmp_path / "half" / "last.ckpt", **options)
     assert [row["step"] for row in rows] == [row["step"] for row in whole] == [0, 1, 2, 3]
     assert rows[2]["time/elapsed"] > rows[1]["time/elapsed"]
 

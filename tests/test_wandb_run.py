@@ -273,6 +273,24 @@ def test_a_patch_holds_what_the_commit_does_not(
     assert (repository / "code.py").read_text() == "x = 2\ntoken = '***'\n"
 
 
+def test_a_patch_brings_back_pictures_however_git_is_set(repository: Path) -> None:
+    git = ["git", "-C", str(repository)]
+    (repository / "code.py").write_bytes(b"\x89PNG\x00\xff")
+    subprocess.run([*git, "config", "diff.noprefix", "true"], check=True)
+    patch = provenance.code_patch()
+    subprocess.run([*git, "checkout", "-q", "code.py"], check=True)
+    subprocess.run([*git, "apply", "-"], input=patch, text=True, check=True)
+    assert (repository / "code.py").read_bytes() == b"\x89PNG\x00\xff"
+
+
+def test_a_secret_that_begins_like_another_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(8):  # the order of a set is not known
+        monkeypatch.setenv(f"ANOTHER{i}_KEY", f"{i}" * 8)
+        monkeypatch.setenv(f"LONGER{i}_KEY", f"{i}" * 8 + "tail")
+    told = provenance.masked(" ".join(f"{i}" * 8 + "tail" for i in range(8)))
+    assert told == " ".join(["***"] * 8)
+
+
 def test_a_patch_is_bounded(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "LONGEST_PATCH", 1000)
     (repository / "code.py").write_text("x = 2\n" * 100_000)

@@ -26,6 +26,7 @@ class LoaderClock(PassThroughProfiler):
     """A profiler that looks at the training loader alone, and makes no context for other calls.
 
     Attributes:
+        since: When it last began to wait, by ``perf_counter``.
         waited: Seconds that training has waited for its loader; None before it has.
     """
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.wandb_logger import ResumableWandbLogger
@@ -25,10 +24,10 @@ class Timing(Callback):
     """Measure the speed of training, for ``timing.csv``, all other loggers and the progress bar.
 
     A row is of the steps since the row before, without validation, checkpoints and pictures, and
-    stands at the last of them: at log steps, and at the end of an epoch that has none. The module
-    has then read the values of its steps, so a device has done its work, and nothing is read for
-    the times. Lightning's ``ThroughputMonitor`` waits for the device in every step, and its
-    ``DeviceStatsMonitor`` writes to all loggers, ``metrics.csv`` among them.
+    stands at the last of them: at log steps, at the end of an epoch that has none, and of training.
+    The module has then read the values of its steps, so a device has done its work, and nothing is
+    read for the times. Lightning's ``ThroughputMonitor`` waits for the device in every step, and
+    its ``DeviceStatsMonitor`` writes to all loggers, ``metrics.csv`` among them.
 
     - ``time/samples_per_second``: of all processes.
     - ``time/data_wait``: share of the time that training waited for its loader, unless a profiler
@@ -36,7 +35,8 @@ class Timing(Callback):
     - ``time/memory``: in MiB; on a GPU the most that tensors took since training began, elsewhere
       what the process holds now (RSS).
     - ``time/elapsed`` and ``time/left``: seconds of the whole training, from its first start on and
-      up to its last step at the pace since the last start, validation and all included.
+      up to its last step at the pace since the last start, validation and all included. What came
+      after the last row before an interruption is not counted.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Timing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._first = perf_counter(), trainer.global_step
         self._last = self._first - 1
-        self._running = self._began  # within an epoch, none begins
+        self._running = None
         self._total = getattr(pl_module, "total_steps", -1)
         self._before = 0.0
         if self._table is None:
@@ -72,6 +72,8 @@ class Timing(Callback):
         self._running = perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._running is None:  # after a pause the loader was the first to go on
+            self._running = getattr(trainer.profiler, "since", perf_counter())  # type: ignore[attr-defined]
         if self._due:
             self._write(trainer)
 
@@ -95,9 +97,9 @@ class Timing(Callback):
 
     on_train_epoch_end = on_validation_start
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._running = perf_counter()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step - 1 > self._last:
+            self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
         now, clock = perf_counter(), getattr(trainer.profiler, "waited", None)  # type: ignore[attr-defined]
@@ -122,8 +124,7 @@ class Timing(Callback):
                 logger.log_metrics(self.latest, self._last)
 
     def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        if self._due:  # what the checkpoint has seen is in the file
-            self._write(trainer)
+        self.on_validation_start(trainer)  # what the checkpoint has seen is in the file
         self._save()
 
     def _save(self, *_: Any, **__: Any) -> None:

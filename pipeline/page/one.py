@@ -52,13 +52,13 @@ def trained(facts: Facts) -> Iterator[Part]:
     """Origin, data, and what it took."""
     origin, chosen = facts.origin, dict(named(facts.settings))
     git, versions = origin.get("git") or {}, origin.get("versions") or {}
+    patch = " (code.patch)" if (facts.folder / "code.patch").is_file() else ""
     yield facts_table(
         "What was trained, with what",
         {name.rpartition(".")[2]: str(chosen.get(name)) for name in CHOICES}
         | {
             "command": origin.get("command"),
-            "commit": git
-            and f"{git['commit']}{'' if git['clean'] else ', with changes (code.patch)'}",
+            "commit": git and f"{git['commit']}{'' if git['clean'] else f', with changes{patch}'}",
             "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
             "hardware": origin.get("hardware"),
         },
@@ -72,11 +72,12 @@ def trained(facts: Facts) -> Iterator[Part]:
             "optimizer steps": facts.best["global_step"],
         },
     )
-    times = facts.table("timing.csv", "time and memory were not recorded").filter(regex="^time/")
-    ends = times.replace("", "nan").astype(float).agg(["median", "max"])
-    rows = [[str(name), *(f"{x:.4g}" for x in column)] for name, column in ends.items()]
+    recorded = facts.table("timing.csv", "time and memory were not recorded")
+    times = recorded.filter(regex="^time/").replace("", "nan").astype(float)
+    ends = zip(times.median(), times.max(), times.iloc[-1], strict=True)
+    rows = [[str(n), *(f"{x:.4g}" for x in found)] for n, found in zip(times, ends, strict=True)]
     caption = "Time and memory, in seconds and MiB (timing.csv)"
-    yield Table(caption, ["value", "median", "largest"], rows)
+    yield Table(caption, ["value", "median", "largest", "last"], rows)
 
 
 def settings(facts: Facts) -> Iterator[Part]:
@@ -199,8 +200,10 @@ def mistakes(facts: Facts) -> Iterator[Part]:
 
 
 def submission(facts: Facts) -> Iterator[Part]:
+    names = "submission.json", "predictions.json"  # the second of what nobody scores
+    predicted = next((name for name in names if (facts.folder / name).is_file()), names[0])
     for name, verb, keys in (
-        ("submission.json", "predict", ("csv", "rows", "competition", "created", "sha256")),
+        (predicted, "predict", ("csv", "rows", "competition", "created", "sha256")),
         ("score.json", "submit", ("status", "public_score", "ref", "time", "message", "error")),
     ):
         path = facts.folder / name
@@ -210,6 +213,8 @@ def submission(facts: Facts) -> Iterator[Part]:
         yield facts_table(
             f"From {name}", {key: found[key] for key in keys if found.get(key) not in (None, "")}
         )
+        if not found.get("sendable", True):
+            return
 
 
 def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from core.errors import UserError
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, named, shown
-from pipeline.page.facts import RESULTS, Facts, shown_value
+from pipeline.page.facts import RESULTS, STAGES, Facts, shown_value
 from pipeline.page.one import CAPTIONS, CURVES, alt_of
 from pipeline.page.parts import Page, Part, Picture, Section, Table, drawable
 from pipeline.studies.grid import Study, short
@@ -36,6 +36,8 @@ def page_of_runs(runs: list[Facts]) -> Page:
         result, told = compared(groups)
     except UserError as error:
         result, told = f"No result: {error}", []
+    if "data" in settings:  # its class
+        result = f"Of different data: {result}"
     sections = [
         Section("The difference", [*told]),
         Section.of("What differs in the settings", differences(groups, settings)),
@@ -100,9 +102,12 @@ def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
     """
     table = summary(runs, ["group"])
     head, rows = cells(table, ["group"], y, missing)
+    parts: list[Part] = [Table("Means over the seeds", head, rows)]
     finite = runs[np.isfinite(runs["y"])].groupby("group", sort=False)
     values = {str(name): group.set_index(SEED)["y"] for name, group in finite}
-    (first, *others) = values or [""]
+    if not values:
+        return f"No result: {y}: {missing} in any of the runs", parts
+    first, *others = values
     told = [verdict(first, name, values[first], values[name], y) for name in others]
     lower = "loss" in y or y.startswith("steps until")
     best = rows[int((table["mean"].argmin if lower else table["mean"].argmax)())]
@@ -111,9 +116,9 @@ def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
     result = (
         f"{y} {best[1]}{unit}, 95 % interval {best[2]}{unit} ({which}{best[0]}, {best[3]} runs)"
     )
-    parts: list[Part] = [Table("Means over the seeds", head, rows), *told]
-    if len(told) > 1:
-        parts.append(f"Each p is that of one comparison alone; there are {len(told)}.")
+    parts += told
+    if (tests := sum("p = " in text for text in told)) > 1:
+        parts.append(f"Each p is that of one comparison alone; there are {tests}.")
     return told[0] if len(told) == 1 else result, parts
 
 
@@ -155,7 +160,8 @@ def each(groups: Groups) -> Iterator[Part]:
         value, commit = shown_value(metric, found.value), str(git.get("commit"))[:12]
         rows.append([run.label, name, str(run.seed), value, found.interval, commit])
     head = ["run", "group", "seed", metric, "95 % interval over its samples", "commit"]
-    yield Table("Every run", head, rows)
+    stage, _, name = metric.partition("/")
+    yield Table(f"Every run, by its {STAGES[stage]} {name}", head, rows)
     yield "python study.py page RUN has all of one run."
 
 

@@ -29,7 +29,9 @@ def read_metrics(folder: Path) -> pd.DataFrame:
         metrics = pd.read_csv(path, dtype=str, keep_default_na=False)
         return metrics.set_index(metrics.pop("step").astype(int)).sort_index()
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); train the run first.") from None
+        raise UserError(
+            f"{path} cannot be read ({error}); train the run first, with its loggers."
+        ) from None
 
 
 def metric_of(folder: Path, name: str) -> pd.Series:
