@@ -54,6 +54,8 @@ class CLI(LightningCLI):
         hosts: The processes that train together.
     """
 
+    study: Study | None = None  # that the run is a point of
+
     def __init__(self, typed: list[str], telling: Telling, held: ExitStack, hosts: Hosts) -> None:
         self.typed = typed
         self.hosts = hosts

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning import Trainer
@@ -168,10 +169,8 @@ def test_a_resumed_run_goes_on_with_its_times(tmp_path: Path, clock: Clock) -> N
 def test_memory_is_that_of_the_process_or_the_most_on_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = memory(torch.device("cpu"))
-    block = torch.ones(2**26)
-    assert memory(torch.device("cpu")) - held > 2**27  # of 256 MiB, most is in memory
-    assert block.sum() > 0
+    held = psutil.Process().memory_info().rss
+    assert memory(torch.device("cpu")) == pytest.approx(held, rel=0.05)
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(max_memory_allocated=lambda device: 7))
     assert memory(torch.device("cuda")) == 7
 
