@@ -2,17 +2,20 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import full_disk
+from conftest import CONFIGS, full_disk
 from test_classification import Points, model, trainer
 
 from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
 from core.errors import UserError
-from core.files import atomic_write, sha256
+from core.files import atomic_write, sha256, temporary
 from core.provenance import provenance
 from core.runs import Run, load_checkpoint
 from core.telling import told_in_one_sentence
@@ -45,6 +48,62 @@ def test_full_disk_keeps_the_old_file_and_says_so(tmp_path: Path) -> None:
             file.write(bytes(5000))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from core.files import atomic_write, temporary
+with temporary(Path("set"), folder=True) as place, atomic_write(Path("a.npy")) as file:
+    (place / "part").write_bytes(bytes(1000))
+    file.write(bytes(1000))
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_writers_leave_goes_and_what_living_ones_write_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``.a.npy.xxxxxxxx`` of gigabytes stayed for ever; in a cache another process may write."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", KILLED]
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        subprocess.Popen(command, env=environment, **pipes) as one,
+        subprocess.Popen(command, env=environment, **pipes) as other,
+    ):
+        for process in (one, other):
+            assert process.stdout
+            assert process.stdout.readline() == b"writing\n"
+        unfinished = set(tmp_path.iterdir())
+        assert len(unfinished) == 4
+        one.kill()
+        one.wait()
+        (tmp_path / ".a.npy.original").touch()  # a user's
+        with atomic_write(Path("a.npy")) as file, temporary(Path("set"), folder=True) as place:
+            file.write(b"whole")
+            (place / "whole").touch()
+            place.rename("set")
+        left = {path for path in tmp_path.iterdir() if path.suffix == ".tmp"}
+        assert left < unfinished
+        assert len(left) == 2  # of the other one
+        other.communicate(b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.npy.original", "a.npy", "set"]
+    assert Path("a.npy").read_bytes() == bytes(1000)
+
+
+def test_where_there_are_no_locks_nothing_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.files.fcntl", None)
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
+        one.write(b"1")
+        other.write(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_atomic_files_have_the_usual_permissions(tmp_path: Path) -> None:
