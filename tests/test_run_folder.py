@@ -287,8 +287,13 @@ def test_best_epoch_is_remembered_when_the_run_has_moved(tmp_path: Path) -> None
     (state,) = [s for key, s in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint")]
     state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(2.0))
     state["best_model_score"] = torch.tensor(2.0)  # as no epoch can be
+    state["current_score"] = torch.tensor(-1.0)
     torch.save(checkpoint, home / "last.ckpt")
     shutil.move(home, moved)
+    again = BestCheckpoint()
+    again.dirpath = state["dirpath"]
+    again.load_state_dict(state)
+    assert again.state_dict()["current_score"] == -1
     best = (moved / "checkpoints" / "best.ckpt").read_bytes()
     train(moved, epochs=3, resume=moved / "last.ckpt")
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
