@@ -102,6 +102,26 @@ def _remove(name: Path) -> None:
         name.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where there is none, and those above it.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        place = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+        why = f"cannot be written to ({error.strerror})"
+        if not place.is_dir():
+            why = f"is a link to {place.readlink()}" if place.is_symlink() else "is a file"
+            why += ", where a folder should be"
+        raise UserError(
+            f"the folder {path} cannot be made: {place} {why}; mend that, or run the command in "
+            "another folder."
+        ) from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -1,9 +1,12 @@
 """Run folders, their records, and the files in them."""
 
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 from conftest import CONFIGS, full_disk
 from test_classification import Points, model, trainer
 
+import study
+import train
 from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
 from core.errors import UserError
@@ -19,6 +24,8 @@ from core.files import atomic_write, sha256, temporary
 from core.provenance import provenance
 from core.runs import Run, load_checkpoint
 from core.telling import told_in_one_sentence
+from pipeline.kaggle.ledger import sending
+from pipeline.trainer import quiet_libraries
 
 
 def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -135,6 +142,65 @@ def test_runs_of_the_same_second_get_their_own_folders(tmp_path: Path) -> None:
     assert all(folder.is_dir() for folder in folders)
     named = Run.claim(tmp_path / "demo", "mine").folder
     assert Run.claim(tmp_path / "demo", "mine").folder == named
+
+
+DEMO = CONFIGS / "demo.yaml"
+STUDY = CONFIGS / "studies" / "demo_folds.yaml"
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda: train.main(["fit", f"--config={DEMO}"]),
+        lambda: train.main(["fit", f"--config={DEMO}", "--run=x"]),
+        lambda: study.main(["run", str(STUDY), f"--config={DEMO}"]),
+    ],
+    ids=["train", "train, named", "study"],
+)
+def test_where_no_run_folder_can_be_made_a_sentence_says_why(
+    command: Callable[[], None],
+    link: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    if link:
+        Path("runs").symlink_to("gone")
+    else:
+        Path("runs").touch()
+    shutil.copytree(CONFIGS, "configs")
+    with pytest.raises(SystemExit):
+        command()
+    said = capsys.readouterr().err.splitlines()[-1]
+    what = "a link to gone" if link else "a file"
+    assert re.fullmatch(
+        rf"error: the folder runs/\S+ cannot be made: \S+/runs is {what}, where a folder "
+        "should be; mend that, or run the command in another folder.",
+        said,
+    )
+    if link:  # what submit.py does before it sends anything
+        with pytest.raises(UserError, match="runs cannot be made"), sending():
+            pass
+
+
+def test_w_and_b_does_not_tell_in_a_traceback_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own log came in front of our sentence."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    log = logging.getLogger("wandb-like")
+    log.addHandler(handler := logging.FileHandler(tmp_path / "debug.log"))
+    for is_quiet in (False, True):
+        if is_quiet:
+            quiet_libraries()
+        with full_disk(10):
+            log.warning("longer than what is left")
+        assert ("--- Logging error ---" in capsys.readouterr().err) is not is_quiet
+    log.removeHandler(handler)
+    handler.close()
 
 
 def test_unknown_run_lists_the_newest(tmp_path: Path) -> None:
