@@ -1,6 +1,7 @@
 # make demo   train, test, predict and check a submission on the embedded set
 # make test   the quick tests, shared by JOBS processes: `make test JOBS=4`
 # make kaggle-image  Kaggle's image, nearly (3 GB), and the script that train.py pushes there run in it
+# make soak   runs killed at a hundred places, and 50,000 steps: an hour or two, not part of check
 # make check  all that .ci/run does: tests, lint, types, slow tests, tests on real data
 PYTHON ?= python3
 PYTHON312 ?= python3.12
@@ -17,7 +18,7 @@ endif
 
 IMAGE := .kaggle
 
-.PHONY: demo test check kaggle-image
+.PHONY: demo test check soak kaggle-image
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -50,6 +51,9 @@ $(IMAGE)/wheels: tests/kaggle_image.txt requirements.txt
 
 check: .venv/installed-dev
 	.ci/run
+
+soak: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -10,7 +10,6 @@ import base64
 import io
 import os
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from core.errors import UserError
+from core.files import temporary
 from core.telling import visible
 
 if TYPE_CHECKING:  # importing the client logs in, so that waits until an account is asked for
@@ -244,12 +244,11 @@ def download_competition(competition: str, folder: Path) -> None:
         raise UserError(f"{folder} is already there; move it away to download it again.")
     api = authenticate()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        with temporary(folder, folder=True) as place:
             with quiet_client(competition):
-                api.competition_download_files(competition, path=temporary, quiet=False)
-            [archive] = Path(temporary).iterdir()
-            files = Path(temporary, "files")
+                api.competition_download_files(competition, path=str(place), quiet=False)
+            [archive] = place.iterdir()
+            files = place / "files"
             unzip(archive, files)
             files.rename(folder)
     except zipfile.BadZipFile:

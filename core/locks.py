@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from core.errors import UserError
+from core.files import make_folder
 
 
 @contextmanager
@@ -23,11 +24,11 @@ def locked(path: Path, what: Path, busy: str, wait: float = 0.0) -> Iterator[Non
         wait: Seconds until another program's lock is an error.
 
     Raises:
-        UserError: Another program holds the lock.
+        UserError: Another program holds the lock, or its folder cannot be made.
     """
     lock = FileLock(path, fallback_to_soft=False)
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)
     except Timeout:
         raise UserError(busy) from None

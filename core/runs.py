@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from core.errors import UserError
+from core.files import make_folder
 from core.locks import locked
 
 ROOT = Path("runs")
@@ -60,13 +61,16 @@ class Run:
         """A folder of that name, new or to be continued; without a name a new one by the time.
 
         ``mkdir`` is exclusive, so two programs started in the same second get two folders.
+
+        Raises:
+            UserError: It cannot be made.
         """
         if name is not None:
             folder = parent / name
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             return cls(folder)
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent)
         for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
             try:
                 (parent / f"{stamp}{suffix}").mkdir()

@@ -81,6 +81,7 @@ class LitModel(TrainedModel):
         self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
         self.trained_steps = 0  # optimizer steps in the checkpoint this model was read from
         self.continued = False  # whether training goes on from that checkpoint
+        self.validated: dict[str, float] = {}  # in the training that is continued
         self.has_weights = False  # of another run, see `init_from`
         self.latest: dict[str, float] = {}  # last values read, for the progress bar
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
@@ -284,7 +285,8 @@ class LitModel(TrainedModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.flush_records()  # what the checkpoint has seen, the loggers have seen
         metrics = self.trainer.callback_metrics
-        checkpoint["metrics"] = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
+        fresh = {k: v.item() for k, v in metrics.items() if k.startswith("val/")}
+        checkpoint["metrics"] = self.validated | fresh
         if self.datamodule is None:
             return
         checkpoint["samples_per_step"] = self.samples_per_step
@@ -306,7 +308,7 @@ class LitModel(TrainedModel):
             )
         if not self.fitting:
             return
-        self.continued = True
+        self.continued, self.validated = True, checkpoint["metrics"]
         digest = self.data.digest
         if digest and checkpoint.get("data_digest", digest) != digest:
             rank_zero_warn("the data are others than when the checkpoint was written.")

@@ -289,7 +289,10 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
     try:
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output.parent} cannot be written to ({error.strerror}).") from None
+        raise UserError(
+            f"{output.parent} cannot be written to ({error.strerror}); choose another place with "
+            "--output FILE."
+        ) from None
     busy = f"{output} is being written by another predict.py; wait for it, or choose --output."
     with ExitStack() as held:
         if trainer.is_global_zero:

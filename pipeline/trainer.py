@@ -151,6 +151,8 @@ def equip(trainer: Trainer, telling: Telling, *, termination: bool = True) -> No
 def quiet_libraries() -> None:
     """Leave on the terminal what a user can act on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # on a full disk W&B's own log cannot be written: ours is the sentence that says what to do
+    logging.raiseExceptions = False
     os.environ.setdefault("WANDB_SILENT", "true")  # train.py says itself where the run is
     # a call of Lightning 2.6 itself, which torch has renamed
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.* is deprecated")

@@ -277,7 +277,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave what a training did not that was killed behind its last checkpoint."""
-        if self.monitors and self.folder and not (self.folder / "norms.pt").exists():
+        if self.monitors and trainer.is_global_zero and not self.spikes.begun:
             self._begin(trainer, pl_module)
             self._conclude()
 

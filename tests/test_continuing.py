@@ -309,6 +309,13 @@ def test_more_steps_go_on_in_the_midst_of_an_epoch() -> None:
     assert_same(FOLDER / "r", whole)
 
 
+def test_the_last_validation_is_in_a_checkpoint_that_is_written_before_the_next() -> None:
+    """It was not if the training had been interrupted in between."""
+    flags = ["--trainer.max_epochs=-1", "--trainer.max_steps=14"]
+    fit("--trainer.max_epochs=1")
+    assert last(fit(*flags))["metrics"] == last(fit(*flags, run="whole"))["metrics"] != {}
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_run_that_a_time_limit_stopped_goes_on_inside_the_epoch(
     accumulated: int, monkeypatch: pytest.MonkeyPatch

@@ -261,6 +261,16 @@ def test_stranger_cannot_have_other_classes_built(
     assert not Path("trapped").exists()
 
 
+def test_where_nothing_can_be_written_another_place_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (
+        run / ".submission.csv.parts"
+    ).touch()  # where predict.py wants a folder: as on a read-only disk
+    assert "cannot be written to" in (said := sentence(capsys, run))
+    assert said.endswith("choose another place with --output FILE.")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_keeps_the_former_prediction(
     run: Path, capsys: pytest.CaptureFixture[str]
@@ -343,7 +353,7 @@ def test_two_processes_refuse_other_data(run: Path, data_dir: Path) -> None:
         ("foo.txt", "--output foo.txt: submit.py takes .csv files alone; name it so."),
         ("foo", "--output foo: submit.py takes .csv files alone"),
         ("runs.csv", "--output runs.csv is a folder; name a file in it."),
-        ("a.npy/foo.csv", "a.npy cannot be written to (Not a directory)."),
+        ("a.npy/foo.csv", "a.npy cannot be written to (Not a directory); choose"),
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_the_prediction(

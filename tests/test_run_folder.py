@@ -1,21 +1,31 @@
 """Run folders, their records, and the files in them."""
 
+import logging
 import os
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import full_disk
+from conftest import CONFIGS, full_disk
 from test_classification import Points, model, trainer
 
+import study
+import train
 from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
 from core.errors import UserError
-from core.files import atomic_write, sha256
+from core.files import atomic_write, sha256, temporary
 from core.provenance import provenance
 from core.runs import Run, load_checkpoint
 from core.telling import told_in_one_sentence
+from pipeline.kaggle.ledger import sending
+from pipeline.trainer import quiet_libraries
 
 
 def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -47,6 +57,62 @@ def test_full_disk_keeps_the_old_file_and_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from core.files import atomic_write, temporary
+with temporary(Path("set"), folder=True) as place, atomic_write(Path("a.npy")) as file:
+    (place / "part").write_bytes(bytes(1000))
+    file.write(bytes(1000))
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_writers_leave_goes_and_what_living_ones_write_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``.a.npy.xxxxxxxx`` of gigabytes stayed for ever; in a cache another process may write."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", KILLED]
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        subprocess.Popen(command, env=environment, **pipes) as one,
+        subprocess.Popen(command, env=environment, **pipes) as other,
+    ):
+        for process in (one, other):
+            assert process.stdout
+            assert process.stdout.readline() == b"writing\n"
+        unfinished = set(tmp_path.iterdir())
+        assert len(unfinished) == 4
+        one.kill()
+        one.wait()
+        (tmp_path / ".a.npy.original").touch()  # a user's
+        with atomic_write(Path("a.npy")) as file, temporary(Path("set"), folder=True) as place:
+            file.write(b"whole")
+            (place / "whole").touch()
+            place.rename("set")
+        left = {path for path in tmp_path.iterdir() if path.suffix == ".tmp"}
+        assert left < unfinished
+        assert len(left) == 2  # of the other one
+        other.communicate(b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.npy.original", "a.npy", "set"]
+    assert Path("a.npy").read_bytes() == bytes(1000)
+
+
+def test_where_there_are_no_locks_nothing_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.files.fcntl", None)
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
+        one.write(b"1")
+        other.write(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
 def test_atomic_files_have_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "usual").write_text("")
     with atomic_write(tmp_path / "atomic", "w") as file:
@@ -76,6 +142,65 @@ def test_runs_of_the_same_second_get_their_own_folders(tmp_path: Path) -> None:
     assert all(folder.is_dir() for folder in folders)
     named = Run.claim(tmp_path / "demo", "mine").folder
     assert Run.claim(tmp_path / "demo", "mine").folder == named
+
+
+DEMO = CONFIGS / "demo.yaml"
+STUDY = CONFIGS / "studies" / "demo_folds.yaml"
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda: train.main(["fit", f"--config={DEMO}"]),
+        lambda: train.main(["fit", f"--config={DEMO}", "--run=x"]),
+        lambda: study.main(["run", str(STUDY), f"--config={DEMO}"]),
+    ],
+    ids=["train", "train, named", "study"],
+)
+def test_where_no_run_folder_can_be_made_a_sentence_says_why(
+    command: Callable[[], None],
+    link: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    if link:
+        Path("runs").symlink_to("gone")
+    else:
+        Path("runs").touch()
+    shutil.copytree(CONFIGS, "configs")
+    with pytest.raises(SystemExit):
+        command()
+    said = capsys.readouterr().err.splitlines()[-1]
+    what = "a link to gone" if link else "a file"
+    assert re.fullmatch(
+        rf"error: the folder runs/\S+ cannot be made: \S+/runs is {what}, where a folder "
+        "should be; mend that, or run the command in another folder.",
+        said,
+    )
+    if link:  # what submit.py does before it sends anything
+        with pytest.raises(UserError, match="runs cannot be made"), sending():
+            pass
+
+
+def test_w_and_b_does_not_tell_in_a_traceback_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own log came in front of our sentence."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    log = logging.getLogger("wandb-like")
+    log.addHandler(handler := logging.FileHandler(tmp_path / "debug.log"))
+    for is_quiet in (False, True):
+        if is_quiet:
+            quiet_libraries()
+        with full_disk(10):
+            log.warning("longer than what is left")
+        assert ("--- Logging error ---" in capsys.readouterr().err) is not is_quiet
+    log.removeHandler(handler)
+    handler.close()
 
 
 def test_unknown_run_lists_the_newest(tmp_path: Path) -> None:
@@ -228,8 +353,13 @@ def test_best_epoch_is_remembered_when_the_run_has_moved(tmp_path: Path) -> None
     (state,) = [s for key, s in checkpoint["callbacks"].items() if key.startswith("BestCheckpoint")]
     state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(2.0))
     state["best_model_score"] = torch.tensor(2.0)  # as no epoch can be
+    state["current_score"] = torch.tensor(-1.0)
     torch.save(checkpoint, home / "last.ckpt")
     shutil.move(home, moved)
+    again = BestCheckpoint()
+    again.dirpath = state["dirpath"]
+    again.load_state_dict(state)
+    assert again.state_dict()["current_score"] == -1
     best = (moved / "checkpoints" / "best.ckpt").read_bytes()
     train(moved, epochs=3, resume=moved / "last.ckpt")
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best

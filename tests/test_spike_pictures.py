@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +474,29 @@ def test_the_kept_weights_are_those_of_the_largest_gradient(trained_lstm: Path) 
     seen = through_time(module, worst.remake(data), worst)
     assert seen.grad_norm == pytest.approx(metrics["grad_norm/total"][worst.step], rel=1e-5)
     assert seen.proof.endswith("reproduced")
+
+
+def test_a_run_killed_behind_its_last_checkpoint_gets_all_its_pictures(
+    trained_lstm: Path, tmp_path: Path
+) -> None:
+    """Started again, it had nothing left to train and never drew the gradient through time."""
+    run = shutil.copytree(trained_lstm, tmp_path / "temporal_order_lstm" / "first")
+    for name in ("worst_spike.pt", "spikes_through_time.png"):
+        (run / name).unlink()
+    train.main([*FIT, f"--trainer.default_root_dir={tmp_path}", "--run=first"])
+    for name in ("worst_spike.pt", "spikes_through_time.png"):
+        assert (run / name).read_bytes() == (trained_lstm / name).read_bytes()
+
+
+def test_weights_of_parameters_that_are_frozen_meanwhile_stay() -> None:
+    """The weights in the checkpoint were more than there were parameters to train."""
+    module = LitClassifier(Recurrent(LSTM(8, 12), 4), torch.optim.SGD, num_classes=4)
+    first, again = SpikePictures(), SpikePictures()
+    first._kept = first.trained(module)
+    again.load_state_dict(first.state_dict())
+    module.network.rnn.requires_grad_(False)
+    assert list(again.trained(module)) == list(first._kept)
+    assert len(SpikePictures().trained(module)) < len(first._kept)
 
 
 @pytest.mark.slow

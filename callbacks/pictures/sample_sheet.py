@@ -33,7 +33,7 @@ class SampleSheet(PictureCallback):
             raise UserError(f"per_class must be at least 1, got {per_class}.")
         self.per_class = per_class
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = self.images
         if not trainer.is_global_zero or data is None:
             return

@@ -35,6 +35,7 @@ class SpikePictures(PictureCallback):
             raise UserError(f"target must be in (0, 1], got {target}.")
         self.target = target
         self._kept: dict[str, Tensor] = {}  # parameters by name; none if the input is no sequence
+        self._names: list[str] = []  # theirs, from a checkpoint
         self._worst: tuple[Tensor, Tensor] | None = None  # gradient norm and step
         self._weights: list[Tensor] = []  # what the parameters were before that step
 
@@ -46,7 +47,13 @@ class SpikePictures(PictureCallback):
         if self._kept or self.folder is None or not hasattr(self.data, "training_batch"):
             return
         if is_sequence(batch):
-            self._kept = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+            self._kept = self.trained(pl_module)
+
+    def trained(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """The parameters whose weights are kept: later ones may have been frozen meanwhile."""
+        named = dict(pl_module.named_parameters())
+        names = self._names or [name for name, p in named.items() if p.requires_grad]
+        return {name: named[name] for name in names}
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -70,10 +77,12 @@ class SpikePictures(PictureCallback):
             torch.where(worse, parameter, kept, out=kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"worst": self._worst, "weights": self._weights}
+        names = list(self._kept) or self._names
+        return {"worst": self._worst, "weights": self._weights, "names": names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._worst, self._weights = state["worst"], state["weights"]
+        self._names = state.get("names", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._worst is not None:  # from a checkpoint
@@ -84,6 +93,8 @@ class SpikePictures(PictureCallback):
     # The pictures
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._worst is not None and not self._kept:  # nothing was left to train
+            self._kept = self.trained(pl_module)
         self.draw(trainer, pl_module)
 
     def on_exception(
@@ -112,7 +123,7 @@ class SpikePictures(PictureCallback):
         """The step of the largest gradient with its weights, if they were kept."""
         if self._worst is None or (step := int(self._worst[1])) < 0:
             return None
-        if not self._kept:  # nothing was left to train; the file is there from before
+        if not self._kept:  # it broke off before the first batch of this start
             return None
         worst = WorstStep.locate(run.metrics, step, float(self._worst[0]), accumulated)
         if worst:

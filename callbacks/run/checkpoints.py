@@ -56,6 +56,7 @@ class BestCheckpoint(ModelCheckpoint):
                 "best_k_models": {str(best): state_dict["best_model_score"]},
             }
         super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]  # Lightning leaves it out
 
 
 class LastCheckpoint(ModelCheckpoint):

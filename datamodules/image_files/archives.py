@@ -1,7 +1,6 @@
 """The archives in which Kaggle hands out folders of images."""
 
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import rich.progress
 from rich.console import Console
 
 from core.errors import UserError, needed
+from core.files import temporary
 from datamodules.image_files.decode_images import SUFFIXES
 
 
@@ -27,9 +27,8 @@ def unpack(archive: Path, folder: Path) -> None:
     expected = re.compile(rf"{re.escape(folder.name)}(/|/[^/\\\0]+({endings}))?", re.IGNORECASE)
     title, console = f"Unpacking {archive.name}", Console(stderr=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary,
+            temporary(folder, folder=True) as place,
             rich.progress.open(archive, "rb", description=title, console=console) as file,
             opened(archive, file) as (bundle, members),
         ):
@@ -39,9 +38,9 @@ def unpack(archive: Path, folder: Path) -> None:
                         f"{archive} holds {name!r}, which is no {folder.name}/<id>.png; "
                         "nothing was unpacked, download it again."
                     )
-            bundle.extractall(temporary)
+            bundle.extractall(place)
             if not folder.is_dir():  # another process may have been faster
-                Path(temporary, folder.name).rename(folder)
+                (place / folder.name).rename(folder)
     except (LZMAError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{archive} could not be unpacked to {folder} ({error}); free space or download it "

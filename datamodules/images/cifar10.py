@@ -1,7 +1,6 @@
 """CIFAR-10 as its authors publish it: six pickled batches of 10,000 images."""
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from core.errors import UserError
+from core.files import temporary
 from core.submission import KNOWN_LABELS
 from datamodules.base import Tensors
 from datamodules.image_files.safe_pickle import load_arrays
@@ -132,10 +132,9 @@ def fetch(folder: Path) -> None:
     from torchvision.datasets.utils import download_and_extract_archive
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            download_and_extract_archive(CIFAR10.url, temporary, md5=CIFAR10.tgz_md5)
-            Path(temporary, CIFAR10.base_folder).rename(folder)
+        with temporary(folder, folder=True) as place:
+            download_and_extract_archive(CIFAR10.url, place, md5=CIFAR10.tgz_md5)
+            (place / CIFAR10.base_folder).rename(folder)
     except (OSError, RuntimeError) as error:  # torchvision's word for a wrong MD5 is RuntimeError
         raise UserError(
             f"{CIFAR10.url} (MD5 {CIFAR10.tgz_md5}) could not be downloaded to {folder.parent} "

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import math
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from core.errors import UserError
+from core.files import temporary
 from datamodules.base import Tensors
 from datamodules.images.base import ImageDataModule
 
@@ -168,8 +168,8 @@ def fetch(folder: Path) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".raw.") as temporary:
-            raw = Path(MNIST(temporary, download=True).raw_folder)
+        with temporary(folder, folder=True) as place:
+            raw = Path(MNIST(place, download=True).raw_folder)
             for name in SHA256:
                 (raw / name).rename(folder / name)
     except (OSError, RuntimeError) as error:  # torchvision's word for a wrong MD5 is RuntimeError

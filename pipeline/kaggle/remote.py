@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any
 
 from core import kaggle_client
 from core.errors import UserError
-from core.files import atomic_write, sha256
+from core.files import atomic_write, sha256, temporary
 from core.kaggle_client import KaggleError, call_kernels
 from core.runs import ROOT, Run, is_file
 from core.telling import told_in_one_sentence, visible
@@ -288,10 +287,10 @@ class Remote:
         Raises:
             UserError: It is not what was left there, or train.py ended with an error.
         """
-        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".kaggle.") as temporary:
-            kaggle_client.persistently(lambda: self.download(temporary), PATIENCE)
-            files = Path(temporary, "files")
-            record = read_output(Path(temporary), files)
+        with temporary(self.folder, folder=True) as place:
+            kaggle_client.persistently(lambda: self.download(str(place)), PATIENCE)
+            files = place / "files"
+            record = read_output(place, files)
             if record["start"] < self.state.get("start", 0.0):
                 self.write_state(**self.state | {"status": None})  # the push may not have arrived
                 raise UserError(

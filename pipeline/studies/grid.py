@@ -236,7 +236,7 @@ class PointRecord:
     def read(self) -> dict[str, Any] | None:
         try:
             return json.loads((self.folder / RECORD).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, record: dict[str, Any], *, finished: bool) -> None:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeElapsedColumn as Elapsed
 
 from core.errors import UserError
+from core.files import make_folder
 from core.runs import ROOT, Run
 from pipeline.studies.grid import Point, PointRecord, Study
 
@@ -44,7 +45,7 @@ class Job:
     def start(self, gpu: str | None) -> None:
         """Start the process, on a GPU of its own if one is given."""
         own_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.log.parent)
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 self.command,
