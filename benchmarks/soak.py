@@ -5,8 +5,9 @@ hook of Lightning's or at a random time, started again with the same command unt
 compared with a run that nobody interrupted: weights, optimizer and all else in the checkpoints,
 metrics, the rows of the W&B run as read back from its offline files, the names and contents of all
 files. What may differ: the command, versions and commit in the head of ``config.yaml`` and in the
-checkpoints, Lightning's counters of the last validation, digits behind the ninth of a value on W&B,
-and of W&B's folder all but the rows, since each start has one of its own.
+checkpoints, Lightning's counters of the last validation, times (not at which steps they are told),
+digits behind the ninth of a value on W&B, and of W&B's folder all but the rows, since each start
+has one of its own.
 
 Then one small run of many steps, with the monitor of spikes, of which are told: memory, open files,
 bytes in the folder and time of a thousand steps, and how they grow over its second half.
@@ -181,6 +182,8 @@ def facts(run: Path) -> Iterator[tuple[str, str]]:
             yield name, ""
             content = torch.load(path, map_location="cpu", weights_only=True)
             yield from (leaf for leaf in leaves(name, content) if OF_THE_PAST not in leaf[0])
+        elif name == "timing.csv":
+            yield name, str([line.partition(",")[0] for line in path.read_text().splitlines()])
         else:
             yield name, without_origin(path.read_bytes().decode("latin-1"))
     yield from wandb_rows(run / "wandb")
@@ -224,9 +227,8 @@ def wandb_rows(folder: Path) -> Iterator[tuple[str, str]]:
                 if inside:
                     rows[key] = 1
                 elif not key.startswith("_") and key != STEP:
-                    text = (
-                        f"{float(json.loads(value)):.9g}"  # as in metrics.csv, which is read again
-                    )
+                    # as in metrics.csv, which is read again
+                    text = "" if key.startswith("time/") else f"{float(json.loads(value)):.9g}"
                     rows[f"{step} {key} {text}"] += (
                         key != "epoch" or 1 - rows[f"{step} epoch {text}"]
                     )

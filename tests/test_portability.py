@@ -17,7 +17,7 @@ ROOT = CONFIGS.parent
 # The libraries know Windows by themselves; this project's own modules see what Windows lacks.
 WITHOUT_LINUX = """
 import ctypes, os, sys
-import filelock, lightning, wandb
+import filelock, lightning, psutil, wandb
 sys.modules["fcntl"] = sys.modules["resource"] = sys.modules["pwd"] = None
 for name in ("fchmod", "sched_getaffinity", "getuid", "sysconf"):
     delattr(os, name)
