@@ -259,8 +259,7 @@ class LitModel(TrainedModel):
 
     def on_validation_epoch_end(self) -> None:
         values = self.computed(self.val_metrics)
-        # the same in all processes: their mean might round, the largest does not
-        self.log_dict(values, sync_dist=True, reduce_fx="max")
+        self.log_dict(values, sync_dist=True, reduce_fx="max")  # of equals: a mean might round
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
         for config in self.trainer.lr_scheduler_configs:
@@ -275,7 +274,7 @@ class LitModel(TrainedModel):
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        """Hook: the metrics of an epoch of validation or test, which begin anew."""
+        """Hook: the metrics of an epoch, the same in all processes, which begin anew."""
         values = metrics.compute()
         metrics.reset()
         return values
@@ -376,9 +375,8 @@ class LitModel(TrainedModel):
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     def steps_of_epoch(self, epoch: int) -> int:
-        trainer = self.trainer
         batches = len(self.data.train_dataloader())
-        limit = trainer.limit_train_batches  # a number of batches or a share of them
+        limit = self.trainer.limit_train_batches  # a number of batches or a share of them
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return -(-batches // self.accumulated(epoch))
 
