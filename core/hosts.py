@@ -142,12 +142,13 @@ class Hosts:
     def explain_loss(self) -> str:
         """Which processes do not report the loss, as those do that are left."""
         silent = set(range(self.size))
+        end = time.monotonic() + PATIENCE
 
         def report() -> None:  # a store on a lost host never answers
             assert self.store is not None
             with suppress(RuntimeError):
                 self.store.set(f"left {self.rank}", "")
-                while silent:
+                while silent and time.monotonic() < end:
                     silent.difference_update(
                         {rank for rank in silent if self.store.check([f"left {rank}"])}
                     )

@@ -257,7 +257,7 @@ class CLI(LightningCLI):
             return Run.find(config.run, root)
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
         parent = root / self.study.name if self.study else Run.parent(file, root)
-        given = config.run or job_name()
+        given = job_name() if config.run is None else config.run
         typed = given if self.study or given is None else Run.name(given, parent)
         # rank 0 claims the folder; the others learn it from it, or from Lightning
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
