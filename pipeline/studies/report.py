@@ -168,6 +168,19 @@ def finish(axes: Axes, x_label: str, y_label: str, *, vertical: bool = True) -> 
         (axes.yaxis if vertical else axes.xaxis).set_major_formatter(PercentFormatter(1))
 
 
+def reported(
+    metric: str, means: Sequence[pd.Series], below: float | None, above: float | None
+) -> tuple[str, str, list[float]]:
+    """What is reported of each run, what became of the runs without it, and its values."""
+    if below is not None:
+        ends = [steps_until(values < below) for values in means]
+        return f"steps until {metric} < {below:g}", "never", ends
+    if above is not None:
+        ends = [steps_until(values > above) for values in means]
+        return f"steps until {metric} > {above:g}", "never", ends
+    return metric, "not finite", [float(values.iloc[-1]) for values in means]
+
+
 def report(options: argparse.Namespace) -> None:
     """Write the table and the picture, print the table, and keep both on a W&B run.
 
@@ -191,15 +204,8 @@ def report(options: argparse.Namespace) -> None:
         )
     window = options.window if metric.startswith("train/") else 1
     means = [values.rolling(window).mean() for _, values in kept]
-    y, missing, level = metric, "not finite", None
-    if options.below is not None:
-        y, missing, level = f"steps until {metric} < {options.below:g}", "never", options.below
-        ends = [steps_until(values < options.below) for values in means]
-    elif options.above is not None:
-        y, missing, level = f"steps until {metric} > {options.above:g}", "never", options.above
-        ends = [steps_until(values > options.above) for values in means]
-    else:
-        ends = [float(values.iloc[-1]) for values in means]
+    level = options.above if options.below is None else options.below
+    y, missing, ends = reported(metric, means, options.below, options.above)
     runs = pd.DataFrame([frame_row(study, point) for point, _ in kept])
     runs["y"] = ends
     by = list(dict.fromkeys(key for key in (hue, x) if key not in (None, "step")))
