@@ -5,9 +5,9 @@ hook of Lightning's or at a random time, started again with the same command unt
 compared with a run that nobody interrupted: weights, optimizer and all else in the checkpoints,
 metrics, the rows of the W&B run as read back from its offline files, the names and contents of all
 files. What may differ: the command, versions and commit in the head of ``config.yaml`` and in the
-checkpoints, Lightning's counters of the last validation, times (not at which steps they are told),
-digits behind the ninth of a value on W&B, and of W&B's folder all but the rows, since each start
-has one of its own.
+checkpoints, ``code.patch`` (the record grows meanwhile), Lightning's counters of the last
+validation, times (not at which steps they are told), digits behind the ninth of a value on W&B, and
+of W&B's folder all but the rows, since each start has one of its own.
 
 Then one small run of many steps, with the monitor of spikes, of which are told: memory, open files,
 bytes in the folder and time of a thousand steps, and how they grow over its second half.
@@ -176,7 +176,7 @@ def facts(run: Path) -> Iterator[tuple[str, str]]:
     """Names and contents of all that has to be the same."""
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = path.relative_to(run).as_posix()
-        if name.startswith("wandb/"):
+        if name.startswith("wandb/") or name == "code.patch":
             continue
         if path.suffix in (".ckpt", ".pt"):
             yield name, ""

@@ -72,6 +72,14 @@ def test_the_summary_has_best_values(finished: Path) -> None:
     assert defined["val/accuracy"]["step_metric"] == "trainer/global_step"
 
 
+def test_each_value_of_a_step_comes_once(finished: Path) -> None:
+    """Lightning's monitor of the learning rate told it on log steps, besides the rows of all."""
+    held = held_metrics(folders(finished)[0])
+    pairs = Counter((step, name) for step, name in held if name != "epoch" and name[0] != "_")
+    assert sum(name.startswith("lr-") for _, name in pairs) == len(rows(finished))
+    assert [pair for pair, count in pairs.items() if count > 1] == []
+
+
 def test_an_alert_comes_at_the_end(finished: Path) -> None:
     ended = [
         a for a in of_type(folders(finished)[0], "alert") if a["title"] == "training has ended"

@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,15 @@ class MetricsCSV(Logger):
             self.save()
 
     @rank_zero_only
-    def restart_from(self, step: int) -> None:
-        """Forget the rows of ``step`` and after it, which a resumed run is about to repeat."""
+    def restart_from(self, step: int, loggers: Iterable[Logger] = ()) -> None:
+        """Forget the rows of ``step`` and after it, which a resumed run is about to repeat.
+
+        W&B among the loggers gets the others, of which a killed process may have sent it few.
+        """
         self._rows = {s: row for s, row in self.rows.items() if s < step}
+        for logger in loggers:
+            if isinstance(logger, ResumableWandbLogger):
+                logger.log_history(self._rows)
 
     @rank_zero_only
     def save(self) -> None:
@@ -143,13 +150,9 @@ class RunRecord(Callback):
         if split := trainer.datamodule.split_digest:  # type: ignore[attr-defined]
             self.text = f"# split: {split}\n{self.text}"
         # not on_train_start: a run killed behind its last step has nothing left to train
-        history = next((log for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
-        if history is None:
-            return
-        history.restart_from(self.done)
-        for logger in trainer.loggers:
-            if isinstance(logger, ResumableWandbLogger):
-                logger.log_history(history.rows)
+        for table in trainer.loggers:
+            if isinstance(table, MetricsCSV):
+                table.restart_from(self.done, trainer.loggers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer)  # now something is trained with these settings

@@ -9,7 +9,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.run.run_folder import MetricsCSV
-from callbacks.run.wandb_logger import ResumableWandbLogger
 
 MIB = 2**20
 
@@ -46,6 +45,7 @@ class Timing(Callback):
         self._samples = 0
         self._running: float | None = None  # since when; None while the clock stands still
         self._last = -1  # step of the last row
+        self._done = 0  # optimizer steps in the checkpoint that training goes on from
         self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,20 +53,23 @@ class Timing(Callback):
         if folder and trainer.loggers and trainer.is_global_zero and stage == "fit":
             self._table = TimingCSV(folder)
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._done = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not on_train_start: a run killed behind its last step has nothing left to train
+        if self._table is not None:
+            self._table.restart_from(self._done, trainer.loggers)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._first = perf_counter(), trainer.global_step
         self._last = self._first - 1
         self._running = None
         self._total = getattr(pl_module, "total_steps", -1)
-        self._before = 0.0
-        if self._table is None:
-            return
-        self._table.restart_from(trainer.global_step)
-        for row in self._table.rows.values():
-            self._before = row["time/elapsed"]
-        for logger in trainer.loggers:
-            if isinstance(logger, ResumableWandbLogger):
-                logger.log_history(self._table.rows)
+        rows = self._table.rows.values() if self._table else ()
+        self._before = max((row["time/elapsed"] for row in rows), default=0.0)
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._running = perf_counter()
