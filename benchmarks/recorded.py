@@ -79,11 +79,12 @@ class RunRecord:
 
 @cache  # the code that runs is that of the start
 def origin() -> dict[str, str]:
-    """Commit, version of torch, and the vector instructions that it uses here."""
+    """Commit, versions, and the vector instructions that it uses here."""
     found = provenance()
     git = found["git"] or {"commit": "unknown"}
     return {
         "commit": git["commit"][:10],
         "torch": found["versions"]["torch"],
+        "lightning": found["versions"]["lightning"],
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, 1 thread",
     }
