@@ -74,7 +74,8 @@ class Results:
         runner.run(self.study, 1, self.flags, job.point)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         metrics = read_metrics(job.run.folder)
-        values = {name: last_value(job.run.folder, name) for name in metrics.columns}
+        names = [name for name in metrics.columns if name.startswith(("train/", "val/", "test/"))]
+        values = {name: last_value(job.run.folder, name) for name in names}
         found: dict[str, Any] = {"step": int(metrics.index[-1])}
         found |= {name: value for name, value in values.items() if value is not None}
         data = Member.load(str(job.run.folder), "best", []).data
