@@ -4,8 +4,8 @@
     python -m benchmarks.results --minutes 60 --write
 
 Runs the points of a study that ``records/NAME.jsonl`` has no line of, one at a time. A line holds
-the last value of each metric, the number of test samples, the point with a digest of its settings,
-seconds and CPU seconds, commit, versions, hardware. Then ``study.py report`` tells the record, as
+the last value of each metric that is no step's, the number of test samples, the point with a digest
+of its settings, seconds and CPU seconds, commit, versions, hardware. Then ``study.py report`` tells the record, as
 if the folders of its runs were still there. What was run with settings that the study no longer has
 is missing.
 
@@ -74,7 +74,7 @@ class Results:
         runner.run(self.study, 1, self.flags, job.point)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         metrics = read_metrics(job.run.folder)
-        names = [name for name in metrics.columns if name.startswith(("train/", "val/", "test/"))]
+        names = [n for n in metrics.columns if not n.startswith(("train/", "grad_norm/"))]
         values = {name: last_value(job.run.folder, name) for name in names}
         found: dict[str, Any] = {"step": int(metrics.index[-1])}
         found |= {name: value for name, value in values.items() if value is not None}
