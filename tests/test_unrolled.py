@@ -255,3 +255,37 @@ def test_recurrent_weights_are_drawn_to_scale() -> None:
     scaled = VanillaRNN(2, 4, weight_scale=3)
     for (name, one), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         assert torch.equal(3 * one if name.endswith("weight_h") else one, other)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "identity"])
+def test_eigenvalues_are_one_at_the_start(init: Any) -> None:
+    """Linear, and with a scale of 2, such a network carries 2^T of the gradient over T steps."""
+    torch.manual_seed(0)
+    core = VanillaRNN(2, 4, nonlinearity="identity", weight_scale=2, init=init).double()
+    (states,) = states_of(core, torch.randn(1, 6, 2, dtype=torch.float64))
+    first, last = torch.autograd.grad(states[-1].sum(), (states[0], states[-1]))
+    assert first.norm() == pytest.approx(2**5 * last.norm())
+
+
+def test_a_truncated_gradient_ends_where_it_is_cut() -> None:
+    """Steps 0 to 2, 3 to 5 and 6: the loss of the last reaches no state of the two before."""
+    torch.manual_seed(0)
+    core = VanillaRNN(2, 4, truncation=3)
+    x = torch.randn(1, 7, 2, requires_grad=True)
+    torch.manual_seed(0)
+    torch.testing.assert_close(core(x), VanillaRNN(2, 4)(x))
+    for read, reached in ((6, [6]), (5, [3, 4, 5])):
+        (by_input,) = torch.autograd.grad(core(x)[0, read].sum(), x)
+        assert by_input[0].any(1).nonzero().flatten().tolist() == reached
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "zeros"}, "init must be one of torch, orthogonal, identity, got 'zeros'"),
+        ({"truncation": 0}, "truncation must be at least 1 step or None, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VanillaRNN(2, 4, **options)

@@ -39,6 +39,7 @@ CELLS: dict[str, Callable[..., Any]] = {
     "GRU": torch.gru_cell,
     "LSTM": torch.lstm_cell,
 }
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # SyncBatchNorm would wait for all ranks
 
 
 # The pure part
@@ -76,8 +77,10 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Trace]:
 
     States are seen where they pass through a :class:`State`, (B, H) or of any other shape. The
     fused networks of PyTorch show none, so their layers are computed once more, cell by cell, and
-    what comes out is put in the place of theirs. It all happens in eval mode without autocast, and
-    leaves modes, gradients and random numbers as they were.
+    what comes out is put in the place of theirs. It all happens without autocast and in eval mode,
+    but for batch normalisation, which goes by the batch: with the running statistics of an
+    untrained network, 0 and 1, it would not be there. Modes, gradients, running statistics and
+    random numbers are left as they were.
 
     Args:
         module: What the states are in.
@@ -122,10 +125,13 @@ def spectral_radius(matrix: Tensor | None) -> float:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Compute in eval mode and as precisely as the weights are, and leave no trace."""
+    """Compute in eval mode but for batch norm, as precisely as the weights are; leave no trace."""
     device = next(module.parameters()).device
     modes = {part: part.training for part in module.modules()}
+    norms = [p for p in modes if isinstance(p, NORMS) and p.training and p.track_running_stats]
     module.eval()
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False  # by the batch, and averages stay
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -136,6 +142,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 @contextmanager

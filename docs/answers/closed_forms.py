@@ -5,6 +5,7 @@ stride, D features, H state, T time. Steps of time are counted from 1, as in the
 from 0. ``by_y`` is the gradient of a scalar loss l by y, ``y_by_x`` a Jacobian, y's axes first.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,6 +79,22 @@ def conv2d_input_gradient(by_output: Tensor, kernel: Tensor) -> Tensor:
         for j in range(columns):
             gradient[i : i + height, j : j + width] += by_output * kernel[i, j]
     return gradient
+
+
+def layer_factor(init: str, size: int) -> float:
+    """|dL/dx[l]| over |dL/dx[l+1]| of relu(conv(x)) as drawn, of many channels, far from the ends.
+
+    He's variance of 2 / fan_in makes up for the half that ReLU takes; PyTorch's, 1 / (3 fan_in), is
+    a sixth of that. A 3 x 3 kernel then sums a ninth of each neighbour's energy, and the zeros
+    around size x size places have none: per axis (1 + 2 cos(pi / (size + 1))) / 3, the largest
+    eigenvalue of that sum. Midterm, question 3 on convolutions.
+    """
+    border = (1 + 2 * math.cos(math.pi / (size + 1))) / 3
+    return border * {"kaiming": 1.0, "torch": 1 / math.sqrt(6)}[init]
+
+
+BATCH_NORM_FACTOR = math.sqrt(math.pi / (math.pi - 1))
+"""The same of relu(norm(linear(x))), a large batch, any initialisation: arXiv:1902.08129."""
 
 
 # Recurrent networks

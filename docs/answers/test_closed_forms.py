@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closed_forms import (
+    BATCH_NORM_FACTOR,
     TwoLayers,
     attention_rnn_jacobian,
     attention_rnn_state_gradient,
@@ -16,6 +17,7 @@ from closed_forms import (
     conv2d_input_gradient,
     gated_rnn_jacobian,
     gated_rnn_weight_gradient,
+    layer_factor,
     linear_rnn_state_gradient,
     scalar_rnn_gradients,
     three_step_edges,
@@ -38,7 +40,7 @@ from test_unrolled import (
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from lit_models.networks import AttentionRNN, GatedRNN, VanillaRNN
+from lit_models.networks import AttentionRNN, ConvStack, GatedRNN, VanillaRNN
 
 
 def randn(*shape: int) -> Tensor:
@@ -106,6 +108,33 @@ def test_an_edge_filter_has_no_gradient_inside_an_even_one() -> None:
     gradient = conv2d_input_gradient(torch.ones(6, 6), edges)
     assert not gradient[2:-2, 2:-2].any()
     assert gradient.abs().sum() > 0
+
+
+def measured_factor(network: nn.Module, x: Tensor) -> float:
+    """Mean factor on the gradient of a layer, of 20 in the middle of 30."""
+    torch.manual_seed(0)
+    states = [x.requires_grad_()]
+    for layer in network.children():
+        states.append(layer(states[-1]))
+    early, late = torch.autograd.grad(states[-1], [states[5], states[25]], randn(*x.shape).float())
+    return (early.norm() / late.norm()).item() ** (1 / 20)
+
+
+@pytest.mark.parametrize("init", ["torch", "kaiming"])
+def test_factor_of_a_layer_as_it_is_drawn(init: Any) -> None:
+    """0.387 by PyTorch's initialisation, 13 decades in 32 layers; 0.949 by He's, 0.7 decades."""
+    torch.manual_seed(0)
+    layers = ConvStack(30, width=64, init=init).layers
+    network = nn.Sequential(*(nn.Sequential(conv, nn.ReLU()) for conv in layers))
+    found = measured_factor(network, torch.rand(4, 64, 7, 7))
+    assert found == pytest.approx(layer_factor(init, 7), rel=0.02)
+
+
+def test_batch_normalisation_explodes() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()) for _ in range(30))
+    found = measured_factor(nn.Sequential(*layers), torch.rand(256, 128))
+    assert found == pytest.approx(BATCH_NORM_FACTOR, rel=0.02)
 
 
 def test_a_filter_from_a_signal_and_its_output() -> None:

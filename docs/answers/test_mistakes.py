@@ -189,6 +189,24 @@ def test_002_1_2_2d() -> None:
     assert found == pytest.approx([0.84464, 0.33076, 5.4018e-3, 5.4362e-5], rel=1e-4, abs=0)
 
 
+def test_002_1_2_2d_one_matrix_for_input_and_states() -> None:
+    """The sheet's "Kx[t], Kh[t-1], ..." is no mistake: the hint allows tying the input as well.
+
+    Cut at the first state, its equations are those of a network whose two sets of weights agree.
+    """
+    torch.manual_seed(0)
+    core = AttentionRNN(3, 3, past="inf").double()
+    layer: Any = core.layers[0]
+    layer.weight_x.data = layer.weight_h.data.clone()
+    query, key, value = layer.weight_h.chunk(3)
+    x = randn(1, 6, 3)
+    (states,) = states_of(core, x)
+    for t, state in enumerate(states):
+        read = torch.stack([x[0, t], *(before[0] for before in reversed(states[:t]))])
+        scores = ((read @ query.T) * (read @ key.T)).sum(1)
+        assert_equal(state[0], scores.softmax(0) @ (read @ value.T))
+
+
 def test_002_1_2_2e() -> None:
     """dh[t]/dh[t-1] of a_i = w_i / (w_0 + w_1 + w_2), in shapes that fit: that is no softargmax."""
     states, v = one_unit(past=2)
@@ -431,6 +449,24 @@ def test_004_3f() -> None:
     assert min(states).item() < -0.9  # far below 0
     assert reached[0.001] == pytest.approx(0.99999, abs=2e-6)
     assert reached[3.0] == pytest.approx(4.16e-23, rel=1e-2, abs=0)
+
+
+def test_004_3f_small_weights() -> None:
+    """tanh "will lead more to vanishing gradients": with small weights ReLU does.
+
+    With W_h orthogonal times 1/2 tanh, nearly linear, leaves 2^-19 over 19 steps; ReLU lets half of
+    the units through at each, which leaves about 2^(-19/2) of that.
+    """
+    reached = {"tanh": 0.0, "relu": 0.0}
+    for nonlinearity in reached:
+        torch.manual_seed(0)
+        options: Any = {"nonlinearity": nonlinearity, "init": "orthogonal", "weight_scale": 0.5}
+        core = VanillaRNN(8, 128, bias=False, **options).double()
+        (states,) = states_of(core, 0.1 * randn(1, 20, 8))
+        first, last = torch.autograd.grad(states[-1].square().sum(), (states[0], states[-1]))
+        reached[nonlinearity] = (first.norm() / last.norm()).item()
+    assert reached["tanh"] == pytest.approx(2**-19, rel=0.01, abs=0)
+    assert reached["relu"] / reached["tanh"] == pytest.approx(2**-9.5, rel=0.5, abs=0)
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])

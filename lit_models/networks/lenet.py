@@ -5,6 +5,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_models.networks.recurrent import check_choice
+
 Pooling = Literal["max", "average", "none"]
 Init = Literal["torch", "kaiming"]
 
@@ -58,10 +60,8 @@ class LeNet5(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-        for name, choice, known in (("pooling", pooling, Pooling), ("init", init, Init)):
-            if choice not in get_args(known):
-                allowed = ", ".join(get_args(known))
-                raise ValueError(f"{name} must be one of {allowed}, got {choice!r}.")
+        check_choice("pooling", pooling, get_args(Pooling))
+        check_choice("init", init, get_args(Init))
         self.size = padded_size - 2 * padding  # of the images
         size = padded_size
         for _ in channels:

@@ -37,8 +37,7 @@ class Recurrent(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if read not in get_args(Read):
-            raise ValueError(f"read must be one of {', '.join(get_args(Read))}, got {read!r}.")
+        check_choice("read", read, get_args(Read))
         self.embedding = embedding or nn.Identity()
         self.rnn = rnn
         self.dropout = checked_dropout(dropout)
@@ -68,6 +67,11 @@ class Recurrent(nn.Module):
         if lengths is None:
             return outputs[:, -1]
         return outputs[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_lengths(lengths: Tensor, x: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_models.networks.attention import Attention, Block, KeysValues, check_heads, of_one_source
-from lit_models.networks.recurrent import check_lengths, checked_dropout
+from lit_models.networks.recurrent import check_choice, check_lengths, checked_dropout
 
 Positions = Literal["sinusoidal", "learned"]
 Embeddings = Literal["tied", "shared", "separate"]
@@ -259,11 +259,6 @@ class Pointer(nn.Module):
         p = of_one_source(logits.softmax(2, exact), source.tokens) * (-gate).sigmoid()
         p = p.scatter_add(2, source.tokens[:, None].expand(copied.shape), copied)
         return p.clamp_min(torch.finfo(p.dtype).tiny).log().view_as(logits)
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def padding_mask(lengths: Tensor, size: int) -> Tensor:

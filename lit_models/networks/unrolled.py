@@ -9,14 +9,15 @@ activation.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lit_models.networks.recurrent import checked_dropout
+from lit_models.networks.recurrent import check_choice, checked_dropout
 
 Nonlinearity = Literal["identity", "relu", "tanh"]
+Init = Literal["torch", "orthogonal", "identity"]
 ACTIVATIONS: dict[Nonlinearity, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu,
@@ -96,6 +97,10 @@ class VanillaRNN(Stack):
         bias: Whether there is b.
         dropout: Share of the states that is set to zero between two layers, in training.
         weight_scale: Factor on W_h as it is drawn, whose largest |eigenvalue| is about 0.58 of it.
+        init: ``torch`` draws W_h as the other weights. All |eigenvalues| of an ``orthogonal`` one
+            (Saxe et al., arXiv:1312.6120) and of the ``identity`` (Le et al., arXiv:1504.00941)
+            are 1.
+        truncation: Steps after which the gradient's way back is cut; None never does.
     """
 
     def __init__(
@@ -107,12 +112,17 @@ class VanillaRNN(Stack):
         bias: bool = True,
         dropout: float = 0.0,
         weight_scale: float = 1.0,
+        init: Init = "torch",
+        truncation: int | None = None,
     ) -> None:
-        if nonlinearity not in ACTIVATIONS:
-            allowed = ", ".join(ACTIVATIONS)
-            raise ValueError(f"nonlinearity must be one of {allowed}, got {nonlinearity!r}.")
+        check_choice("nonlinearity", nonlinearity, tuple(ACTIVATIONS))
+        check_choice("init", init, get_args(Init))
+        if truncation is not None and truncation < 1:
+            raise ValueError(f"truncation must be at least 1 step or None, got {truncation}.")
         super().__init__(
-            lambda size: VanillaLayer(size, hidden_size, nonlinearity, bias, weight_scale),
+            lambda size: VanillaLayer(
+                size, hidden_size, nonlinearity, bias, weight_scale, init, truncation
+            ),
             input_size,
             hidden_size,
             num_layers,
@@ -130,6 +140,8 @@ class VanillaLayer(Layer):
         nonlinearity: Nonlinearity,
         bias: bool,
         weight_scale: float,
+        init: Init,
+        truncation: int | None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -137,12 +149,20 @@ class VanillaLayer(Layer):
             weight_h=(hidden_size, hidden_size),
             bias=(hidden_size,) if bias else None,
         )
+        if init == "orthogonal":
+            nn.init.orthogonal_(self.weight_h)
+        elif init == "identity":
+            nn.init.eye_(self.weight_h)
         self.weight_h.data *= weight_scale
+        self.truncation = truncation
         self.activation = ACTIVATIONS[nonlinearity]
 
     def forward(self, x: Tensor) -> Tensor:
         h, states = self.start(x), []
-        for z in nn.functional.linear(x, self.weight_x, self.bias).unbind(1):  # W_x x[t] + b
+        inputs = nn.functional.linear(x, self.weight_x, self.bias).unbind(1)  # W_x x[t] + b
+        for t, z in enumerate(inputs):
+            if self.truncation and t % self.truncation == 0:
+                h = h.detach()
             h = self.state(self.activation(torch.addmm(z, h, self.weight_h.T)))
             states.append(h)
         return torch.stack(states, 1)
