@@ -5,9 +5,9 @@
 
 Runs the points of a study that ``records/NAME.jsonl`` has no line of, one at a time. A line holds
 the last value of each metric that is no step's, the number of test samples, the point with a digest
-of its settings, seconds and CPU seconds, commit, versions, hardware. Then ``study.py report`` tells the record, as
-if the folders of its runs were still there. What was run with settings that the study no longer has
-is missing.
+of its settings, seconds and CPU seconds, commit, versions, hardware. Then ``study.py report`` tells
+the record, as if the folders of its runs were still there. What was run with settings that the
+study no longer has is missing.
 
 Without a study it is ``results.yaml``, that of the README, with a simple baseline of the same data
 in the same record. ``--write`` puts what both say into the README's table of tasks; a row that has
