@@ -21,7 +21,14 @@ import predict
 import train
 from core.errors import UserError
 from datamodules import LastNamesDataModule
-from datamodules.sequences.last_names import PAD, SYMBOLS, NameLoader, encode, normalize
+from datamodules.sequences.last_names import (
+    PAD,
+    SYMBOLS,
+    NameLoader,
+    encode,
+    linear_baseline,
+    normalize,
+)
 
 COURSE = CONFIGS / "last_names_course.yaml"
 
@@ -105,6 +112,14 @@ def test_hidden_files_blank_lines_and_blanks_are_left_out(root: Path) -> None:
     read = [texts(list(datamodule.read(part))) for part in ("train", "test")]
     assert {"Park", "Lim"} < {*chain(*read)}
     assert sum(map(len, read)) == 122
+
+
+def test_linear_baseline_answers_for_the_evaluation_part(root: Path) -> None:
+    datamodule = data(root)
+    found = linear_baseline(datamodule)
+    *_, target = datamodule.read_test()
+    assert found.shape == target.shape
+    assert (found == target).float().mean() > 0.9
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -138,6 +138,27 @@ class LastNamesDataModule(BaseDataModule):
         return NameLoader(tensors, balanced=self.balanced and stage == "train", **arguments)
 
 
+def linear_baseline(data: LastNamesDataModule) -> Tensor:
+    """Classes (N,) that a linear classifier finds for the evaluation part; takes a few seconds.
+
+    A linear support vector machine on TF-IDF weights of the 1- to 5-grams within words, whose ends
+    are marked, of the symbols that networks see. Penalty, marks and capital letters did best in
+    four-fold cross-validation of the training part, all of which it is fitted to.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # a second of imports
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    classifier = make_pipeline(
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), lowercase=False),
+        LinearSVC(random_state=0),
+    )
+    *_, classes = data.read("train")
+    classifier.fit([normalize(name) for name in data.predicted], classes.numpy())
+    data.read("test")
+    return torch.from_numpy(classifier.predict([normalize(name) for name in data.predicted]))
+
+
 class NameLoader(BucketedLoader):
     """Resident names, put together by length.
 
