@@ -29,8 +29,8 @@ from pipeline.cli import run as train_command
 LINEAR = "linear SVC"
 NETWORKS: dict[str, list[str]] = {  # by name, the flags of `train.py fit`
     "RNN": ["--config=configs/last_names_course.yaml"],
-    "BiLSTM": ["--config=configs/last_names.yaml", "--data.balanced=false"],
-    "BiLSTM, balanced": ["--config=configs/last_names.yaml"],
+    "BiLSTM": ["--config=configs/last_names.yaml"],
+    "BiLSTM, balanced": ["--config=configs/last_names.yaml", "--data.balanced=0.25"],
 }
 DRAWS = 1000
 FLAGS = ["--trainer.callbacks=[]", "--trainer.logger=callbacks.MetricsCSV",
