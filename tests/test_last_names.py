@@ -21,7 +21,14 @@ import predict
 import train
 from core.errors import UserError
 from datamodules import LastNamesDataModule
-from datamodules.sequences.last_names import PAD, SYMBOLS, NameLoader, encode, normalize
+from datamodules.sequences.last_names import (
+    PAD,
+    SYMBOLS,
+    NameLoader,
+    encode,
+    linear_baseline,
+    normalize,
+)
 
 COURSE = CONFIGS / "last_names_course.yaml"
 
@@ -107,6 +114,14 @@ def test_hidden_files_blank_lines_and_blanks_are_left_out(root: Path) -> None:
     assert sum(map(len, read)) == 122
 
 
+def test_linear_baseline_answers_for_the_evaluation_part(root: Path) -> None:
+    datamodule = data(root)
+    found = linear_baseline(datamodule)
+    *_, target = datamodule.read_test()
+    assert found.shape == target.shape
+    assert (found == target).float().mean() > 0.9
+
+
 # --- batches --------------------------------------------------------------------------------------
 
 
@@ -174,15 +189,18 @@ def test_batches_hold_little_padding() -> None:
     assert short != sorted(short)  # the batches are shuffled
 
 
-def test_balanced_draws_all_languages_equally_often(root: Path) -> None:
+@pytest.mark.parametrize("balanced", [True, 0.5])
+def test_balanced_draws_large_languages_less_often(root: Path, balanced: bool | float) -> None:
     extra = "".join(f"{'abcdefgh'[i % 8]}{i * 'o'}ini\n" for i in range(15))
     with (root / "names" / "Italian.txt").open("a") as file:
         file.write(extra * 40)
-    datamodule = data(root, balanced=True, batch_size=32)
+    datamodule = data(root, balanced=balanced, batch_size=32)
     datamodule.setup("fit")
     each = datamodule.train_dataloader()
     first = torch.cat([batch[2] for batch in each])
-    assert (first.bincount() / len(first)).tolist() == pytest.approx([1 / 3] * 3, abs=0.08)
+    expected = datamodule.splits["train"][2].bincount() ** (1 - float(balanced))
+    drawn, wanted = first.bincount() / len(first), expected / expected.sum()
+    assert drawn.tolist() == pytest.approx(wanted.tolist(), abs=0.08)
     assert torch.equal(first, torch.cat([batch[2] for batch in each]))
     each.set_epoch(1)
     assert not torch.equal(first, torch.cat([batch[2] for batch in each]))
@@ -196,6 +214,12 @@ def test_balanced_draws_all_languages_equally_often(root: Path) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"names is missing.* unzip https://.*Arabic.txt exists"):
         data(tmp_path)
+
+
+@pytest.mark.parametrize("balanced", [-0.5, 1.5])
+def test_a_power_out_of_range(root: Path, balanced: float) -> None:
+    with pytest.raises(UserError, match=rf"balanced must be in \[0, 1\], got {balanced}; 0 draws"):
+        data(root, balanced=balanced)
 
 
 def test_a_single_language(root: Path) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_data import write_names
 from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from benchmarks import calm_clipping, spike_fixes, spike_gpt
+from benchmarks import calm_clipping, last_names, spike_fixes, spike_gpt
 from benchmarks.recorded import RunRecord
 from core.errors import UserError
 from steadyfit.measures import SpikeMeasures
@@ -241,3 +243,34 @@ def test_each_way_is_trained_in_turns(
     printed = capsys.readouterr().out
     assert printed.count("| without | 2 | 90.50 ± 0.71 | 102.5 |") == 2
     assert "seeds 0 1; commit" in printed
+
+
+# Last names
+
+
+def test_scores_of_names_are_those_of_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, target = torch.randint(0, 5, (2, 200), generator=generator)
+    found[found == 3], target[target == 3] = 4, 2  # of class 3 there is nothing
+    draws = np.stack([np.ones(200, int), np.arange(200) % 3])
+    accuracy, macro_f1 = last_names.scores(found.numpy(), target.numpy(), draws)
+    for row, counts in enumerate(draws):
+        preds, truth = (e.repeat_interleave(torch.from_numpy(counts)) for e in (found, target))
+        same = multiclass_accuracy(preds, truth, 5, average="micro")
+        assert accuracy[row] == pytest.approx(same.item())
+        assert macro_f1[row] == pytest.approx(multiclass_f1_score(preds, truth, 5).item())
+
+
+def test_networks_stand_beside_the_linear_classifier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_names(tmp_path)
+    record = tmp_path / "x.jsonl"
+    flags = [f"--data_dir={tmp_path}", f"--record={record}", "--models=RNN", "--seeds=0"]
+    last_names.main(flags)
+    linear, network = RunRecord(record).lines
+    assert len(linear["measures"]["classes"]) == len(network["measures"]["classes"]) == 24
+    assert network["measures"]["parameters"] == 40_835  # of three languages
+    table = capsys.readouterr().out
+    assert table.count("| RNN | 1 | ") == 2
+    assert table.startswith("24 names; ")
