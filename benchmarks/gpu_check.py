@@ -310,8 +310,10 @@ def main(args: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         if options.quick:
             options.data_dir = held.enter_context(tempfile.TemporaryDirectory())
-            few = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "test")]
-            options.settings += ["--data=DemoDataModule", "--data.batch_size=50", *few]
+            # one batch of each; as a share, for 1 may be read as the float 1.0, which is all of them
+            few = ["--trainer.limit_train_batches=0.01", "--trainer.limit_test_batches=0.1"]
+            sizes = ["--data.batch_size=50", "--data.eval_batch_size=50"]
+            options.settings += ["--data=DemoDataModule", *sizes, *few]
         if not on_gpu:
             options.peer = None  # it is written for a GPU
         if not check(options, RunRecord(options.record), Path(folder)):

@@ -10,10 +10,10 @@ ordinary run does besides is in it: loggers, checkpoints, progress bar, and the 
 config that has one. The cold time (``--cold``) is that of the whole command, from the start of the
 process to its end.
 
-``--peer`` is the file ``airbench94_muon.py`` of KellerJordan/cifar10-airbench. On a GPU it runs in
-turns with ours on the same data, compiled as its author runs it (which takes a C compiler); on any
-machine one training step of its network and one of ours run in turns in a bare loop, in
-channels_last, and on a CPU in its fastest precision. Nothing of it is part of this project.
+``--peer`` is the file ``airbench94_muon.py`` of KellerJordan/cifar10-airbench: one training step of
+its network and one of ours run in turns in a bare loop, in channels_last, and on a CPU in its
+fastest precision. Whole runs of both need a GPU: ``benchmarks.gpu_check``. Nothing of it is part of
+this project.
 """
 
 import argparse
@@ -235,11 +235,6 @@ def compare_steps(peer: nn.Module, device: torch.device, batch: int, rounds: int
 
 
 def main(args: list[str] | None = None) -> None:
-    with contextlib.ExitStack() as held:
-        compare(args, held)
-
-
-def compare(args: list[str] | None, held: contextlib.ExitStack) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/cifar10_speedrun.yaml")
     parser.add_argument("--data_dir", default="data", help="root folder of the data sets")
@@ -256,20 +251,15 @@ def compare(args: list[str] | None, held: contextlib.ExitStack) -> None:
     threads = torch.get_num_threads()
     console = Console()
     console.print(f"{name or platform.machine()}, {threads} threads; {libraries}")
-    peer = load_peer(options.peer, device.type == "cuda") if options.peer else None
-    if peer:
+    if options.peer:
+        _, peer = load_peer(options.peer, device.type == "cuda")
         rounds, batch = (3, 64) if options.quick else (9, 512)
-        console.print(compare_steps(peer[1], device, batch, rounds))
+        console.print(compare_steps(peer, device, batch, rounds))
     if options.steps_only:
         return
     ways: dict[str, Callable[[int], tuple[float, float]]] = {"hot": lambda seed: hot(options, seed)}
     if options.cold:
         ways["cold"] = lambda seed: cold(options, seed)
-    if peer and device.type == "cuda":
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        compiled = Peer(options.peer, options.data_dir, folder)
-        compiled.run()  # warms up
-        ways["airbench94_muon"] = lambda seed: compiled.run()
     if device.type == "cuda":
         hot(options, 0)  # warms up
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
