@@ -310,7 +310,7 @@ def main(args: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         if options.quick:
             options.data_dir = held.enter_context(tempfile.TemporaryDirectory())
-            # one batch of each; as a share, for 1 may be read as the float 1.0, which is all of them
+            # a batch of each, as a share: 1 may be read as the float 1.0, which is all of them
             few = ["--trainer.limit_train_batches=0.01", "--trainer.limit_test_batches=0.1"]
             sizes = ["--data.batch_size=50", "--data.eval_batch_size=50"]
             options.settings += ["--data=DemoDataModule", *sizes, *few]
