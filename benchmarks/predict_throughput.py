@@ -145,6 +145,18 @@ def predict_and_report(report: Path, arguments: list[str]) -> None:
     report.write_text(json.dumps(result))
 
 
+def predict_twice(
+    images: int, config: str, tta: str = "none", accelerator: str = "auto"
+) -> list[Measured]:
+    """Train a run of a config, and let it predict a new folder of so many images two times."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        write_competition(root / "kaggle-cifar10", images)
+        run = train_run(config, root)
+        arguments = [str(run), f"--tta={tta}", f"--accelerator={accelerator}"]
+        return [measure(arguments, root / "report.json") for _ in range(2)]
+
+
 def tabulate(runs: list[Measured], images: int) -> Table:
     table = Table("", "first run", "second run", title=f"{images:,} images")
     first = runs[0].input
@@ -172,16 +184,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3,000 images")
     options = parser.parse_args()
     images = 3000 if options.quick else options.images
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        write_competition(root / "kaggle-cifar10", images)
-        run = train_run(options.config, root)
-        arguments = [str(run), f"--tta={options.tta}", f"--accelerator={options.accelerator}"]
-        runs = [measure(arguments, root / "report.json") for _ in range(2)]
-        pixels = (root / "kaggle-cifar10" / "test.npy").stat().st_size
+    runs = predict_twice(images, options.config, options.tta, options.accelerator)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
     print(f"Python {platform.python_version()}, {libraries}, {os.cpu_count()} cores")
-    print(f"{Path(options.config).stem}, tta {options.tta}, {pixels / 1e6:,.0f} MB of pixels")
+    print(
+        f"{Path(options.config).stem}, tta {options.tta}, {images * 3072 / 1e6:,.0f} MB of pixels"
+    )
     Console().print(tabulate(runs, images))
 
 

@@ -82,9 +82,11 @@ def origin() -> dict[str, str]:
     """Commit, versions, and the vector instructions that it uses here."""
     found = provenance()
     git = found["git"] or {"commit": "unknown"}
+    threads = torch.get_num_threads()
     return {
         "commit": git["commit"][:10],
         "torch": found["versions"]["torch"],
         "lightning": found["versions"]["lightning"],
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, 1 thread",
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
+        f"{threads} thread{'s' * (threads > 1)}",
     }

@@ -34,7 +34,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.step_overhead import (
     TASKS,
-    WARM_UP,
     Mark,
     Meter,
     measure,
@@ -69,22 +68,18 @@ class Cost(NamedTuple):
 
 
 class ScalingMeter(Meter):
-    """A meter that also marks the collectives so far, and where time ends waits for the GPU."""
+    """A meter that also marks the collectives so far."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.ends = WARM_UP, WARM_UP + steps
         self.traffic = CollectiveCount()
         self.traffic_marks: list[tuple[int, int, int]] = []
 
     def mark(self, network: nn.Module, inputs: object) -> None:
-        if not network.training:
-            return
-        if torch.cuda.is_available() and len(self.marks) in self.ends:
-            torch.cuda.synchronize()
         super().mark(network, inputs)
-        now = self.traffic
-        self.traffic_marks.append((now.gradient_bytes, now.gradient_sums, now.others))
+        if network.training:
+            now = self.traffic
+            self.traffic_marks.append((now.gradient_bytes, now.gradient_sums, now.others))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -137,7 +132,7 @@ def take_part(steps: int, rounds: int, result: Path) -> None:
     ways = {name: partial(way, devices=devices) for name, way in WAYS.items()}
 
     def run(name: str, steps: int, count: bool) -> tuple[Mark, ScalingMeter]:
-        meter = ScalingMeter(steps)
+        meter = ScalingMeter()
         return measure(ways[name], TASK, steps, count=count, meter=meter), meter
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}

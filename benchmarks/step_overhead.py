@@ -69,14 +69,19 @@ class Meter:
     operators: int = 0
     reads: int = 0
     marks: list[Mark] = field(default_factory=list)
+    ends: tuple[int, ...] = ()  # marks between which the time is taken: a GPU is waited for there
 
     def watch(self, network: nn.Module) -> nn.Module:
-        network.register_forward_pre_hook(self.mark)
+        # compiled, it would be compiled anew at every step, since it is another one
+        network.register_forward_pre_hook(torch.compiler.disable(self.mark))
         return network
 
     def mark(self, network: nn.Module, inputs: object) -> None:
-        if network.training:
-            self.marks.append(Mark(time.perf_counter(), self.operators, self.reads))
+        if not network.training:
+            return
+        if len(self.marks) in self.ends and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append(Mark(time.perf_counter(), self.operators, self.reads))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -181,14 +186,19 @@ make_optimizer = partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 # Ways to train it
 
 
-def raw_loop(task: Task, steps: int, meter: Meter, folder: Path) -> None:
+def raw_loop(
+    task: Task, steps: int, meter: Meter, folder: Path, *, devices: Mapping[str, Any] = ONE_CPU
+) -> None:
     """The loss and nothing else, on the same loader."""
     data = task.make_data(steps)
     data.setup("fit")
-    network = meter.watch(task.network()).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(network.parameters())
-    for inputs, target in data.train_dataloader():
-        loss = F.cross_entropy(network(inputs), target)
+    device = torch.device("cuda" if devices["accelerator"] == "gpu" else "cpu")
+    half = torch.autocast(device.type, torch.bfloat16, devices.get("precision") == "bf16-mixed")
+    network = meter.watch(task.network()).to(device).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(p for p in network.parameters() if p.requires_grad)
+    for inputs, target in data.train_dataloader().to(device):
+        with half:
+            loss = F.cross_entropy(network(inputs), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -279,6 +289,7 @@ def measure(
     Counting makes a step slower, so that either the time or the counts mean something.
     """
     meter = meter or Meter()
+    meter.ends = WARM_UP, WARM_UP + steps
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         silence = stack.enter_context(open(os.devnull, "w"))
@@ -287,7 +298,7 @@ def measure(
         if count:
             stack.enter_context(meter.counting())
         way(task, WARM_UP + steps + 1, meter, folder)
-    return meter.per_step(WARM_UP, WARM_UP + steps)
+    return meter.per_step(*meter.ends)
 
 
 def main(args: list[str] | None = None) -> None:

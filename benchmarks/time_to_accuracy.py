@@ -1,7 +1,7 @@
 """Seconds until CIFAR-10 is learnt, and how well it is learnt, over several seeds.
 
     python -m benchmarks.time_to_accuracy --seeds 25
-    python -m benchmarks.time_to_accuracy --seeds 25 --cold --peer ../cifar10-airbench
+    python -m benchmarks.time_to_accuracy --seeds 25 --cold --peer airbench94_muon.py
     python -m benchmarks.time_to_accuracy --quick    # a tenth of the network, one epoch, one seed
 
 The hot time is what airbench counts: whitening, training, and the evaluation with test-time
@@ -10,14 +10,15 @@ ordinary run does besides is in it: loggers, checkpoints, progress bar, and the 
 config that has one. The cold time (``--cold``) is that of the whole command, from the start of the
 process to its end.
 
-``--peer`` is a checkout of KellerJordan/cifar10-airbench. On a GPU its ``airbench94_muon.py`` runs
-in turns with ours on the same data, compiled as its author runs it (which takes a C compiler); on
-any machine one training step of its network and one of ours run in turns in a bare loop, in
-channels_last, and on a CPU in its fastest precision. Nothing of it is part of this project.
+``--peer`` is the file ``airbench94_muon.py`` of KellerJordan/cifar10-airbench: one training step of
+its network and one of ours run in turns in a bare loop, in channels_last, and on a CPU in its
+fastest precision. Whole runs of both need a GPU: ``benchmarks.gpu_check``. Nothing of it is part of
+this project.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import platform
 import re
@@ -102,8 +103,8 @@ def hot(options: argparse.Namespace, seed: int) -> tuple[float, float]:
     watch = "--trainer.callbacks+=benchmarks.time_to_accuracy.Stopwatch"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         cli.run([*command(options, seed, folder), watch])
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()  # or the next seed would go on with this run
+        if wandb := sys.modules.get("wandb"):
+            wandb.finish()  # or the next seed would go on with this run
     return sum(Stopwatch.seconds), accuracy(printed.getvalue())
 
 
@@ -138,11 +139,13 @@ def without_half(on_gpu: bool) -> Iterator[None]:
         nn.Module.half, nn.Module.cuda = kept  # type: ignore[method-assign]
 
 
-def load_peer(checkout: Path, on_gpu: bool) -> tuple[types.ModuleType, nn.Module]:
+def load_peer(file: Path, on_gpu: bool) -> tuple[types.ModuleType, nn.Module]:
     """The module airbench94_muon.py, not run, and its network."""
-    path = checkout / "airbench94_muon.py"
-    module = types.ModuleType("airbench94_muon")
-    exec(compile(path.read_text(), str(path), "exec"), vars(module))
+    spec = importlib.util.spec_from_file_location("airbench94_muon", file)
+    assert spec
+    assert spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for torch.compile
+    spec.loader.exec_module(module)
     with without_half(on_gpu):
         network = module.CifarNet().to(memory_format=torch.channels_last)
         return module, network.cuda()
@@ -157,16 +160,29 @@ def save_for_peer(data_dir: str, folder: Path) -> None:
         torch.save(content, folder / "cifar10" / f"{name}.pt")
 
 
-def peer_run(
-    module: types.ModuleType, network: nn.Module, folder: Path, run: str
-) -> tuple[float, float]:
-    """Seconds that it counts and accuracy in percent, from the last row that it prints."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.chdir(folder):
-        module.main(run, network)
-    rows = [line for line in printed.getvalue().splitlines() if "eval" in line]
-    *_, tta, seconds = re.findall(r"\d+\.\d+", rows[-1])
-    return float(seconds), 100 * float(tta)
+class Peer:
+    """airbench94_muon.py on a GPU, compiled as its author runs it, on the data that ours read.
+
+    Args:
+        file: It.
+        data_dir: Root folder of our data sets.
+        folder: An empty one, where it finds the data.
+    """
+
+    def __init__(self, file: Path, data_dir: str, folder: Path) -> None:
+        self.module, self.network = load_peer(file, on_gpu=True)
+        self.network.compile(mode="max-autotune")
+        self.folder = folder
+        save_for_peer(data_dir, folder)
+
+    def run(self) -> tuple[float, float]:
+        """Seconds that it counts and accuracy in percent, from the last row that it prints."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.chdir(self.folder):
+            self.module.main("run", self.network)
+        rows = [line for line in printed.getvalue().splitlines() if "eval" in line]
+        *_, tta, seconds = re.findall(r"\d+\.\d+", rows[-1])
+        return float(seconds), 100 * float(tta)
 
 
 def step_of(network: nn.Module, device: torch.device, batch: int) -> Callable[[], float]:
@@ -219,17 +235,12 @@ def compare_steps(peer: nn.Module, device: torch.device, batch: int, rounds: int
 
 
 def main(args: list[str] | None = None) -> None:
-    with contextlib.ExitStack() as held:
-        compare(args, held)
-
-
-def compare(args: list[str] | None, held: contextlib.ExitStack) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/cifar10_speedrun.yaml")
     parser.add_argument("--data_dir", default="data", help="root folder of the data sets")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--cold", action="store_true", help="also time whole commands")
-    parser.add_argument("--peer", type=Path, help="a checkout of KellerJordan/cifar10-airbench")
+    parser.add_argument("--peer", type=Path, help="airbench94_muon.py, see above")
     parser.add_argument("--steps_only", action="store_true", help="only compare with the peer's")
     parser.add_argument("--quick", action="store_true", help="a trial run")
     options, settings = parser.parse_known_args(args)
@@ -240,22 +251,15 @@ def compare(args: list[str] | None, held: contextlib.ExitStack) -> None:
     threads = torch.get_num_threads()
     console = Console()
     console.print(f"{name or platform.machine()}, {threads} threads; {libraries}")
-    peer = load_peer(options.peer, device.type == "cuda") if options.peer else None
-    if peer:
+    if options.peer:
+        _, peer = load_peer(options.peer, device.type == "cuda")
         rounds, batch = (3, 64) if options.quick else (9, 512)
-        console.print(compare_steps(peer[1], device, batch, rounds))
+        console.print(compare_steps(peer, device, batch, rounds))
     if options.steps_only:
         return
     ways: dict[str, Callable[[int], tuple[float, float]]] = {"hot": lambda seed: hot(options, seed)}
     if options.cold:
         ways["cold"] = lambda seed: cold(options, seed)
-    if peer and device.type == "cuda":
-        module, network = load_peer(options.peer, True)
-        network.compile(mode="max-autotune")
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        save_for_peer(options.data_dir, folder)
-        peer_run(module, network, folder, "warmup")
-        ways["airbench94_muon"] = lambda seed: peer_run(module, network, folder, str(seed))
     if device.type == "cuda":
         hot(options, 0)  # warms up
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}

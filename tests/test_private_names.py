@@ -35,7 +35,6 @@ from callbacks.training import training_cost
 from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.errors import UserError
 from pipeline.parser import Parser
-from pipeline.trainer import fastest_precision
 
 SIGTERM_NAMES = ("_signal_connector", "_sigterm_notifier_fn", "_broadcast_sigterm_tensor")
 LOOP_NAMES = ("_data_fetcher", "_should_accumulate", "_is_training_done", "_should_check_val_fx")
@@ -237,13 +236,11 @@ def test_a_resumed_wandb_run_says_what_is_twice(
 # torch
 
 
-def test_bf16_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public ``get_capabilities`` is asked first; versions without it keep their old name."""
-    expected = fastest_precision("cpu")
-    assert expected in ("bf16-mixed", "32-true")
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    if hasattr(torch.cpu, "get_capabilities"):
-        assert fastest_precision("cpu") == expected
+def test_matrix_units_are_known() -> None:
+    """The private name tells what the public ``get_capabilities`` tells, where there is one."""
+    known = {"amx_tile": torch.cpu._is_amx_tile_supported()}
+    public = getattr(torch.cpu, "get_capabilities", lambda: known)()
+    assert known["amx_tile"] == public.get("amx_tile", False)
 
 
 def test_norms_of_a_fused_optimizer_are_unscaled(tmp_path: Path) -> None:

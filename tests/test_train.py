@@ -288,7 +288,7 @@ def test_what_the_help_names_is_accepted(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("gpu", "bf16", "accelerator", "expected"),
+    ("gpu", "amx", "accelerator", "expected"),
     [
         (None, True, "auto", "bf16-mixed"),
         (None, False, "auto", "32-true"),
@@ -299,14 +299,14 @@ def test_what_the_help_names_is_accepted(capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_precision_fits_the_processor(
     gpu: tuple[int, int] | None,
-    bf16: bool,
+    amx: bool,
     accelerator: str,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert fastest_precision(accelerator) == expected
 
 
