@@ -4,7 +4,8 @@
 
 The half is chosen by a hash of the sentence (``benchmarks.jfleg`` reports on the other one). Each
 person's edits are sorted into the kinds that ``ErrorSynthesis`` can make, by simple rules; what is
-none of these, such as a phrase rewritten, is counted beside them. Printed are counts alone.
+none of these, such as a phrase rewritten, is counted beside them. A word that has moved makes two
+edits, missing here and too many there: nothing is word order. Printed are counts alone.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from datamodules.text.error_synthesis import (
     KINDS,
     OTHER_PERSON,
     PREPOSITIONS,
+    SUBJECTS,
     inflection,
 )
 from metrics.edits import Edit
@@ -29,16 +31,17 @@ from metrics.edits import Edit
 def kinds_of(sentence: list[str], edit: Edit) -> list[str]:
     """Of ``KINDS``, or what else; where as many words stand for some, of each that differs."""
     old, new = sentence[edit.start : edit.end], edit.correction.split()
-    if len(old) == len(new) and sorted(old) != sorted(new):
-        return [kind_of([a], [b], []) for a, b in zip(old, new, strict=True) if a != b]
-    return [kind_of(old, new, sentence[: edit.start][-1:])]
+    before = sentence[: edit.start][-1:]
+    if len(old) != len(new):
+        return [kind_of(old, new, before)]
+    befores = [before, *([word] for word in old)]
+    pairs = zip(old, new, befores, strict=False)
+    return [kind_of([a], [b], before) for a, b, before in pairs if a != b]
 
 
 def kind_of(old: list[str], new: list[str], before: list[str]) -> str:
     removed, added = Counter(old) - Counter(new), Counter(new) - Counter(old)
     different = {word.lower() for word in (removed + added)}
-    if not different:
-        return "word_order"
     if not any(word.isalnum() for word in different):
         return "punctuation"
     if [word.lower() for word in old] == [word.lower() for word in new]:
@@ -50,17 +53,19 @@ def kind_of(old: list[str], new: list[str], before: list[str]) -> str:
     if different <= PREPOSITIONS.keys():
         return "preposition"
     if len(removed) == len(added) == 1:
-        return of_words(*(word.lower() for word in (*removed, *added)))
+        return of_words(*(word.lower() for word in (*removed, *added, *before)))
     return "missing_word" if len(added) == 1 and not removed else "other"
 
 
-def of_words(wrong: str, right: str) -> str:
+def of_words(wrong: str, right: str, before: str = "") -> str:
     """Kind of an error where one word stands for another."""
     lemmas = inflection().getAllLemmas
     old, new = lemmas(wrong), lemmas(right)
     if not old and wrong not in CONFUSIONS:
         return "spelling"
-    for part in ("NOUN", "VERB", "AUX"):  # what may be both is taken for a noun
+    for part in ("NOUN", "VERB", "AUX"):
+        if part == "NOUN" and before in SUBJECTS:
+            continue  # what else may be both is taken for a noun
         if set(old.get(part, ())) & set(new.get(part, ())):
             same_tense = (
                 wrong.rstrip("es") == right.rstrip("es") or {wrong, right} <= OTHER_PERSON.keys()
@@ -88,7 +93,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"{number:.2f} edits a sentence, {untouched:.3f} of the readings without any")
         for kind, count in kinds.most_common():
             print(f"{count:6} {100 * count / sum(kinds.values()):5.1f} %  {kind}")
-        print("weights:", json.dumps({kind: kinds[kind] for kind in KINDS}))
+        print("weights:", json.dumps({kind: kinds[kind] for kind in KINDS if kinds[kind]}))
 
 
 if __name__ == "__main__":
