@@ -27,9 +27,9 @@ from datamodules import GrammarDataModule
 from datamodules.text.corpora import read_corpus, token_lines
 from datamodules.text.corrections import Line, marked
 from datamodules.text.speller import put_right
-from metrics.correction import score_corrections
+from metrics.correction import recall_by_kind, share
 from metrics.edits import EditScore, apply_edits, best_sum, extract_edits
-from metrics.gleu import drawn_references, gleu_of_totals, sentence_counts
+from metrics.gleu import corpus_gleu, drawn_references, gleu_of_totals, sentence_counts
 from metrics.m2 import M2Sentence
 from metrics.maxmatch import m2_scores
 from pipeline.loading import Member
@@ -88,10 +88,10 @@ def gleu_samples(gold: list[M2Sentence], lines: list[str]) -> np.ndarray:
     return np.array([100 * gleu_of_totals(those).mean() for those in totals])
 
 
-def edit_scores(gold: list[M2Sentence], lines: list[str]) -> list[EditScore]:
+def best_scores(of_people: list[list[EditScore]]) -> list[EditScore]:
     """Of each sentence, with the annotator who is best for the whole."""
     total, chosen = EditScore(), []
-    for people in m2_scores(lines, gold):
+    for people in of_people:
         after = best_sum([[total], people])
         chosen.append(next(score for score in people if total + score == after))
         total = after
@@ -158,27 +158,33 @@ def rows_of_jfleg(gold: list[M2Sentence], systems: dict[str, list[str]]) -> dict
     gleu = {name: gleu_samples(half, [lines[i] for i in held]) for name, lines in systems.items()}
     rows = {}
     for name, lines in systems.items():
-        scores = edit_scores(half, [lines[i] for i in held])
-        total = sum(scores, EditScore())
-        whole = score_corrections(gold, lines)
+        of_people = m2_scores(lines, gold)
+        total = best_sum(of_people[i] for i in held)
         rows[name] = [
             f"{gleu[name][0]:.2f}", interval(gleu[name], gleu["doing nothing"], 2),
             interval(gleu[name], gleu[BASELINE], 2), f"{total.precision:.3f}",
-            f"{total.recall:.3f}", f"{total.f():.3f}", f"{whole['gleu']:.2f}",
-            f"{whole['f05']:.3f}",
+            f"{total.recall:.3f}", f"{total.f():.3f}", f"{gleu_of(gold, lines):.2f}",
+            f"{best_sum(of_people).f():.3f}",
         ]  # fmt: skip
     return rows
 
 
+def gleu_of(gold: list[M2Sentence], lines: list[str]) -> float:
+    references = [[apply_edits(s.source, edits) for edits in s.edits.values()] for s in gold]
+    return corpus_gleu([sentence.source for sentence in gold], lines, references)
+
+
 def rows_of_books(made: list[M2Sentence], systems: dict[str, list[str]]) -> dict[str, list[str]]:
-    samples = {name: f05_samples(edit_scores(made, lines)) for name, lines in systems.items()}
+    scores = {name: best_scores(m2_scores(lines, made)) for name, lines in systems.items()}
+    samples = {name: f05_samples(those) for name, those in scores.items()}
     rows = {}
     for name, lines in systems.items():
-        scores = score_corrections(made, lines)
-        shown = ("precision", "recall", "left_alone", "recall_spelling")
+        total = sum(scores[name], EditScore())
+        clean = [s.source == c for s, c in zip(made, lines, strict=True) if not s.edits[0]]
         rows[name] = [
             f"{samples[name][0]:.3f}", interval(samples[name], samples[BASELINE], 3),
-            *(f"{scores[key]:.3f}" for key in shown),
+            f"{total.precision:.3f}", f"{total.recall:.3f}", f"{share(clean):.3f}",
+            f"{recall_by_kind(made, lines)['recall_spelling']:.3f}",
         ]  # fmt: skip
     return rows
 
@@ -187,8 +193,7 @@ def against_the_others(gold: list[M2Sentence], person: int) -> tuple[float, floa
     """GLEU and F0.5 of a person."""
     others = [M2Sentence(s.source, {k: e for k, e in s.edits.items() if k != person}) for s in gold]
     lines = [apply_edits(s.source, s.edits[person]) for s in gold]
-    scores = score_corrections(others, lines)
-    return scores["gleu"], scores["f05"]
+    return gleu_of(others, lines), best_sum(m2_scores(lines, others)).f()
 
 
 def examples(made: list[M2Sentence], lines: list[str]) -> str:

@@ -11,7 +11,7 @@ from datamodules import GrammarDataModule
 from datamodules.text.corpora import read_corpus
 from metrics.edits import EditScore, extract_edits
 from metrics.gleu import corpus_gleu
-from metrics.maxmatch import m2_score
+from metrics.maxmatch import m2_score, m2_scores
 
 SOURCES = [f"the old man number {i} walkd to teh house with an friend ." for i in range(40)]
 RIGHT = [f"The old man number {i} walked to the house with a friend ." for i in range(40)]
@@ -35,7 +35,7 @@ def test_first_resample_is_the_score(folder: Path) -> None:
     gleu = jfleg.gleu_samples(gold, lines)
     references = [[right, other] for right, other in zip(RIGHT, OTHERS, strict=True)]
     assert gleu[0] == pytest.approx(corpus_gleu(SOURCES, lines, references))
-    scores = jfleg.edit_scores(gold, lines)
+    scores = jfleg.best_scores(m2_scores(lines, gold))
     assert sum(scores, EditScore()) == m2_score(lines, gold)
     f05 = jfleg.f05_samples(scores)
     assert len(gleu) == len(f05) == 1 + jfleg.RESAMPLES

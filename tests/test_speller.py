@@ -38,6 +38,7 @@ def corrected(text: str) -> str:
     [
         ("I recieved a leter from my freind .", "I received a letter from my friend ."),
         ("It is thier  house,and teh gardn.", "It is their  house,and the garden."),  # blanks stay
+        ("i recieve teh leter", "I receive the letter"),
         ("They have alot of frends.", "They have a lot of friends."),
         ("Teh man is old. teh garden is not.", "The man is old. the garden is not."),
     ],
@@ -55,7 +56,7 @@ def test_what_is_no_word_becomes_one(text: str, right: str) -> None:
         "A blorple is a blorple.",  # a word that comes twice is meant
         "The gardenfriend is gardenless.",  # made of known words
         "Darcy received it.",  # a name that the books know begins a sentence
-        "Das ist ein Haus \u65e5\u672c \U0001f600.",
+        "Die anderen haben nicht einmal gelesen, was dort steht \u65e5\u672c \U0001f600.",
         "",
     ],
 )
