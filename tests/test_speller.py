@@ -38,6 +38,7 @@ def corrected(text: str) -> str:
     [
         ("I recieved a leter from my freind .", "I received a letter from my friend ."),
         ("It is thier  house,and teh gardn.", "It is their  house,and the garden."),  # blanks stay
+        ("It is beautifull.", "It is beautiful."),
         ("i recieve teh leter", "I receive the letter"),
         ("They have alot of frends.", "They have a lot of friends."),
         ("Teh man is old. teh garden is not.", "The man is old. the garden is not."),

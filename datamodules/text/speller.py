@@ -22,6 +22,7 @@ from datamodules.text.error_synthesis import GRAMMAR_WORDS, inflection
 MAX_EDITS = 2
 MIN_COUNT = 2  # of a word or a pair in the books; what stands there once may be a slip
 ENDINGS = (("ily$", "y"), ("(?<!e)(ly|ness|less|like)$", ""))  # of words, and what stands before
+MISSPELLED_END = re.compile("(full|e[ai]ble)$")  # wonder and full are words, wonderfull is none
 VOWELS = frozenset(b"aeiouy")
 AN = re.compile(r"(?!eu|ewe|uni[^mn]|us[aeu]|ut[ei]|ubi|one|once)[aeiou]|hour|honest|hono|heir")
 
@@ -137,7 +138,7 @@ class Speller:
 
     def is_known(self, word: str) -> bool:
         """Whether a word is known itself, or the parts are that it is made of."""
-        cuts = range(4, len(word) - 3)
+        cuts = range(4, len(word) - 3) if not MISSPELLED_END.search(word) else ()
         return (
             word in self.words
             or any(word[:k] in self.number and word[k:] in self.number for k in cuts)
