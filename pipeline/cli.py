@@ -170,9 +170,10 @@ class CLI(LightningCLI):
         self.shows_metrics, config.verbose = config.verbose, False  # a line each, not as a table
         checkpoint = load_checkpoint(Path(config.ckpt_path))
         learned = data_state(checkpoint, config.data.class_path)
-        for name in {"merges", "speller"} & learned.keys():  # no books again; classes are compared
-            if config.data.init_args[name] is not False:
-                config.data.init_args[name] = learned[name]
+        if "merges" in learned:  # subwords need no books again; classes are read and compared
+            config.data.init_args["merges"] = learned["merges"]
+        if config.data.init_args.get("speller"):
+            config.data.init_args["speller"] = learned.get("speller", True)
         trainer, validating = config.trainer, self.subcommand == "validate"
         if validating:
             trained = update(read_config(checkpoint["config"], config.ckpt_path))

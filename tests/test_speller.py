@@ -3,6 +3,7 @@
 import json
 import math
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from core.errors import UserError
 from datamodules import GrammarDataModule
 from datamodules.text.corrections import Line, word_edits
 from datamodules.text.speller import UNIT, Index, Speller, Weights, put_right
+from pipeline.continuing import differences
 
 SENTENCES = [
     "The old man received a letter from his friend in the morning .",
@@ -196,6 +198,16 @@ def test_a_network_reads_what_is_spelled(books: Path) -> None:
     assert data.subwords.decode(batch[0][0].tolist()) == "My sister go to the garden ."
     right = data.subwords.encode(["My sister goes to the garden ."])[0]
     assert data.score({0: right})["f05"] == 1  # against the sentence as it was written
+
+
+def test_runs_from_before_there_was_a_speller_go_on() -> None:
+    """A run is refused to go on with another value than recorded; these have recorded none."""
+    default = signature(GrammarDataModule).parameters["speller"].default
+    recorded, current = (
+        {"data": {"class_path": "GrammarDataModule", "init_args": options}}
+        for options in ({}, {"speller": default})
+    )
+    assert differences(recorded, current) == []
 
 
 def test_a_checkpoint_knows_the_speller(books: Path, tmp_path: Path) -> None:

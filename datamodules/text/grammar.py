@@ -67,7 +67,8 @@ class GrammarDataModule(BookDataModule):
         as_json: Print predictions as JSON, an object a line, instead of marking the changes.
         max_tokens: The most subwords that are read at once.
         speller: Let :class:`~datamodules.text.speller.Speller` correct what is read, in training as
-            in prediction; the network learns what is left. In a checkpoint, what it knows.
+            in prediction; the network learns what is left. In a checkpoint, what it knows; null goes
+            without, as all runs do that record nothing of it.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class GrammarDataModule(BookDataModule):
         as_json: bool = False,
         max_tokens: int = 80,
         exclude: str | None = None,
-        speller: bool | str = False,
+        speller: bool | str | None = None,
     ) -> None:
         super().__init__(
             data_dir, batch_size, eval_batch_size, epoch_size, val_size, vocab_size, books,
