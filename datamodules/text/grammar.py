@@ -67,8 +67,8 @@ class GrammarDataModule(BookDataModule):
         as_json: Print predictions as JSON, an object a line, instead of marking the changes.
         max_tokens: The most subwords that are read at once.
         speller: Let :class:`~datamodules.text.speller.Speller` correct what is read, in training as
-            in prediction; the network learns what is left. In a checkpoint, what it knows; null goes
-            without, as all runs do that record nothing of it.
+            in prediction; the network learns what is left. In a checkpoint, what it knows; null or
+            false goes without, as runs do that record nothing of it.
     """
 
     def __init__(
