@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Any setting of the data can be given as --data.NAME=VALUE, of the model likewise.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or .ckpt file")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or .ckpt file")
     parser.add_argument(
         "--images", metavar="FOLDER", help="photos to predict, for a run on a folder of photos"
     )
@@ -32,6 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--text_file", metavar="FILE", help="likewise, a text file of one a line; - is stdin"
+    )
+    parser.add_argument(
+        "--speller",
+        action="store_true",
+        help="instead of a RUN: correct spelling, capitals and articles of lines without training",
     )
     parser.add_argument(
         "--n_best", type=int, metavar="N", help="of each sentence, the N best corrections"
@@ -88,8 +93,14 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if options.output and options.output.stem == "oof":
         raise UserError(f"--output {options.output}: oof.npz is for folds; choose another name.")
+    if bool(options.runs) == options.speller:
+        raise UserError(
+            "give a RUN, or --speller without one; --data.speller=true puts it in front of a run."
+        )
     if options.export:
         refuse_beside_export(options)
+    if options.speller:
+        refuse_beside_speller(options, overrides)
     if options.tta:
         overrides = [f"--model.tta={options.tta}", *overrides]
     if options.n_best is not None:
@@ -110,10 +121,26 @@ def refuse_beside_export(options: argparse.Namespace) -> None:
     if options.export.suffix not in (".onnx", ".pt2") or len(options.runs) > 1:
         raise UserError(f"--export writes one run to FILE.onnx or FILE.pt2, not {options.export}.")
     acting = {"runs", "export", "checkpoint", "tta", "data", "data_dir", "trust", "debug"}
-    defaults = vars(make_parser().parse_args(options.runs))
-    for name, value in vars(options).items():
-        if name not in acting and value != defaults[name]:
-            raise UserError(f"--export predicts nothing and is in float32; leave out --{name}.")
+    if other := given(options) - acting:
+        raise UserError(f"--export predicts nothing and is in float32; leave out --{min(other)}.")
+
+
+def refuse_beside_speller(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuse what has no meaning without a run.
+
+    Raises:
+        UserError: What it is.
+    """
+    acting = {"speller", "text", "text_file", "json", "output", "data_dir", "debug"}
+    others = sorted(f"--{name}" for name in given(options) - acting) + overrides
+    if others:
+        raise UserError(f"--speller works without a run; leave out {others[0]}.")
+
+
+def given(options: argparse.Namespace) -> set[str]:
+    """Names of the options that are not as they are by default."""
+    defaults = vars(make_parser().parse_args([]))
+    return {name for name, value in vars(options).items() if value != defaults[name]}
 
 
 def join_values(args: list[str]) -> list[str]:
@@ -132,8 +159,11 @@ def main(args: list[str] | None = None) -> None:
     with told_in_one_sentence(debug="--debug" in args) as telling:
         options, overrides = parse(args)
         start()
-        from pipeline.prediction import run
+        from pipeline.prediction import run, spell
 
+        if options.speller:
+            spell(options)
+            return
         telling.values = True  # until the first batch
         run(options, overrides, telling)
 

@@ -172,6 +172,8 @@ class CLI(LightningCLI):
         learned = data_state(checkpoint, config.data.class_path)
         if "merges" in learned:  # subwords need no books again; classes are read and compared
             config.data.init_args["merges"] = learned["merges"]
+        if config.data.init_args.get("speller"):
+            config.data.init_args["speller"] = learned.get("speller", True)
         trainer, validating = config.trainer, self.subcommand == "validate"
         if validating:
             trained = update(read_config(checkpoint["config"], config.ckpt_path))

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 
 from callbacks import ProgressBar
 from core import wandb_runs
@@ -28,6 +30,8 @@ from core.runs import Run, is_file
 from core.submission import Submission
 from core.telling import Telling
 from core.wandb_runs import Piece
+from datamodules import GrammarDataModule
+from datamodules.text.corrections import Line, corrected_object, marked, word_edits, write_lines
 from lit_models.exporting import export
 from lit_models.trained import make_predictor
 from pipeline.loading import INPUTS, Member
@@ -231,9 +235,18 @@ def choose_output(given: Path | None, members: list[Member], submission: Submiss
     output = given or folder / submission.filename
     if submission.sendable and output.suffix != ".csv":
         raise UserError(f"--output {output}: submit.py takes .csv files alone; name it so.")
+    refuse_folder(output)
+    return output
+
+
+def refuse_folder(output: Path) -> None:
+    """Refuse a folder where a file is written.
+
+    Raises:
+        UserError: It is one.
+    """
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it.")
-    return output
 
 
 def link_predictions(members: list[Member], output: Path) -> None:
@@ -249,6 +262,27 @@ def link_predictions(members: list[Member], output: Path) -> None:
     ]
     made = Piece("predictions", id, output, metadata=facts)
     wandb_runs.record(source, "predict", used, [made])
+
+
+def spell(options: argparse.Namespace) -> None:
+    """Correct lines by the speller alone, which knows the words of the training books.
+
+    They are printed with their changes, and written to ``--output`` where it is given.
+    """
+    data = GrammarDataModule(
+        options.data_dir or "data", text=options.text, text_file=options.text_file
+    )
+    lines = [Line.of_text(text) for text in data.lines_to_correct()]
+    edits = [word_edits(line.words, data.spelled(line)) for line in lines]
+    if options.output:
+        refuse_folder(options.output)
+        write_lines(options.output, lines, edits)
+    console = Console(highlight=False, soft_wrap=True)
+    for line, way in zip(lines, edits, strict=True):
+        if options.json:
+            sys.stdout.write(json.dumps(corrected_object(line, way), ensure_ascii=False) + "\n")
+        else:
+            console.print(marked(line, way, console.is_terminal))
 
 
 def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import predict
 import train
+from benchmarks import jfleg
 from core.errors import UserError
 from datamodules import GrammarDataModule
 from datamodules.base import IGNORED
@@ -332,6 +333,15 @@ def test_corrects_lines_of_any_kind(
     assert corrected[4] == lines[4]
     printed = capsys.readouterr().out
     assert "to the [-the-] house" in printed or "to [-the-] the house" in printed
+
+
+def test_a_speller_before_a_network_that_has_none(run: Path) -> None:
+    lines = ["My sistr walked to the the house every day .", "the old man ."]
+    found = jfleg.correctors(GrammarDataModule(), str(run))
+    alone, behind = found["network"](lines), found["network + speller"](lines)
+    assert "sister" not in alone[0]
+    assert behind[0] == "My sister walked to the house every day ."
+    assert found["rules + speller"](lines)[1] == "The old man ."
 
 
 def test_json_and_several_corrections(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

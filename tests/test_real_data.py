@@ -253,5 +253,5 @@ def test_from_books_to_jfleg(
     source = str(jfleg / "dev.src")
     predict.main([str(run), "--text_file", source, "--output=out.txt", "--model.beam_width=1"])
     assert len(Path("out.txt").read_text().splitlines()) == 754
-    jfleg_table.main([str(jfleg), "out.txt"])
+    jfleg_table.main([str(jfleg), "out.txt", f"--data_dir={real_data}"])
     assert "55.76" in capsys.readouterr().out

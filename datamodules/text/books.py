@@ -88,7 +88,7 @@ class BookDataModule(SyntheticDataModule):
         return {"merges": self.subwords.merges}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["merges"] != self.subwords.merges:
+        if state != self.state_dict():
             raise UserError(
                 f"the run's subwords are not those of the books in {self.folder}; restore the "
                 "books and vocab_size, or train a new run."

@@ -18,6 +18,7 @@ from datamodules.text.subwords import Span, Subwords, sentences, words
 from metrics.edits import Edit, extract_edits
 
 GLUED = re.compile(r"[.,;:!?)\]}]+|\.\.\.|n't|'\w*", re.IGNORECASE)  # no blank in front of these
+ADDRESS = re.compile(r"\S*(?:[@/\\_#]|\w\.\w)\S*")
 STYLES = {"kept": "", "removed": "red strike", "added": "bold green"}
 MARKS = {"kept": "{}", "removed": "[-{}-]", "added": "{{+{}+}}"}  # those of wdiff
 
@@ -65,6 +66,12 @@ class Line:
     @property
     def words(self) -> list[str]:
         return [self.text[start:end] for start, end in self.spans]
+
+    @property
+    def addresses(self) -> set[int]:
+        """Numbers of the words that are part of an address or the like, ``x@y.org``."""
+        inside = {i for match in ADDRESS.finditer(self.text) for i in range(*match.span())}
+        return {number for number, span in enumerate(self.spans) if span.start in inside}
 
     @property
     def apart(self) -> bool:
@@ -157,9 +164,7 @@ class CorrectedText(Submission):
         ranks = range(tokens.shape[1])
         ways = [self.edits(ids, tokens[:, rank]) for rank in ranks]
         sums = [self.sums(ids, scores[:, rank]) for rank in ranks]
-        with atomic_write(path, "w", encoding="utf-8", newline="") as file:
-            for line, way in zip(self.lines, ways[0], strict=True):
-                file.write(line.corrected(way) + "\n")
+        write_lines(path, self.lines, ways[0])
         console = Console(highlight=False, soft_wrap=True)
         for number, line in enumerate(self.lines):
             # the n best of each sentence; where these are few, lines come out alike
@@ -219,6 +224,18 @@ def edits_of(
     return edits
 
 
+def word_edits(old: Sequence[str], new: Sequence[str]) -> list[Edit]:
+    """The edits where each word has become one that stands in its place."""
+    pairs = enumerate(zip(old, new, strict=True))
+    return [Edit(i, i + 1, after) for i, (before, after) in pairs if before != after]
+
+
+def write_lines(path: Path, lines: Sequence[Line], edits: Sequence[Sequence[Edit]]) -> None:
+    with atomic_write(path, "w", encoding="utf-8", newline="") as file:
+        for line, way in zip(lines, edits, strict=True):
+            file.write(line.corrected(way) + "\n")
+
+
 def marked(line: Line, edits: Sequence[Edit], styled: bool) -> Text:
     """The line with its changes, in colour or with the marks of wdiff."""
     text = Text()
@@ -232,10 +249,18 @@ def marked(line: Line, edits: Sequence[Edit], styled: bool) -> Text:
 
 def as_object(line: Line, found: Sequence[tuple[Sequence[Edit], float]]) -> dict[str, Any]:
     """A line with its hypotheses, the best first, and the edits of the best."""
-    words, best = line.words, found[0][0]
+    hypotheses = [
+        {"output": line.corrected(edits), "score": round(score, 4)} for edits, score in found
+    ]
+    return corrected_object(line, found[0][0]) | {"hypotheses": hypotheses}
+
+
+def corrected_object(line: Line, edits: Sequence[Edit]) -> dict[str, Any]:
+    """A line, what edits make of it, and the edits."""
+    words = line.words
     return {
         "input": line.text,
-        "output": line.corrected(best),
+        "output": line.corrected(edits),
         "edits": [
             {
                 "start": edit.start,
@@ -243,9 +268,6 @@ def as_object(line: Line, found: Sequence[tuple[Sequence[Edit], float]]) -> dict
                 "source": " ".join(words[edit.start : edit.end]),
                 "correction": edit.correction,
             }
-            for edit in best
-        ],
-        "hypotheses": [
-            {"output": line.corrected(edits), "score": round(score, 4)} for edits, score in found
+            for edit in edits
         ],
     }

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from datamodules.text.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataM
 from datamodules.text.corpora import read_corpus
 from datamodules.text.corrections import CorrectedText, Line, Piece, edits_of
 from datamodules.text.error_synthesis import ErrorSynthesis
+from datamodules.text.speller import Speller
 from datamodules.text.subwords import BEGIN, END, padded
 from metrics.correction import score_corrections
 from metrics.edits import apply_edits
@@ -64,6 +66,9 @@ class GrammarDataModule(BookDataModule):
             names them: in books by where they begin, of a file by their number from 1 on.
         as_json: Print predictions as JSON, an object a line, instead of marking the changes.
         max_tokens: The most subwords that are read at once.
+        speller: Let :class:`~datamodules.text.speller.Speller` correct what is read, in training as
+            in prediction; the network learns what is left. In a checkpoint, what it knows; null or
+            false goes without, as runs do that record nothing of it.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class GrammarDataModule(BookDataModule):
         as_json: bool = False,
         max_tokens: int = 80,
         exclude: str | None = None,
+        speller: bool | str | None = None,
     ) -> None:
         super().__init__(
             data_dir, batch_size, eval_batch_size, epoch_size, val_size, vocab_size, books,
@@ -100,10 +106,28 @@ class GrammarDataModule(BookDataModule):
         self.text_file = text_file
         self.as_json = as_json
         self.max_tokens = max_tokens
+        self._speller = speller
         self.examples: list[M2Sentence] = []  # what was read for evaluation, with its gold edits
         self.corrected: list[str | None] = []  # what became of these sentences, if evaluated
         self.lines: list[Line] = []  # what was read for evaluation or prediction
         self.pieces: list[Piece] = []  # parts of these lines; the ids count through them
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | ({"speller": self.speller.text} if self._speller else {})
+
+    @cached_property
+    def speller(self) -> Speller:
+        if isinstance(self._speller, str):
+            return Speller(self._speller)
+        return Speller.learn(self.all_sentences("train"))
+
+    def spelled(self, line: Line) -> list[str]:
+        """The words of a line as the speller has them."""
+        return self.speller.correct(line.words, line.beginnings, line.addresses)
+
+    def as_read(self, line: Line) -> list[str]:
+        """The words of a line as the network reads them."""
+        return self.spelled(line) if self._speller else line.words
 
     # Sentences and their corrections
 
@@ -149,8 +173,8 @@ class GrammarDataModule(BookDataModule):
             apply_edits(example.source, example.edits[person])
             for example, person in zip(examples, chosen, strict=True)
         ]
-        sources = self.subwords.encode([example.source for example in examples])
-        pairs = list(zip(sources, self.subwords.encode(targets), strict=True))
+        read = [" ".join(self.as_read(Line.of_words(example.source))) for example in examples]
+        pairs = list(zip(*map(self.subwords.encode, (read, targets)), strict=True))
         if split == "train":  # what is too long counts for nothing
             fits = [max(len(s), len(t)) <= self.max_tokens for s, t in pairs]
             kept: list[Pair] = [
@@ -173,6 +197,10 @@ class GrammarDataModule(BookDataModule):
         return source, lengths, target_in, ids, target
 
     def read_predict(self) -> Tensors:
+        return self.read_given(self.lines_to_correct())
+
+    def lines_to_correct(self) -> list[str]:
+        """Those of ``text`` and ``text_file``."""
         if self.text is None and self.text_file is None:
             raise UserError("nothing to correct: give --text LINE or --text_file FILE.")
         lines = [line for text in self.text or [] for line in text.split("\n")]
@@ -188,7 +216,7 @@ class GrammarDataModule(BookDataModule):
             lines += read_lines(self.text_file)
         if not lines:
             raise UserError(f"nothing to correct: {self.text_file} is empty.")
-        return self.read_given(lines)
+        return lines
 
     def read_given(self, given: Sequence[str]) -> Tensors:
         """Lines of text."""
@@ -221,10 +249,9 @@ class GrammarDataModule(BookDataModule):
 
     def piece_tensors(self) -> Tensors:
         """Source (N, S), lengths (N,) and ids (N,) of the pieces."""
+        read = [self.as_read(line) for line in self.lines]
         texts = [
-            " ".join(self.lines[piece.line].words[piece.start : piece.end])
-            if piece.readable
-            else ""
+            " ".join(read[piece.line][piece.start : piece.end]) if piece.readable else ""
             for piece in self.pieces
         ]
         pairs: list[Pair] = [(tokens, []) for tokens in self.subwords.encode(texts)]
