@@ -17,7 +17,8 @@ from test_classification import Points, model, trainer
 
 import study
 import train
-from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV
+from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord, Timing
+from callbacks.run.checkpoints import LastCheckpoint
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
 from core.errors import UserError
 from core.files import atomic_write, sha256, temporary
@@ -286,6 +287,33 @@ def test_rows_that_are_not_trained_again_are_forgotten(tmp_path: Path) -> None:
     log.restart_from(4)
     log.save()
     assert [int(line.split(",")[0]) for line in log.path.read_text().split()[1:]] == [0, 1, 2, 3]
+
+
+def test_what_a_checkpoint_has_seen_is_in_the_files_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed behind the checkpoint of its last step, inside an epoch, lacked that step."""
+    found: list[dict[str, list[int]]] = []
+
+    def save(self: AtomicCheckpointIO, *_: Any, **__: Any) -> None:
+        texts = {name: (tmp_path / name).read_text() for name in ("metrics.csv", "timing.csv")}
+        lines = {name: text.splitlines()[1:] for name, text in texts.items()}
+        found.append({n: [int(line.split(",")[0]) for line in x] for n, x in lines.items()})
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+    last = LastCheckpoint()
+    last.dirpath = str(tmp_path)
+    run = trainer(
+        tmp_path,
+        max_steps=13,  # an epoch has ten
+        logger=MetricsCSV(str(tmp_path)),
+        callbacks=[Timing(), last, RunRecord("seed_everything: 0\n")],
+        plugins=AtomicCheckpointIO(),
+        enable_checkpointing=True,
+    )
+    run.fit(model(), Points())
+    assert [each["metrics.csv"] for each in found] == [list(range(10)), list(range(13))]
+    assert [each["timing.csv"] for each in found] == [[9], [9, 12]]
 
 
 def test_result_of_a_test_joins_the_row_of_its_checkpoint(tmp_path: Path) -> None:

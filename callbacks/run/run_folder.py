@@ -97,10 +97,6 @@ class MetricsCSV(Logger):
         self._next_save = end + 30 + 50 * (end - start)  # a long file is written less often
 
     @rank_zero_only
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        self.save()  # every step that the checkpoint has seen is in the file
-
-    @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
 
@@ -164,6 +160,12 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["config"] = self.text
+        # whoever goes on from it has every step that it has seen in the file, whatever comes now
+        if isinstance(pl_module, LitModel):
+            pl_module.flush_records()
+        for table in trainer.loggers:
+            if isinstance(table, MetricsCSV):
+                table.save()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -104,21 +104,26 @@ class Timing(Callback):
         if trainer.global_step - 1 > self._last:
             self._write(trainer)
 
-    def _write(self, trainer: Trainer) -> None:
-        now, clock = perf_counter(), getattr(trainer.profiler, "waited", None)  # type: ignore[attr-defined]
-        seconds = self._seconds + now - (self._running or now)
-        step = trainer.global_step
+    def _row(self, trainer: Trainer) -> dict[str, float]:
+        now, seconds = perf_counter(), self._seconds
+        if self._running is not None:
+            seconds += now - self._running
         row = {"time/samples_per_second": self._samples * trainer.world_size / seconds}
+        clock = getattr(trainer.profiler, "waited", None)  # type: ignore[attr-defined]
         if clock is not None:
             row["time/data_wait"] = (clock - self._waited) / seconds
         row["time/memory"] = memory(trainer.strategy.root_device) / MIB
         row["time/elapsed"] = self._before + now - self._began
         if self._total > 0:
-            pace = (now - self._began) / (step - self._first)
-            row["time/left"] = pace * (self._total - step)
-        self.latest = {name: round(value, 4) for name, value in row.items()}
-        self._seconds, self._samples, self._waited = 0.0, 0, clock or 0.0
-        self._running, self._last, self._due = now, step - 1, False
+            pace = (now - self._began) / (trainer.global_step - self._first)
+            row["time/left"] = pace * (self._total - trainer.global_step)
+        return {name: round(value, 4) for name, value in row.items()}
+
+    def _write(self, trainer: Trainer) -> None:
+        self.latest = self._row(trainer)
+        self._running, self._seconds, self._samples = perf_counter(), 0.0, 0
+        self._waited = getattr(trainer.profiler, "waited", 0.0)  # type: ignore[attr-defined]
+        self._last, self._due = trainer.global_step - 1, False
         if self._table is None:
             return
         self._table.log_metrics(self.latest, self._last)
@@ -128,6 +133,9 @@ class Timing(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
         self.on_validation_start(trainer)  # what the checkpoint has seen is in the file
+        if self._table is not None and trainer.global_step == self._total > self._last + 1:
+            # the end of training writes this row for all loggers, but it may never be reached
+            self._table.log_metrics(self._row(trainer), self._total - 1)
         self._save()
 
     def _save(self, *_: Any, **__: Any) -> None:
