@@ -37,6 +37,7 @@ from core.errors import UserError
 from pipeline.parser import Parser
 from pipeline.trainer import fastest_precision
 
+pytestmark = pytest.mark.slow  # what they tell of changes with the libraries alone
 SIGTERM_NAMES = ("_signal_connector", "_sigterm_notifier_fn", "_broadcast_sigterm_tensor")
 LOOP_NAMES = ("_data_fetcher", "_should_accumulate", "_is_training_done", "_should_check_val_fx")
 W_AND_B_NAMES = ("_interface", "_assign", "_asyncer", "_client", "_publish")
