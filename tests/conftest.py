@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
+    import numpy as np
     from kaggle_place import Refusal
     from kaggle_server import KaggleServer
     from lightning import LightningDataModule, LightningModule
@@ -127,6 +128,25 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, str(home))
         patch.setenv("WANDB_MODE", "disabled")  # starting a run takes longer than most tests
         patch.setenv("WANDB_ERROR_REPORTING", "false")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _drawn_once() -> Iterator[None]:
+    """To draw the digits of the demo takes a second, which thirty tests would."""
+    from datamodules.images import demo
+
+    draw = demo.draw
+    known: dict[tuple[bytes, int], np.ndarray] = {}
+
+    def draw_once(originals: np.ndarray, seed: int) -> np.ndarray:
+        key = originals.tobytes(), seed
+        if key not in known:
+            known[key] = draw(originals, seed)
+        return known[key].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "draw", draw_once)
         yield
 
 
@@ -240,25 +260,30 @@ def kaggle(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KaggleS
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
+def resolve_here(args: list[str], code: bytes) -> dict[str, Any]:
+    """``parcel.resolve`` in this process, which has the code already."""
+    import train
+
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as place:
+        with tarfile.open(fileobj=io.BytesIO(code), mode="r:bz2") as archive:
+            archive.extractall(place, filter="data")
+        with redirect_stdout(printed), suppress(SystemExit), chdir(place):
+            train.main([*args, "--print_config"])
+    return dict(yaml.safe_load(printed.getvalue()))
+
+
 @pytest.fixture
 def quick_push(
     request: pytest.FixtureRequest, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arguments are read in this process, where PyTorch is loaded already; not in slow tests."""
-    import train
+    """Arguments are read in this process, and little code travels; not in slow tests."""
     from pipeline.kaggle import parcel, remote
 
-    def resolve(args: list[str], code: bytes) -> dict[str, Any]:
-        printed = io.StringIO()
-        with tempfile.TemporaryDirectory() as place:
-            with tarfile.open(fileobj=io.BytesIO(code), mode="r:bz2") as archive:
-                archive.extractall(place, filter="data")
-            with redirect_stdout(printed), suppress(SystemExit), chdir(place):
-                train.main([*args, "--print_config"])
-        return dict(yaml.safe_load(printed.getvalue()))
-
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(parcel, "resolve", resolve)
+        monkeypatch.setattr(parcel, "resolve", resolve_here)
+        few = [p for p in parcel.code_files() if p.parts[0] in ("train.py", "configs")]
+        monkeypatch.setattr(parcel, "code_files", lambda: few)
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(remote, "PATIENCE", 0.05)
 

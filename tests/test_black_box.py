@@ -111,10 +111,8 @@ def test_one_that_is_killed_leaves_no_damaged_file(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize(
-    ("network", "steps"),
-    [("LeNet5", 150), pytest.param("one 1x2 Linear", 290, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "steps"), [("LeNet5", 150), ("one 1x2 Linear", 290)])
 def test_copying_costs_below_one_percent_and_no_read(network: str, steps: int) -> None:
     def cost(**options: Any) -> step_overhead.Mark:
         way = partial(

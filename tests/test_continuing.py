@@ -121,33 +121,46 @@ def killed_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[str]], Non
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flags", "said"),
     [
-        ("--model.network.channels=[8,16]", "--model.network.channels was [6, 16], not [8, 16]"),
-        ("--model.network=lit_models.networks.ResNet", "--model.network was LeNet5, not ResNet"),
-        ("--model.optimizer.lr=0.1", "--model.optimizer.lr was 0.003, not 0.1"),
-        ("--model.optimizer=torch.optim.SGD", "--model.optimizer was Adam, not SGD"),
-        ("--seed_everything=3", "--seed_everything was 0, not 3"),
-        ("--data.train_fraction=0.25", "--data.train_fraction was 0.5, not 0.25"),
-        ("--data.epoch_size=300", "--data.epoch_size was none, not 300"),
-        ("--data.batch_size=25", "optimizer steps of 50 samples, not of 25"),
-        ("--trainer.accumulate_grad_batches=2", "optimizer steps of 50 samples, not of 100"),
-        ("--trainer.gradient_clip_val=1", "--trainer.gradient_clip_val was none, not 1"),
         (
-            "--trainer.callbacks+=Freeze --trainer.callbacks.parameters=[network] "
-            "--trainer.callbacks.from_epoch=1",
-            "--trainer.callbacks.Freeze was none, not Freeze",
+            "--model.network.channels=[8,16] --model.optimizer.lr=0.1 --seed_everything=3",
+            [
+                "--model.network.channels was [6, 16], not [8, 16]",
+                "--model.optimizer.lr was 0.003, not 0.1",
+                "--seed_everything was 0, not 3",
+            ],
         ),
+        (
+            "--model.network=lit_models.networks.ResNet --model.optimizer=torch.optim.SGD "
+            "--data.train_fraction=0.25",
+            [
+                "--model.network was LeNet5, not ResNet",
+                "--model.optimizer was Adam, not SGD",
+                "--data.train_fraction was 0.5, not 0.25",
+            ],
+        ),
+        (
+            "--data.epoch_size=300 --trainer.gradient_clip_val=1 --trainer.callbacks+=Freeze "
+            "--trainer.callbacks.parameters=[network] --trainer.callbacks.from_epoch=1",
+            [
+                "--data.epoch_size was none, not 300",
+                "--trainer.gradient_clip_val was none, not 1",
+                "--trainer.callbacks.Freeze was none, not Freeze",
+            ],
+        ),
+        ("--data.batch_size=25", ["optimizer steps of 50 samples, not of 25"]),
+        ("--trainer.accumulate_grad_batches=2", ["optimizer steps of 50 samples, not of 100"]),
     ],
 )
 @pytest.mark.usefixtures("begun")
 def test_another_run_is_refused_and_nothing_changes(
-    flag: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+    flags: str, said: list[str], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It was written into the config.yaml of the good run, which then could not be tested."""
     before = digest(home)
-    args = ["fit", *BASE, "--run=r", "--trainer.max_epochs=2", *flag.split()]
-    assert said in sentence(args, capsys)
+    told = sentence(["fit", *BASE, "--run=r", "--trainer.max_epochs=2", *flags.split()], capsys)
+    assert [part for part in said if part not in told] == []
     assert digest(home) == before
 
 
@@ -277,10 +290,9 @@ def test_differences_go_no_deeper_than_the_class() -> None:
     "args",
     [
         ["--trainer.max_steps=27", "--trainer.max_epochs=-1"],
-        ["--trainer.max_epochs=3"],
         ["--trainer.max_steps=25", "--trainer.max_epochs=3", "--data.flip=random"],
     ],
-    ids=["max_steps", "max_epochs", "both"],
+    ids=["max_steps", "both"],
 )
 def test_a_killed_run_ends_with_the_same_bits(
     args: list[str], killed_in: Callable[[int, list[str]], None]
@@ -388,7 +400,7 @@ SETTINGS: dict[str, list[str]] = {
 
 @pytest.mark.slow
 @settings(
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # shrinking would train for minutes
@@ -429,7 +441,7 @@ def test_any_run_goes_on_exactly_or_is_left_as_it_was(
 # Names
 
 
-@pytest.mark.parametrize("name", ["..", ".x", "a/b", "x/../y", "#1 2", "ä", "n" * 101, "x\0y", ""])
+@pytest.mark.parametrize("name", ["..", "a/b", "#1 2", "ä", "n" * 101, "x\0y", ""])
 def test_names_that_no_run_can_have(
     name: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,7 +450,7 @@ def test_names_that_no_run_can_have(
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["lr=0.003", "mnist_lenet/r", "runs/mnist_lenet/r", "null", "7"])
+@pytest.mark.parametrize("name", ["lr=0.003", "runs/mnist_lenet/r", "null"])
 def test_names_of_runs(name: str) -> None:
     fit("--trainer.max_epochs=1", run=name)
     assert (FOLDER / name.rpartition("/")[2] / "config.yaml").is_file()

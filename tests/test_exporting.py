@@ -37,6 +37,7 @@ def sentence(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("name", "script"), [("x.pt2", BARE_PT2), ("x.onnx", BARE_ONNX)])
 def test_the_file_gives_what_the_run_gives_without_us(

@@ -10,7 +10,6 @@ import jsonschema
 import pytest
 import yaml
 from conftest import CONFIGS
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from core.errors import UserError
 from pipeline.studies.grid import PointRecord, Study
@@ -102,6 +101,9 @@ def test_points_in_the_order_of_wandb() -> None:
 @pytest.mark.usefixtures("folder")
 def test_the_command_is_the_one_of_an_agent() -> None:
     """The flags come from W&B's own function; the rest is replaced as its agent does it."""
+    # imports for seconds, which all processes that collect this file would wait for
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
     study = load(sweep())
     for point in study.points:
         sent = {"args": {key: {"value": value} for key, value in point.items()}}

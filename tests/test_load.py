@@ -150,6 +150,7 @@ def test_names(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load("last_names/x").predict("Nguyen")
 
 
+@pytest.mark.slow
 def test_the_import_is_cheap() -> None:
     """Nobody who only wants the modules pays for the command line."""
     command = "import sys; from lit_models import load; print(*sys.modules)"

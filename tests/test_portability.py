@@ -100,6 +100,7 @@ with Run(Path({str(run.folder)!r})).lock():
         pass
 
 
+@pytest.mark.slow
 def test_what_one_feature_alone_needs_may_be_missing(tmp_path: Path) -> None:
     """Kaggle's image has no py7zr, and every command ended in a traceback."""
     program = f"""

@@ -36,6 +36,7 @@ from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.errors import UserError
 from pipeline.parser import Parser
 
+pytestmark = pytest.mark.slow  # what they tell of changes with the libraries alone
 SIGTERM_NAMES = ("_signal_connector", "_sigterm_notifier_fn", "_broadcast_sigterm_tensor")
 LOOP_NAMES = ("_data_fetcher", "_should_accumulate", "_is_training_done", "_should_check_val_fx")
 W_AND_B_NAMES = ("_interface", "_assign", "_asyncer", "_client", "_publish")

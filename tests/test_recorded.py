@@ -121,6 +121,7 @@ def test_a_fix_is_trained(fix: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 # spike_gpt
 
 
+@pytest.mark.slow
 def test_gpt_is_tuned_and_reported_once(
     books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,7 +159,7 @@ def test_a_batch_is_named_by_what_a_person_finds_again(
     name: str, epoch: int, data_dir: Path
 ) -> None:
     make, options, meaning, content = SETS[name]
-    check_names(begun(make, data_dir, **options), meaning, content, epoch, batches=30)
+    check_names(begun(make, data_dir, **options), meaning, content, epoch, batches=10)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])

@@ -1,15 +1,21 @@
 """What several processes cost each other."""
 
+import json
+from pathlib import Path
+
 import pytest
+from processes import by_two
 
 from benchmarks import scaling
 from lit_models.networks import LeNet5
 
 
 @pytest.mark.slow
-def test_flags_cost_a_twentieth_of_lightnings() -> None:
+def test_flags_cost_a_twentieth_of_lightnings(tmp_path: Path) -> None:
     """Both counted in two real processes: collectives, and the reads of what they bring."""
-    result = scaling.measured(processes=2, steps=20, rounds=1)
+    args = ["--steps=1", "--rounds=1", "--result=result.json"]
+    assert by_two("benchmarks.scaling", args, tmp_path) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
     ours, theirs, usual = (scaling.Cost(*result["costs"][way]) for way in scaling.WAYS)
     assert usual.collectives == pytest.approx(1)  # the flag of every step, and nothing else
     # what else is exchanged, the metrics of log steps, is the same in both

@@ -162,7 +162,7 @@ def used(optimizer: Optimizer, schedule: LRScheduler, steps: int) -> list[tuple[
     return seen
 
 
-@pytest.mark.parametrize("steps", [10, 235, 1000])
+@pytest.mark.parametrize("steps", [10, 235])
 @pytest.mark.parametrize("config", FORMER)
 def test_one_cycle_of_each_config_is_that_of_torch(config: str, steps: int) -> None:
     ours, theirs = optimizer_of(config), optimizer_of(config)
@@ -183,8 +183,8 @@ def test_the_rate_of_a_config_is_the_one_that_is_used(config: str) -> None:
         settings = model_of(config)["optimizer"].get("init_args", {}) | typed
         rate = optimizer.param_groups[0]["lr"]
         assert rate == pytest.approx(settings["lr"])
-        schedule = made(model_of(config)["lr_scheduler"], optimizer, total_steps=1000)
-        first, *_ = rates = [lr for lr, _ in used(optimizer, schedule, 1000)]
+        schedule = made(model_of(config)["lr_scheduler"], optimizer, total_steps=200)
+        first, *_ = rates = [lr for lr, _ in used(optimizer, schedule, 200)]
         assert max(rates) == pytest.approx(max(g["initial_lr"] for g in optimizer.param_groups))
         factors.append(first / rate)
     assert factors[0] == pytest.approx(factors[1])

@@ -270,11 +270,11 @@ def test_a_long_line_keeps_its_spikes() -> None:
     assert np.isfinite(shown).all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_values_that_are_not_finite_break_no_picture(bad: float) -> None:
+def test_values_that_are_not_finite_break_no_picture() -> None:
     run = spiky_run()
     columns = ["train/loss", "val/loss", "grad_norm/total", "grad_norm/threshold"]
-    run.metrics.loc[200:, columns] = bad
+    run.metrics.loc[200:, columns] = math.nan
+    run.metrics.loc[230:250, columns] = math.inf
     run.metrics.loc[200:, "spikes/gradient"] = 2 + np.arange(100)
     for figure in spike_pictures([run]).values():
         assert (rendered(figure) < 128).any()

@@ -34,6 +34,7 @@ def test_what_a_command_may_not_need_is_imported_later(module: str) -> None:
     assert found.isdisjoint({"scipy.signal", "scipy.stats", *HEAVY})
 
 
+@pytest.mark.slow
 def test_scipy_is_whole_behind_torchmetrics() -> None:
     asking = "import scipy.signal; scipy.signal.windows.hamming(3)"
     assert "scipy.stats" in imported(f"from core.starting import start; start(); {asking}")

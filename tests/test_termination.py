@@ -18,6 +18,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from processes import by_two
 from torch import nn
 from torch.optim import Adam
 
@@ -285,7 +286,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(both: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("whole")
-    assert start([sys.executable, str(SCRIPT), *both], home).wait(TIME_LIMIT) == 0
+    assert by_two("train", both, home) == 0
     return home / RUN
 
 
@@ -301,7 +302,7 @@ def assert_goes_on(both: list[str], home: Path, whole: Path) -> None:
     assert output.count("Stopped by SIGTERM after step") == 1, output
     stopped = torch.load(home / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     assert STEPS // 2 < stopped["global_step"] < STEPS
-    assert start([sys.executable, str(SCRIPT), *both], home).wait(TIME_LIMIT) == 0
+    assert by_two("train", both, home) == 0
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (
             torch.load(run / "checkpoints" / name, weights_only=True) for run in (home / RUN, whole)

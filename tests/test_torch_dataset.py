@@ -149,6 +149,7 @@ def test_the_configuration_of_the_page(
     assert set(load("fashion/first").predict(grey).labels) <= set(saved["classes"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
     "ignore:The number of training batches",

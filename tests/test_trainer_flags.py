@@ -1,18 +1,24 @@
 """What can be told to a Trainer acts, by a number that changes, or is refused in one sentence."""
 
 import csv
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
+from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_continuing import BASE, FOLDER, fit, last
 from test_train import rows, sentence
 
 import train
+from core.errors import UserError
 from lit_models import LitClassifier
+from pipeline.refusals import refuse_settings
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +36,12 @@ def validations() -> list[int]:
     return [int(row["step"]) for row in rows(FOLDER / "r") if row.get("val/loss")]
 
 
-def has(pattern: str) -> int:
-    return len(list((FOLDER / "r").glob(pattern)))
+def counter(pattern: str) -> Callable[[], int]:
+    """How many such files there are in the run."""
+    return lambda: len(list((FOLDER / "r").glob(pattern)))
+
+
+checkpoints, tables, profiles = map(counter, ("checkpoints/*", "metrics.csv", "fit-*.txt"))
 
 
 def csv_steps() -> int:
@@ -65,79 +75,105 @@ def tensorboard_rows() -> bool:
 
 
 CALLBACKS = "--trainer.callbacks"
-EFFECTS: list[tuple[str, Callable[[], Any], Any]] = [  # flags, what is measured, what it is
-    ("", steps, 20),
-    ("--trainer.max_steps=7", steps, 7),
-    ("--trainer.max_epochs=1", steps, 10),
-    ("--trainer.min_epochs=2 --trainer.max_time=00:00:00:00", steps, 20),
-    ("--trainer.min_steps=13 --trainer.max_time=00:00:00:00", steps, 13),
-    ("--trainer.limit_train_batches=3", steps, 6),
-    ("--trainer.limit_train_batches=0.5", steps, 10),
-    ("--trainer.overfit_batches=2", steps, 4),
-    ("--trainer.accumulate_grad_batches=5", steps, 4),
-    ("--trainer.limit_val_batches=0", validations, []),
-    ("", validations, [9, 19]),
-    ("--trainer.val_check_interval=0.5", validations, [4, 9, 14, 19]),
-    ("--trainer.val_check_interval=4", validations, [3, 7, 13, 17]),
-    ("--trainer.check_val_every_n_epoch=2", validations, [19]),
-    ("--trainer.enable_checkpointing=false", lambda: has("checkpoints/*"), 0),
-    ("--trainer.logger=false", lambda: has("metrics.csv"), 0),
-    ("--trainer.logger=true", lambda: has("metrics.csv"), 1),
-    ("--trainer.logger=CSVLogger", csv_steps, 20),
-    ("--trainer.logger=TensorBoardLogger", tensorboard_steps, 20),
-    ("--trainer.logger+=TensorBoardLogger --test=true", tensorboard_rows, True),
-    ("--trainer.profiler=simple", lambda: has("fit-*.txt"), 0),
+PROFILER = "--trainer.profiler"
+# flags, and what they make of what is measured; two that do not meet share a run
+EFFECTS: list[tuple[str, dict[Callable[[], Any], Any]]] = [
+    ("", {steps: 20, validations: [9, 19]}),
+    ("--trainer.max_steps=7 --trainer.logger=true", {steps: 7, tables: 1}),
+    ("--trainer.max_epochs=1 --trainer.logger=false", {steps: 10, tables: 0}),
+    ("--trainer.min_epochs=2 --trainer.max_time=00:00:00:00", {steps: 20}),
+    ("--trainer.min_steps=13 --trainer.max_time=00:00:00:00", {steps: 13}),
+    ("--trainer.limit_train_batches=3", {steps: 6}),
+    ("--trainer.limit_train_batches=0.5", {steps: 10}),
     (
-        "--trainer.profiler=SimpleProfiler --trainer.profiler.filename=times "
-        "--trainer.profiler.dirpath=.",
-        lambda: len(Path("fit-times.txt").read_text().splitlines()) > 10,
-        True,
+        "--trainer.enable_checkpointing=false --trainer.limit_val_batches=0",
+        {checkpoints: 0, validations: []},
     ),
+    ("--trainer.overfit_batches=2", {steps: 4}),
     (
-        "--trainer.profiler=AdvancedProfiler --trainer.profiler.filename=calls "
-        "--trainer.profiler.dirpath=.",
-        lambda: "function calls" in Path("fit-calls.txt").read_text(),
-        True,
+        "--trainer.accumulate_grad_batches=5 --trainer.check_val_every_n_epoch=2",
+        {steps: 4, validations: [3]},
+    ),
+    ("--trainer.val_check_interval=0.5", {validations: [4, 9, 14, 19]}),
+    ("--trainer.val_check_interval=4", {validations: [3, 7, 13, 17]}),
+    (f"--trainer.logger=CSVLogger {PROFILER}=simple", {csv_steps: 20, profiles: 0}),
+    ("--trainer.logger+=TensorBoardLogger --test=true", {tensorboard_rows: True}),
+    (
+        f"--trainer.logger=TensorBoardLogger {PROFILER}=SimpleProfiler {PROFILER}.filename=times "
+        f"{PROFILER}.dirpath=.",
+        {tensorboard_steps: 20, lambda: len(Path("fit-times.txt").read_text()) > 1000: True},
     ),
     (
         f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/loss {CALLBACKS}.stopping_threshold=9",
-        steps,
-        10,
+        {steps: 10},
     ),
     (
         f"{CALLBACKS}+=ModelCheckpoint {CALLBACKS}.every_n_train_steps=5 {CALLBACKS}.save_top_k=-1",
-        lambda: has("checkpoints/*.ckpt"),
-        4 + 2,
+        {checkpoints: 4 + 2},
     ),
-    (f"{CALLBACKS}+=Timer {CALLBACKS}.duration=00:00:00:00", lambda: has("checkpoints/*"), 0),
+    (f"{CALLBACKS}+=Timer {CALLBACKS}.duration=00:00:00:00", {checkpoints: 0}),
     (
-        f'{CALLBACKS}+=GradientAccumulationScheduler {CALLBACKS}.scheduling={{"0":5,"1":2}}',
-        steps,
-        2 + 5,
+        f'{CALLBACKS}+=GradientAccumulationScheduler {CALLBACKS}.scheduling={{"0":5,"1":2}} '
+        f"{CALLBACKS}+=EMAWeightAveraging",
+        {steps: 2 + 5, lambda: "averaging_state" in last(FOLDER / "r"): True},
     ),
-    (f"{CALLBACKS}+=EMAWeightAveraging", lambda: "averaging_state" in last(FOLDER / "r"), True),
 ]
 
 
-@pytest.mark.parametrize(("flags", "measure", "expected"), EFFECTS, ids=[x[0] for x in EFFECTS])
-def test_a_setting_acts(flags: str, measure: Callable[[], Any], expected: Any) -> None:
+@pytest.mark.parametrize(("flags", "effects"), EFFECTS, ids=[x[0] for x in EFFECTS])
+def test_a_setting_acts(flags: str, effects: dict[Callable[[], Any], Any]) -> None:
     typed = ["--trainer.max_epochs=2", *flags.split()]
     fit(*typed)
-    assert measure() == expected
+    assert [measure() for measure in effects] == list(effects.values())
+
+
+def classes(*names: str) -> list[Namespace]:
+    return [Namespace(class_path=f"somewhere.{name}") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"barebones": True}, "--trainer.barebones=true leaves nothing of a run"),
+        ({"max_steps": 0}, "with --trainer.max_steps=0 there is nothing to train"),
+        ({"limit_train_batches": 0}, "with --trainer.limit_train_batches=0 there is nothing"),
+        ({"max_epochs": -1}, "training would not end"),
+        ({"val_check_interval": 0}, "--trainer.val_check_interval must not be 0"),
+        ({"accumulate_grad_batches": 0}, "--trainer.accumulate_grad_batches must not be 0"),
+        ({"gradient_clip_val": -1}, "--trainer.gradient_clip_val must not be negative"),
+        ({"gradient_clip_algorithm": "value"}, "needs --trainer.gradient_clip_val"),
+        ({"min_epochs": 5}, "--trainer.min_epochs=5 is more than max_epochs"),
+        ({"check_val_every_n_epoch": 5}, "nothing is validated in 2 epochs"),
+        ({"callbacks": classes("BatchSizeFinder")}, "BatchSizeFinder needs a loader that is made"),
+        ({"callbacks": classes("LearningRateFinder")}, "LearningRateFinder moves one rate"),
+        (
+            {"callbacks": classes("Timer", "StochasticWeightAveraging")},
+            "StochasticWeightAveraging keeps its average in no checkpoint",
+        ),
+        ({"strategy": "fsdp"}, "strategy=fsdp cuts parameters into parts"),
+        ({"strategy": "deepspeed_stage_2"}, "strategy=deepspeed_stage_2 cuts parameters into"),
+        ({"strategy": "model_parallel"}, "strategy=model_parallel cuts parameters into parts"),
+        (
+            {"strategy": classes("ModelParallelStrategy")[0]},
+            "--trainer.strategy=ModelParallelStrategy cuts parameters into parts",
+        ),
+        ({"logger": classes("TensorBoardLogger")}, "pip install tensorboard"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_act_is_refused(
+    settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.refusals.find_spec", lambda name: None)
+    usual: dict[str, Any] = dict.fromkeys(inspect.signature(Trainer).parameters)
+    usual |= {"max_epochs": 2, "max_steps": -1, "strategy": "auto"}
+    refuse_settings(Namespace(**usual), "fit")
+    with pytest.raises(UserError, match=re.escape(said)):
+        refuse_settings(Namespace(**usual | settings), "fit")
 
 
 REFUSED = [
-    ("--trainer.barebones=true", "--trainer.barebones=true leaves nothing of a run"),
     ("--trainer.max_epochs=0", "with --trainer.max_epochs=0 there is nothing to train"),
-    ("--trainer.max_steps=0", "with --trainer.max_steps=0 there is nothing to train"),
-    ("--trainer.limit_train_batches=0", "with --trainer.limit_train_batches=0 there is nothing"),
-    ("--trainer.max_epochs=-1", "training would not end"),
-    ("--trainer.val_check_interval=0", "--trainer.val_check_interval must not be 0"),
-    ("--trainer.accumulate_grad_batches=0", "--trainer.accumulate_grad_batches must not be 0"),
-    ("--trainer.gradient_clip_val=-1", "--trainer.gradient_clip_val must not be negative"),
-    ("--trainer.gradient_clip_algorithm=value", "needs --trainer.gradient_clip_val"),
-    ("--trainer.min_epochs=5", "--trainer.min_epochs=5 is more than max_epochs"),
-    ("--trainer.check_val_every_n_epoch=5", "nothing is validated in 2 epochs"),
     ("--trainer.devices=abc", "the trainer cannot be made: "),
     ("--trainer.enable_checkpointing=false --trainer.callbacks+=ModelCheckpoint", "ModelCheckpoin"),
     (f"{CALLBACKS}+=EMAWeightAveraging {CALLBACKS}+=EMAWeightAveraging", "cannot be made: "),
@@ -161,12 +197,6 @@ REFUSED = [
         "--model.lr_scheduler=lit_models.schedules.OneCycle",
         "laid over the whole training, which has no end",
     ),
-    (f"{CALLBACKS}+=BatchSizeFinder", "BatchSizeFinder needs a loader that is made anew"),
-    (f"{CALLBACKS}+=LearningRateFinder", "LearningRateFinder moves one rate"),
-    (
-        f"{CALLBACKS}+=StochasticWeightAveraging {CALLBACKS}.swa_lrs=0.1",
-        "StochasticWeightAveraging keeps its average in no checkpoint",
-    ),
     (
         f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/acc",
         "EarlyStopping watches val/acc, which is not measured in validation; there are val/accur",
@@ -183,14 +213,6 @@ REFUSED = [
     (
         "--trainer.logger=callbacks.ResumableWandbLogger --trainer.logger.save_dir=x",
         "leave its save_dir out",
-    ),
-    ("--trainer.strategy=fsdp", "strategy=fsdp cuts parameters into parts"),
-    ("--trainer.strategy=deepspeed_stage_2", "strategy=deepspeed_stage_2 cuts parameters into"),
-    ("--trainer.strategy=model_parallel", "strategy=model_parallel cuts parameters into parts"),
-    (
-        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy "
-        "--trainer.strategy.data_parallel_size=1 --trainer.strategy.tensor_parallel_size=1",
-        "--trainer.strategy=ModelParallelStrategy cuts parameters into parts",
     ),
     (
         "--trainer.strategy=FSDPStrategy --trainer.strategy.cpu_offload=true",
@@ -230,14 +252,6 @@ def test_a_setting_is_refused_in_one_sentence(
     assert begun or not list(home.rglob("config.yaml"))
 
 
-def test_a_logger_that_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("pipeline.refusals.find_spec", lambda name: None)
-    said = sentence(["fit", *BASE, "--trainer.logger=TensorBoardLogger"], capsys)
-    assert said == "error: TensorBoardLogger needs tensorboard: pip install tensorboard"
-
-
 def test_a_validation_leaves_the_records_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """It was recorded at step 0, and the steps to an accuracy became 1."""
     run = fit("--trainer.max_epochs=2")
@@ -257,24 +271,17 @@ def test_a_part_of_a_test_does_not_take_the_place_of_the_whole() -> None:
     assert (run / "confusion_matrix_test.csv").exists() == matrix
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_overfitting_is_for_fit(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = fit("--trainer.max_epochs=1")
-    args = [command, f"--run={run}", "--trainer.overfit_batches=2"]
-    assert "--trainer.overfit_batches is for fit" in sentence(args, capsys)
-
-
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_quick_look_is_at_the_trained_network(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_quick_look_is_at_the_trained_network(capsys: pytest.CaptureFixture[str]) -> None:
     """``fast_dev_run`` evaluated the initial weights."""
     run = fit("--trainer.max_epochs=3")
-    capsys.readouterr()
     flags = ["--trainer.fast_dev_run=1", "--data.eval_batch_size=1000"]
-    train.main([command, f"--run={run}", *flags])
-    [line] = [x for x in capsys.readouterr().out.splitlines() if "/accuracy" in x]
-    assert float(line.split()[1]) > 0.5
+    for command in ("validate", "test"):
+        capsys.readouterr()
+        train.main([command, f"--run={run}", *flags])
+        [line] = [x for x in capsys.readouterr().out.splitlines() if "/accuracy" in x]
+        assert float(line.split()[1]) > 0.5
+        overfit = [command, f"--run={run}", "--trainer.overfit_batches=2"]
+        assert "--trainer.overfit_batches is for fit" in sentence(overfit, capsys)
 
 
 def test_an_average_that_has_not_begun_is_the_current_weights() -> None:
