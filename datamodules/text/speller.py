@@ -123,7 +123,7 @@ class Speller:
             if is_plain(word) and words[i] not in self.number and not self.is_known(word)
         ]
         spelled = list(words)
-        if len(unknown) > max(3, sum(map(is_plain, small)) / 2):
+        if len(unknown) > max(3, sum(map(is_plain, small)) * 2 / 3):
             return spelled
         for i in unknown:
             if len(small[i]) == 1 or words.count(words[i]) > 1:
