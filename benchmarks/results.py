@@ -17,6 +17,8 @@ no line in the record stays as it is.
 import argparse
 import re
 import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-import study as study_command
 from benchmarks.recorded import RECORDS, Line, RunRecord, origin
 from core.files import atomic_write
 from datamodules import CIFAR10DataModule, DemoDataModule, MNISTDataModule
@@ -167,11 +168,10 @@ def main(args: list[str] | None = None) -> None:
                 settings, lambda s: image_baseline(s, options.data_dir), options.minutes
             )
         results.lay_out()
-        study_command.main(
-            ["report", str(options.study), "--root", scratch, *options.report.split()]
-        )
+        report = ["report", str(options.study), "--root", scratch, *options.report.split()]
+        subprocess.run([sys.executable, "study.py", *report], check=True)
         lines = [line for _, line in results.lines()]
-        print(RunRecord.origins(lines))
+        print(RunRecord.origins(lines), flush=True)
         for name in ("torch", "lightning"):
             if other := {line[name] for line in lines} - {origin()[name]}:
                 print(

@@ -59,7 +59,7 @@ def test_the_readme_says_what_the_record_does(
 
 @pytest.mark.slow
 def test_what_the_record_has_is_reported_and_not_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "two.yaml").write_text(STUDY.replace("two.yaml", str(tmp_path / "two.yaml")))
     monkeypatch.chdir(CONFIGS.parent)
@@ -69,7 +69,7 @@ def test_what_the_record_has_is_reported_and_not_run_again(
     [first] = map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines())
     assert first["run"]["point"] == {"seed_everything": 0}
     assert first["measures"]["test_samples"] == 500
-    assert "1 of 2 runs are not finished" in capsys.readouterr().out
+    assert "1 of 2 runs are not finished" in capfd.readouterr().out
     results.main([*command, "--minutes", "0"])
     assert (tmp_path / "two.jsonl").read_text().count("\n") == 1
-    assert f"| {100 * first['measures']['test/accuracy']:.2f} |" in capsys.readouterr().out
+    assert f"| {100 * first['measures']['test/accuracy']:.2f} |" in capfd.readouterr().out
