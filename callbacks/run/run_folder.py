@@ -1,6 +1,7 @@
 """What keeps a run folder whole: its configuration and its metrics."""
 
 import csv
+import io
 import json
 import time
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self._save_dir = save_dir
         self._rows: dict[int, dict[str, float]] | None = None  # by step; read when first needed
+        self._forget_text()
         self._next_save = 0.0
 
     @property
@@ -65,10 +67,18 @@ class MetricsCSV(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the run's configuration is in ``config.yaml``."""
 
+    def _forget_text(self) -> None:
+        """Let the next save make the lines of all rows; with very many it is a second's work."""
+        self._columns: list[str] = []
+        self._text = ""  # header and the lines of all steps before `_end`
+        self._end = 0
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = step or 0
         self.rows.setdefault(step, {}).update(metrics)
+        if step < self._end or not metrics.keys() <= set(self._columns):
+            self._forget_text()
         if time.monotonic() > self._next_save:
             self.save()
 
@@ -79,6 +89,7 @@ class MetricsCSV(Logger):
         W&B among the loggers gets the others, of which a killed process may have sent it few.
         """
         self._rows = {s: row for s, row in self.rows.items() if s < step}
+        self._forget_text()
         for logger in loggers:
             if isinstance(logger, ResumableWandbLogger):
                 logger.log_history(self._rows)
@@ -86,13 +97,24 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def save(self) -> None:
         start = time.monotonic()
-        columns = sorted({name for row in self.rows.values() for name in row})
-        if columns:
+        if not self._columns:
+            self._columns = sorted({name for row in self.rows.values() for name in row})
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, ["step", *self._columns], lineterminator="\n")
+        if not self._text:
+            writer.writeheader()
+        before_last, step = 0, self._end
+        for step in sorted(step for step in self.rows if step >= self._end):
+            before_last = lines.tell()
+            row = self.rows[step]  # 9 digits hold a float32 exactly
+            writer.writerow({"step": step} | {k: f"{v:.9g}" for k, v in row.items()})
+        if self._columns:
+            new = lines.getvalue()
             with atomic_write(self.path, "w", newline="") as file:
-                writer = csv.DictWriter(file, ["step", *columns], lineterminator="\n")
-                writer.writeheader()
-                for step, row in sorted(self.rows.items()):  # 9 digits hold a float32 exactly
-                    writer.writerow({"step": step} | {k: f"{v:.9g}" for k, v in row.items()})
+                file.write(self._text)
+                file.write(new)
+            self._text += new[:before_last]  # the last row may still grow
+            self._end = step
         end = time.monotonic()
         self._next_save = end + 30 + 50 * (end - start)  # a long file is written less often
 
