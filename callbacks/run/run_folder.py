@@ -70,7 +70,7 @@ class MetricsCSV(Logger):
     def _forget_text(self) -> None:
         """Let the next save make the lines of all rows; with very many it is a second's work."""
         self._columns: list[str] = []
-        self._text = ""  # header and the lines of all steps before `_end`
+        self._texts: list[str] = []  # header and the lines of all steps before `_end`
         self._end = 0
 
     @rank_zero_only
@@ -101,7 +101,7 @@ class MetricsCSV(Logger):
             self._columns = sorted({name for row in self.rows.values() for name in row})
         lines = io.StringIO()
         writer = csv.DictWriter(lines, ["step", *self._columns], lineterminator="\n")
-        if not self._text:
+        if not self._texts:
             writer.writeheader()
         before_last, step = 0, self._end
         for step in sorted(step for step in self.rows if step >= self._end):
@@ -111,9 +111,8 @@ class MetricsCSV(Logger):
         if self._columns:
             new = lines.getvalue()
             with atomic_write(self.path, "w", newline="") as file:
-                file.write(self._text)
-                file.write(new)
-            self._text += new[:before_last]  # the last row may still grow
+                file.writelines([*self._texts, new])
+            self._texts.append(new[:before_last])  # the last row may still grow
             self._end = step
         end = time.monotonic()
         self._next_save = end + 30 + 50 * (end - start)  # a long file is written less often
