@@ -24,8 +24,9 @@ IMAGE := .kaggle
 demo: .venv/installed
 	$(BIN)/python train.py fit --config configs/demo.yaml --run $(NAME)
 	$(BIN)/python train.py test --run $(RUN)
-	@$(BIN)/python -c "from datamodules.images.demo import linear_baseline as f; \
-	  print(f'test accuracy of a linear classifier on the same pixels: {f():.4f}')"
+	@$(BIN)/python -c "from datamodules import DemoDataModule; \
+	  from datamodules.images.baseline import svm_baseline; \
+	  print(f'test accuracy of an SVM on the same pixels: {svm_baseline(DemoDataModule()):.4f}')"
 	$(BIN)/python predict.py $(RUN)
 	$(BIN)/python submit.py $(RUN) --dry_run
 	@$(BIN)/python study.py page $(RUN) > /dev/null

@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.recorded import RECORDS, Line, RunRecord, origin
 from core.files import atomic_write
 from datamodules import CIFAR10DataModule, DemoDataModule, MNISTDataModule
+from datamodules.images.baseline import svm_baseline
 from pipeline.loading import Member
 from pipeline.studies import runner
 from pipeline.studies.grid import Point, PointRecord, Study
@@ -101,21 +102,6 @@ class Results:
             PointRecord(job.run.folder).write(line["run"], finished=True)
 
 
-def image_baseline(setting: dict[str, str], data_dir: str) -> dict[str, Any]:
-    """Test accuracy of a support vector machine on 60 principal components of the pixels."""
-    from sklearn.decomposition import PCA
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-
-    data = IMAGES[setting["task"]](data_dir=data_dir)
-    (*train, _), _ = data.read_parts()
-    parts = [(x.flatten(1).numpy() / np.float32(255), y) for x, y in (train, data.read_test())]
-    model = make_pipeline(PCA(60, random_state=0), StandardScaler(), SVC(C=10, gamma=0.01))
-    accuracy = model.fit(*parts[0]).score(*parts[1])
-    return {"test/accuracy": float(accuracy), "test_samples": len(parts[1][1])}
-
-
 def told(lines: list[Line]) -> str:
     """Mean and standard deviation of the test accuracy, with the seeds and the standard error."""
     accuracies = [100 * line["measures"]["test/accuracy"] for line in lines]
@@ -158,15 +144,16 @@ def main(args: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         results = Results(options.study, flags, Path(scratch))
         where = results.study.where(options.where)
-        if options.minutes != 0:
-            left = results.complete(where, options.minutes)
-            print(f"{left} runs are left")
+        print(f"{results.complete(where, options.minutes)} runs are left")
         if options.study.resolve() == RESULTS:
             tasks = [task for task in IMAGES if where.get("task", task) == task]
             settings = [{"baseline": "SVM", "task": task} for task in tasks]
-            results.record.complete(
-                settings, lambda s: image_baseline(s, options.data_dir), options.minutes
-            )
+
+            def train(setting: dict[str, str]) -> dict[str, float]:
+                data = IMAGES[setting["task"]](data_dir=options.data_dir)
+                return {"test/accuracy": svm_baseline(data)}
+
+            results.record.complete(settings, train, options.minutes)
         results.lay_out()
         report = ["report", str(options.study), "--root", scratch, *options.report.split()]
         subprocess.run([sys.executable, "study.py", *report], check=True)
@@ -174,9 +161,7 @@ def main(args: list[str] | None = None) -> None:
         print(RunRecord.origins(lines), flush=True)
         for name in ("torch", "lightning"):
             if other := {line[name] for line in lines} - {origin()[name]}:
-                print(
-                    f"Here is {name} {origin()[name]}; of {min(other)} and others are lines above."
-                )
+                print(f"Here is {name} {origin()[name]}; lines above are of {', '.join(other)}.")
         if options.write:
             readme = ROOT / "README.md"
             with atomic_write(readme, "w") as file:

@@ -1,6 +1,7 @@
 """Published numbers come from a record of runs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def test_the_readme_says_what_the_record_does(
         each["run"]["point"]["task"] for each in published.record.lines if "point" in each["run"]
     }
     assert recorded <= current
+    row = "| `demo.yaml` | a network | a result | a time |"
+    assert re.fullmatch(
+        r"\| `demo.yaml` \| a network \| [\d.]+ ± .*; an SVM .*% \| \d+ CPU s \|",
+        table_of(row, published),
+    )
     text = (CONFIGS.parent / "README.md").read_text()
     assert table_of(text, published) == text
 

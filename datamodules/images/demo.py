@@ -91,22 +91,6 @@ class DemoDataModule(ImageDataModule):
         return torch.arange(kept), torch.arange(cut, samples)
 
 
-def linear_baseline() -> float:
-    """Test accuracy (fraction) of a linear classifier on the same pixels; takes a few seconds.
-
-    Ridge regression onto the classes, fitted to all training images; its penalty did best on the
-    validation part.
-    """
-    from sklearn.linear_model import RidgeClassifier  # a second of imports
-
-    data = DemoDataModule()
-    (images, targets), (test_images, test_targets) = data.read_train(), data.read_test()
-    classifier = RidgeClassifier(alpha=1000).fit(
-        images.flatten(1).numpy() / np.float32(255), targets
-    )
-    return float(classifier.score(test_images.flatten(1).numpy() / np.float32(255), test_targets))
-
-
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
     """The originals (N, 8, 8), ink from 0 to 16, and which digit each is (N,).
 

@@ -145,8 +145,8 @@ def linear_baseline(data: LastNamesDataModule) -> Tensor:
     """Classes (N,) that a linear classifier finds for the evaluation part; takes a few seconds.
 
     A linear support vector machine on TF-IDF weights of the 1- to 5-grams within words, whose ends
-    are marked, of the symbols that networks see. Penalty, marks and capital letters did best in
-    four-fold cross-validation of the training part, all of which it is fitted to.
+    are marked, of the symbols that networks see. Penalty, marks and capital letters did best of
+    ten settings in four-fold cross-validation of the training part, all of which it is fitted to.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # a second of imports
     from sklearn.pipeline import make_pipeline

@@ -52,7 +52,7 @@ class ConvStack(nn.Module):
         self.patches = nn.Conv2d(in_channels, width, 4, stride=4)
         self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         norm = nn.BatchNorm2d if batch_norm else nn.Identity
-        self.norms = nn.ModuleList(norm(width) for _ in range(depth + 1))  # the patches' is last
+        self.norms = nn.ModuleList(norm(width) for _ in range(depth + 1))  # the patches' is first
         if init == "kaiming":
             for conv in (self.patches, *self.layers):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -61,8 +61,9 @@ class ConvStack(nn.Module):
         self.output = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.state(self.norms[-1](self.patches(images)).relu())  # (B, C, H / 4, H / 4)
-        for conv, norm in zip(self.layers, self.norms, strict=False):
+        first, *norms = self.norms
+        x = self.state(first(self.patches(images)).relu())  # (B, C, H / 4, H / 4)
+        for conv, norm in zip(self.layers, norms, strict=True):
             y = norm(conv(x)).relu()
             x = self.state(x + y / math.sqrt(len(self.layers)) if self.residual else y)
         return self.output(x.mean((2, 3)))
