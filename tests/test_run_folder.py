@@ -20,6 +20,7 @@ from test_classification import Points, model, trainer
 import study
 import train
 from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord, Timing
+from callbacks.run import run_folder
 from callbacks.run.checkpoints import LastCheckpoint
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
 from core.errors import UserError
@@ -268,8 +269,9 @@ def test_metrics_of_a_step_share_a_row_and_new_columns_are_added(tmp_path: Path)
     )
 
 
-def test_many_saves_write_what_one_does(tmp_path: Path) -> None:
-    """A save writes again the lines of the one before; one of many rows took half a second."""
+def test_many_saves_write_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save keeps the lines of old rows; one of many rows took half a second, and they memory."""
+    monkeypatch.setattr(run_folder, "NEWEST", 5)
     draw, often = random.Random(0), MetricsCSV(str(tmp_path / "often"))
     for number in range(300):
         late = draw.random() < 0.1  # a row that has been written grows
@@ -282,10 +284,25 @@ def test_many_saves_write_what_one_does(tmp_path: Path) -> None:
                 often.save()
             continue
         often.save()
-        once = MetricsCSV(str(tmp_path / "once"))
-        once._rows = often.rows
+        assert len(often._open or {}) <= 5
+        once = MetricsCSV(str(tmp_path / f"once{number}"))
+        for step, row in often.rows.items():
+            once.log_metrics(row, step)
         once.save()
         assert often.path.read_bytes() == once.path.read_bytes()
+
+
+def test_a_file_that_somebody_removes_costs_its_old_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "NEWEST", 2)
+    log = MetricsCSV(str(tmp_path))
+    for step in range(6):
+        log.log_metrics({"train/loss": 1.0}, step)
+        log.save()
+        if step == 3:
+            log.path.unlink()
+    assert [int(line.split(",")[0]) for line in log.path.read_text().split()[1:]] == [2, 3, 4, 5]
 
 
 def test_metrics_go_on_behind_the_checkpoint(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from lightning import LightningModule, Trainer
@@ -21,12 +21,16 @@ from core.provenance import code_patch, hardware
 from lit_models.base import LitModel
 from steadyfit.lightning import StepCallback
 
+NEWEST = 500  # rows that are written anew: values come as late as the next log step
+PIECE = 2**16  # bytes
+
 
 class MetricsCSV(Logger):
     """All metrics in ``metrics.csv``: one row per optimizer step, one column per metric.
 
     Unlike Lightning's CSVLogger it goes on with the file of an interrupted run. The whole file is
-    replaced at every checkpoint, at the end, and between them about every half minute.
+    replaced at every checkpoint, at the end, and between them about every half minute. Memory holds
+    the newest rows alone, which may still grow, so that it does not grow with the steps.
 
     Args:
         save_dir: The run folder.
@@ -40,8 +44,11 @@ class MetricsCSV(Logger):
     def __init__(self, save_dir: str = ".") -> None:
         super().__init__()
         self._save_dir = save_dir
-        self._rows: dict[int, dict[str, float]] | None = None  # by step; read when first needed
-        self._forget_text()
+        self._open: dict[int, dict[str, float]] | None = None  # by step; read when first needed
+        self._first_open = 0  # the rows of earlier steps are in the file alone
+        self._closed = 0  # bytes of the file that hold them and the header
+        self._size = 0  # bytes of the file
+        self._columns: dict[str, None] = {}  # of the file, in order
         self._next_save = 0.0
 
     @property
@@ -55,30 +62,33 @@ class MetricsCSV(Logger):
     @property
     def rows(self) -> dict[int, dict[str, float]]:
         """The metrics of each optimizer step."""
-        if self._rows is None:
-            self._rows = {}
-            if self.path.exists():
-                with self.path.open(newline="") as file:
-                    for row in csv.DictReader(file):
-                        step = int(row.pop("step"))
-                        self._rows[step] = {name: float(x) for name, x in row.items() if x}
-        return self._rows
+        if self._open is not None and not self._closed:
+            return self._open
+        return self._read() | (self._open or {})
+
+    def _read(self) -> dict[int, dict[str, float]]:
+        rows: dict[int, dict[str, float]] = {}
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    step = int(row.pop("step"))
+                    rows[step] = {name: float(x) for name, x in row.items() if x}
+        return rows
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the run's configuration is in ``config.yaml``."""
 
-    def _forget_text(self) -> None:
-        """Let the next save make the lines of all rows; with very many it is a second's work."""
-        self._columns: list[str] = []
-        self._texts: list[str] = []  # header and the lines of all steps before `_end`
-        self._end = 0
+    def _reopen(self, rows: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+        """Take these for the rows of the run: the next save writes all their lines."""
+        self._open, self._first_open, self._closed, self._columns = rows, 0, 0, {}
+        return rows
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = step or 0
-        self.rows.setdefault(step, {}).update(metrics)
-        if step < self._end or not metrics.keys() <= set(self._columns):
-            self._forget_text()
+        step, rows = step or 0, self._open
+        if rows is None or step < self._first_open or not metrics.keys() <= self._columns.keys():
+            rows = self._reopen(self.rows)
+        rows.setdefault(step, {}).update(metrics)
         if time.monotonic() > self._next_save:
             self.save()
 
@@ -88,34 +98,47 @@ class MetricsCSV(Logger):
 
         W&B among the loggers gets the others, of which a killed process may have sent it few.
         """
-        self._rows = {s: row for s, row in self.rows.items() if s < step}
-        self._forget_text()
+        rows = self._reopen({s: row for s, row in self.rows.items() if s < step})
         for logger in loggers:
             if isinstance(logger, ResumableWandbLogger):
-                logger.log_history(self._rows)
+                logger.log_history(rows)
 
     @rank_zero_only
     def save(self) -> None:
         start = time.monotonic()
+        if self._closed and not (self.path.exists() and self.path.stat().st_size == self._size):
+            self._reopen(self.rows)  # somebody else has changed or removed the file
+        rows = self._open or {}
+        if not self._closed:
+            self._columns = dict.fromkeys(sorted({name for row in rows.values() for name in row}))
         if not self._columns:
-            self._columns = sorted({name for row in self.rows.values() for name in row})
-        lines = io.StringIO()
+            return
+        lines, end = io.StringIO(), 0
         writer = csv.DictWriter(lines, ["step", *self._columns], lineterminator="\n")
-        if not self._texts:
+        if not self._closed:
             writer.writeheader()
-        before_last, step = 0, self._end
-        for step in sorted(step for step in self.rows if step >= self._end):
-            before_last = lines.tell()
-            row = self.rows[step]  # 9 digits hold a float32 exactly
-            writer.writerow({"step": step} | {k: f"{v:.9g}" for k, v in row.items()})
-        if self._columns:
-            new = lines.getvalue()
-            with atomic_write(self.path, "w", newline="") as file:
-                file.writelines([*self._texts, new])
-            self._texts.append(new[:before_last])  # the last row may still grow
-            self._end = step
-        end = time.monotonic()
-        self._next_save = end + 30 + 50 * (end - start)  # a long file is written less often
+        steps = sorted(rows)
+        for place, step in enumerate(steps, 1):  # 9 digits hold a float32 exactly
+            writer.writerow({"step": step} | {k: f"{v:.9g}" for k, v in rows[step].items()})
+            if place == len(steps) - NEWEST:
+                end = lines.tell()
+        text = lines.getvalue()
+        with atomic_write(self.path) as file:
+            self._copy_closed(file)
+            file.write(text.encode())
+        self._size = self._closed + len(text.encode())
+        if end:
+            self._closed += len(text[:end].encode())
+            self._open = {step: rows[step] for step in steps[-NEWEST:]}
+            self._first_open = steps[-NEWEST]
+        now = time.monotonic()
+        self._next_save = now + 30 + 50 * (now - start)  # a long file is written less often
+
+    def _copy_closed(self, file: IO[bytes]) -> None:
+        if left := self._closed:
+            with self.path.open("rb") as old:  # in pieces: memory does not grow with the file
+                while piece := old.read(min(left, PIECE)):
+                    left -= file.write(piece)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
