@@ -4,7 +4,7 @@ import os
 import sys
 from types import ModuleType
 
-SPINS = 20_000  # what it costs and gives: docs/speed.md, benchmarks/spinning_threads.py
+SPINS = 20_000  # what it costs and gives: docs/speed.md
 
 
 def start() -> None:
