@@ -5,9 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.starting import start
-from core.telling import told_in_one_sentence
 
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
 
@@ -156,7 +155,7 @@ def join_values(args: list[str]) -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    with told_in_one_sentence(debug="--debug" in args) as telling:
+    with exit_on_user_error(debug="--debug" in args) as errors:
         options, overrides = parse(args)
         start()
         from pipeline.prediction import run, spell
@@ -164,8 +163,8 @@ def main(args: list[str] | None = None) -> None:
         if options.speller:
             spell(options)
             return
-        telling.values = True  # until the first batch
-        run(options, overrides, telling)
+        errors.setting_up = True  # until the first batch
+        run(options, overrides, errors)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.starting import start
-from core.telling import told_in_one_sentence
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -62,7 +61,7 @@ def parse_why(args: list[str]) -> argparse.Namespace:
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    with told_in_one_sentence(debug="--debug" in args):
+    with exit_on_user_error(debug="--debug" in args):
         asks_why = args[:1] == ["why"]
         options = parse_why(args[1:]) if asks_why else parse(args)
         start()

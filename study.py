@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.runs import ROOT
-from core.telling import told_in_one_sentence
 from pipeline.studies.grid import Study
 from pipeline.studies.runner import run, terminable
 
@@ -141,7 +140,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    with told_in_one_sentence(debug="--debug" in args):
+    with exit_on_user_error(debug="--debug" in args):
         options, flags = parse(args)
         if options.command == "run":
             try:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core import kaggle_client, sample_file
-from core.telling import told_in_one_sentence, visible
+from core.errors import exit_on_user_error, visible
 from pipeline.kaggle import ledger, sending
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.ledger import Record
@@ -29,7 +29,7 @@ from pipeline.kaggle.prediction_file import Prediction, find_csv, oddities, read
 
 def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
-    with told_in_one_sentence(debug="--debug" in args):
+    with exit_on_user_error(debug="--debug" in args):
         try:
             run(make_parser().parse_args(args))
         except KeyboardInterrupt:  # nothing is lost

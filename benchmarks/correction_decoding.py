@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from core.errors import UserError
-from core.telling import told_in_one_sentence
+from core.errors import UserError, exit_on_user_error
 from datamodules import GrammarDataModule
 from lit_models import LitSeq2Seq
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 
 PENALTIES = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0)
 WIDTHS = (1, 2, 4, 8)
@@ -79,8 +78,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--change_penalty", type=float, help="for the widths, instead of the run's")
     parser.add_argument("--sentences", type=int, default=200, help="test sentences for the widths")
     options = parser.parse_args(args)
-    with told_in_one_sentence():
-        member = Member.load(options.run, "best", [f"--data.data_dir={options.data_dir}"])
+    with exit_on_user_error():
+        member = LoadedRun.load(options.run, "best", [f"--data.data_dir={options.data_dir}"])
         model, data = member.model.eval(), member.data
         if not isinstance(model, LitSeq2Seq) or not isinstance(data, GrammarDataModule):
             raise UserError(f"{member.source} was not trained on grammar.")

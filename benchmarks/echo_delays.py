@@ -9,15 +9,14 @@ import argparse
 
 import torch
 
-from core.errors import UserError
-from core.telling import told_in_one_sentence
+from core.errors import UserError, exit_on_user_error
 from datamodules import EchoDataModule
 from datamodules.base import IGNORED
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 
 
 @torch.inference_mode()
-def accuracies(member: Member) -> dict[int, tuple[float, int]]:
+def accuracies(member: LoadedRun) -> dict[int, tuple[float, int]]:
     """Accuracy and number of sequences of each delay.
 
     Raises:
@@ -46,8 +45,8 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="run folder or .ckpt file")
     options = parser.parse_args(args)
-    with told_in_one_sentence():
-        found = accuracies(Member.load(options.run, "best", []))
+    with exit_on_user_error():
+        found = accuracies(LoadedRun.load(options.run, "best", []))
         for delay, (accuracy, sequences) in found.items():
             print(f"delay {delay}  accuracy {accuracy:.4f}  {sequences:,} sequences")
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.pictures.sample_sheet import from_each_class, mosaic
+from core.errors import exit_on_user_error
 from core.files import atomic_write
-from core.telling import told_in_one_sentence
 from datamodules import CIFAR10DataModule, DemoDataModule
 from lit_models.networks import FixedFilters
 
@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("data_dir", nargs="?", help="where CIFAR-10 is; the demo's digits without")
     parser.add_argument("--output", type=Path, default=Path("edges.png"))
     options = parser.parse_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         data = (
             CIFAR10DataModule(data_dir=options.data_dir) if options.data_dir else DemoDataModule()
         )

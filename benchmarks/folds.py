@@ -22,7 +22,7 @@ from lightning import Trainer
 from core.runs import ROOT
 from datamodules.image_files.safe_pickle import load_arrays
 from pipeline.kaggle.prediction_file import wilson_interval
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 from pipeline.prediction import average, predict, predict_out_of_fold
 from pipeline.studies.out_of_fold import save
 from pipeline.trainer import quiet_libraries
@@ -53,7 +53,7 @@ def train(config: str, options: argparse.Namespace, flags: list[str]) -> None:
 
 def score(folder: Path, kind: str) -> np.ndarray:
     """Print the accuracies of the runs of a kind, and return where their average is right."""
-    members = [Member.load(str(folder / f"{kind}{number}"), "best", []) for number in NUMBERS]
+    members = [LoadedRun.load(str(folder / f"{kind}{number}"), "best", []) for number in NUMBERS]
     precision = members[0].config["trainer"]["precision"]
     trainer = Trainer(
         precision=precision, logger=False, enable_progress_bar=False, enable_model_summary=False

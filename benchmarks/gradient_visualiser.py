@@ -14,9 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from callbacks.pictures.hidden_gradients import Trace, trace
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.files import atomic_write
-from core.telling import told_in_one_sentence
 from datamodules.sequences.running_mean import running_mean
 from lit_models.networks import Recurrent, VanillaRNN
 from lit_models.networks.unrolled import ACTIVATIONS
@@ -95,7 +94,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--output", type=Path, default=Path("gradients.png"))
     options = parser.parse_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         if options.steps < 1:
             raise UserError(f"--steps must be at least 1, got {options.steps}.")
         columns: dict[str, dict[str, Trace]] = {}

@@ -22,9 +22,8 @@ from time import process_time
 
 import numpy as np
 
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.files import atomic_write
-from core.telling import told_in_one_sentence
 from datamodules import GrammarDataModule
 from datamodules.text.corpora import read_corpus, token_lines
 from datamodules.text.corrections import Line, marked
@@ -34,7 +33,7 @@ from metrics.edits import EditScore, apply_edits, best_sum, extract_edits
 from metrics.gleu import corpus_gleu, drawn_references, gleu_of_totals, sentence_counts
 from metrics.m2 import M2Sentence
 from metrics.maxmatch import m2_scores
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 
 RESAMPLES = 1000
 SHOWN = 10  # examples that went right, and as many that went wrong
@@ -66,7 +65,7 @@ def correctors(data: GrammarDataModule, run: str | None) -> dict[str, Corrector]
     for name, speller in (("network", "false"), ("network + speller", "true")):
         if run:
             settings = [f"--data.data_dir={data.data_dir}", f"--data.speller={speller}"]
-            model = Member.load(run, "best", settings).model.eval()
+            model = LoadedRun.load(run, "best", settings).model.eval()
             found[name] = lambda lines, model=model: model.predict(lines).labels  # type: ignore[misc]
     return found
 
@@ -120,7 +119,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--run", help="a trained run, to be compared")
     parser.add_argument("--examples", type=Path, help="file for test sentences, right and wrong")
     options = parser.parse_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         gold = read_corpus(options.folder)
         books = GrammarDataModule(options.data_dir)
         found = correctors(books, options.run)

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.jfleg import in_first_half
-from core.telling import told_in_one_sentence
+from core.errors import exit_on_user_error
 from datamodules.text.corpora import read_corpus
 from datamodules.text.error_synthesis import (
     ARTICLES,
@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="JFLEG's dev folder")
     options = parser.parse_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         half = [s for s in read_corpus(options.folder) if in_first_half(s.source)]
         readings = [(s, edits) for s in half for edits in s.edits.values()]
         kinds = Counter(

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 
 from callbacks.training.training_cost import training_cost, units_of
-from core.errors import UserError
-from core.telling import Telling, told_in_one_sentence
+from core.errors import ErrorScope, UserError, exit_on_user_error
 from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
-from pipeline.parser import Parser, link_facts
+from pipeline.parser import Parser, link_data_arguments
 from pipeline.studies.grid import DEFAULTS, read_yaml
 
 COLUMNS = ["config", "network", "parameters", "batch", "MFLOP"]
@@ -35,7 +34,7 @@ def built(config: Path, overrides: list[str]) -> tuple[LitModel, BaseDataModule]
     parser = Parser()
     parser.add_subclass_arguments(LitModel, "model")
     parser.add_subclass_arguments(BaseDataModule, "data")
-    link_facts(parser)
+    link_data_arguments(parser)
     defaults = parser.parse_object({key: settings[key] for key in ("model", "data")})
     made = parser.instantiate(parser.parse_args(overrides, defaults))
     return made.model, made.data
@@ -66,7 +65,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("configs", nargs="*", type=Path, help="default: all in configs/")
     options, overrides = parser.parse_known_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         found = sorted(path for path in DEFAULTS.parent.glob("*.yaml") if path != DEFAULTS)
         print(f"torch {version('torch')}; MFLOP of the forward pass of an example, memory in MiB\n")
         print(f"| {' | '.join(COLUMNS)} |")
@@ -77,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
             try:
                 print(row(config, overrides), flush=True)
             except Exception as error:
-                if (mistake := Telling(values=True).mistake_behind(error)) is None:
+                if (mistake := ErrorScope(setting_up=True).user_error(error)) is None:
                     raise
                 missing.append(f"\nWithout {config.stem}: {mistake}")
         print("".join(missing))

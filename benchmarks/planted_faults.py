@@ -244,7 +244,7 @@ FAULTS = (
         "bugs_without_traceback",
         "c7e4991",
         "A bug of ours, such as a KeyError, is told as the user's mistake, without a traceback.",
-        "core/telling.py",
+        "core/errors.py",
         'return not names.isdisjoint({"UserError", "MisconfigurationException"})',
         'return "Exception" in names',
         ("test_run_folder.py::test_only_user_errors_are_told_in_a_sentence",),

@@ -15,9 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.files import atomic_write
-from core.telling import told_in_one_sentence
 from lit_models.networks.attention import Attention, Block
 from lit_models.networks.transformer import sinusoidal_positions
 from steadyfit.panels import BLUE, VERMILION, heading
@@ -102,7 +101,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("positional_encoding.png"))
     options = parser.parse_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         if options.dim < 2 or options.dim % 2:
             raise UserError(f"--dim must be even and positive, got {options.dim}.")
         torch.manual_seed(options.seed)

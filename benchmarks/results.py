@@ -30,7 +30,7 @@ from benchmarks.recorded import RECORDS, Line, RunRecord, origin
 from core.files import atomic_write
 from datamodules import CIFAR10DataModule, DemoDataModule, MNISTDataModule
 from datamodules.images.baseline import svm_baseline
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 from pipeline.studies import runner
 from pipeline.studies.grid import Point, PointRecord, Study
 from pipeline.studies.metrics import last_value, read_metrics
@@ -80,7 +80,7 @@ class Results:
         values = {name: last_value(job.run.folder, name) for name in names}
         found: dict[str, Any] = {"step": int(metrics.index[-1])}
         found |= {name: value for name, value in values.items() if value is not None}
-        data = Member.load(str(job.run.folder), "best", []).data
+        data = LoadedRun.load(str(job.run.folder), "best", []).data
         data.setup("test")
         found["test_samples"] = len(data.splits["test"][-1])
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -9,7 +9,7 @@ when none moves any more, or after three rounds, the weights are printed, to be 
 
 import argparse
 
-from core.telling import told_in_one_sentence
+from core.errors import exit_on_user_error
 from datamodules import GrammarDataModule
 from datamodules.text.error_synthesis import KINDS, ErrorSynthesis
 from datamodules.text.speller import Speller, Weights
@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", default="data", help="root folder of the data sets")
     options = parser.parse_args(args)
-    with told_in_one_sentence():
+    with exit_on_user_error():
         books = GrammarDataModule(options.data_dir)
         speller = Speller.learn(books.all_sentences("train"))
         clean = [sentence.split() for sentence in books.all_sentences("val")[:SENTENCES]]

@@ -33,13 +33,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import GradientSpikeMonitor
-from core.telling import Telling
+from core.errors import ErrorScope
 from datamodules.base import BaseDataModule
 from datamodules.images.base import ImageDataModule
 from lit_models import LitClassifier
 from lit_models.networks import LeNet5
 from pipeline.studies.grid import DEFAULTS
-from pipeline.trainer import equip, quiet_libraries
+from pipeline.trainer import prepare_trainer, quiet_libraries
 
 aten = torch.ops.aten
 # operators whose result decides a shape or a Python value, so that the host waits for the device
@@ -237,7 +237,7 @@ def steadyfit(
     kept = [c for c in parts.callbacks if watched or not isinstance(c, GradientSpikeMonitor)]
     parts.callbacks = [*kept, *more_callbacks()]
     trainer = Trainer(**parts)
-    equip(trainer, Telling(), termination=termination)
+    prepare_trainer(trainer, ErrorScope(), termination=termination)
     trainer.fit(model, data)
 
 

@@ -10,12 +10,11 @@ import argparse
 
 import torch
 
-from core.errors import UserError
-from core.telling import told_in_one_sentence
+from core.errors import UserError, exit_on_user_error
 from datamodules.text.masked_books import MaskedBooksDataModule
 from datamodules.text.subwords import BEGIN, END, MASK, SPECIAL, Subwords, words
 from lit_models.networks import unmask
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 
 LENGTH = 12  # subwords written from nothing
 STEPS = (1, 4, 12)
@@ -34,7 +33,7 @@ class Writer:
         UserError: The run is no masked language model.
     """
 
-    def __init__(self, member: Member, seed: int) -> None:
+    def __init__(self, member: LoadedRun, seed: int) -> None:
         if not isinstance(member.data, MaskedBooksDataModule):
             raise UserError(f"{member.source} was not trained on masked books.")
         self.network = member.model.network.eval()
@@ -78,8 +77,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder or .ckpt file")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at temperature 1")
     options = parser.parse_args(args)
-    with told_in_one_sentence():
-        writer = Writer(Member.load(options.run, "best", []), options.seed)
+    with exit_on_user_error():
+        writer = Writer(LoadedRun.load(options.run, "best", []), options.seed)
         print(f"from {LENGTH} masks")
         show(writer, [MASK] * LENGTH)
         for sentence in SENTENCES:

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import requests
 from requests.adapters import HTTPAdapter
 
-from core.errors import UserError
+from core.errors import UserError, visible
 from core.files import temporary
-from core.telling import visible
 
 if TYPE_CHECKING:  # importing the client logs in, so that waits until an account is asked for
     from kaggle.api.kaggle_api_extended import KaggleApi

@@ -53,7 +53,7 @@ def load(
 
 def rebuild(source: Path, which: str, trust: bool, settings: dict[str, Any]) -> "LitModel":
     """What ``predict.py`` builds of a run or a checkpoint, its settings as on the command line."""
-    from pipeline.loading import Member  # of a room above, which imports this one
+    from pipeline.loading import LoadedRun  # of a room above, which imports this one
 
     for name, value in settings.items():
         if not isinstance(value, str | int | float | bool | None):
@@ -63,7 +63,7 @@ def rebuild(source: Path, which: str, trust: bool, settings: dict[str, Any]) -> 
             )
     typed = {n: v if isinstance(v, str) else json.dumps(v) for n, v in settings.items()}
     overrides = [f"--model.{name}={value}" for name, value in typed.items()]
-    model = Member.load(str(source), which, overrides, trust=trust).model
+    model = LoadedRun.load(str(source), which, overrides, trust=trust).model
     model.optimizer = no_optimizer
     return model
 

@@ -21,7 +21,7 @@ def subcommands(args: list[str]) -> tuple[str, ...]:
     return typed if set(typed) & set(SUBCOMMANDS) else SUBCOMMANDS
 
 
-def arrange(args: list[str]) -> list[str]:
+def normalize_argv(args: list[str]) -> list[str]:
     """Put the configuration files in front, so that every typed flag wins over every file.
 
     ``--run RUN`` brings the configuration of a run that exists, unless another one is given; the
@@ -55,7 +55,7 @@ def arrange(args: list[str]) -> list[str]:
         known.root = known.root or os.path.relpath(folder.parents[1])
         if args[0] == "fit":
             known.run = folder.name
-    known.config = [admitted(path, args[0], known.trust) for path in known.config]
+    known.config = [_admitted_config(path, args[0], known.trust) for path in known.config]
     if known.trust:
         rest = ["--trust", *rest]
     if known.root:
@@ -67,7 +67,7 @@ def arrange(args: list[str]) -> list[str]:
     return [args[0], *configs, *named, *rest]
 
 
-def admitted(path: str, subcommand: str, trust: bool) -> str:
+def _admitted_config(path: str, subcommand: str, trust: bool) -> str:
     """A configuration for ``--config``; that of a run names nothing foreign unless trusted.
 
     A test takes of a run's trainer what is left of it by :func:`plain_trainer`.

@@ -24,22 +24,26 @@ from callbacks.run.checkpoints import BestCheckpoint, LastCheckpoint, is_last_ch
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.wandb_run import WandbSummary
 from callbacks.training.averaging import CurrentUntilAveraged
-from core.errors import UserError
+from core.errors import ErrorScope, UserError, exit_on_user_error
 from core.hosts import Hosts, job_name
 from core.provenance import command, provenance
 from core.runs import OF_TRAINING, ROOT, Run, data_state, is_file, load_checkpoint
-from core.telling import Telling, told_in_one_sentence
 from datamodules.base import BaseDataModule
 from datamodules.exclusion import excluded_ids
 from lit_models.base import LitModel
 from pipeline.admission import admit, read_config
-from pipeline.arguments import arrange, subcommands
+from pipeline.arguments import normalize_argv, subcommands
 from pipeline.continuing import refuse_changes
 from pipeline.history import update
-from pipeline.parser import Parser, instantiating, link_facts
+from pipeline.parser import Parser, instantiating, link_data_arguments
 from pipeline.refusals import KnownMonitors, refuse_other_part, refuse_settings, refuse_val_size
 from pipeline.studies.grid import DEFAULTS, PointRecord, Study
-from pipeline.trainer import equip, quiet_libraries, settle, settle_wandb
+from pipeline.trainer import (
+    prepare_trainer,
+    quiet_libraries,
+    resolve_trainer_config,
+    resolve_wandb_config,
+)
 
 PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
 
@@ -48,25 +52,27 @@ class CLI(LightningCLI):
     """LightningCLI that gives every run a folder and lets a run explain itself.
 
     Args:
-        typed: The arguments as typed.
-        telling: Which errors are told in one sentence.
-        held: Keeps what is to be let go when the program ends: the run folder.
+        argv: The arguments as typed.
+        errors: Which errors are the user's.
+        exit_stack: Releases the run folder when the program ends.
         hosts: The processes that train together.
     """
 
     study: Study | None = None  # that the run is a point of
 
-    def __init__(self, typed: list[str], telling: Telling, held: ExitStack, hosts: Hosts) -> None:
-        self.typed = typed
+    def __init__(
+        self, argv: list[str], errors: ErrorScope, exit_stack: ExitStack, hosts: Hosts
+    ) -> None:
+        self.argv = argv
         self.hosts = hosts
-        self.telling = telling
-        self.held = held
-        self.flags = arrange(typed)
-        super().__init__(args=self.flags, **cli_options(typed))
+        self.errors = errors
+        self.exit_stack = exit_stack
+        self.flags = normalize_argv(argv)
+        super().__init__(args=self.flags, **cli_options(argv))
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # it is called on self
         skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}
-        return {name: skipped for name in subcommands(self.typed)}
+        return {name: skipped for name in subcommands(self.argv)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -98,7 +104,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--debug", action="store_true", help="show the traceback of a mistake as well."
         )
-        link_facts(parser)
+        link_data_arguments(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
@@ -117,7 +123,7 @@ class CLI(LightningCLI):
             config.data.init_args.val_size = 0
         trainer = config.trainer
         self.root = Path(trainer.default_root_dir or ROOT)
-        settle(trainer)
+        resolve_trainer_config(trainer)
         refuse_settings(trainer, self.subcommand)
         schedule = config.model.init_args.get("lr_scheduler")
         if schedule and schedule.class_path == PLATEAU:  # it follows the model's own measure
@@ -129,13 +135,13 @@ class CLI(LightningCLI):
             )
         self.study = Study.load(config.study) if config.study else None
         # once, so that a file that is edited meanwhile changes nothing
-        self.point = self.study.record(self.typed[1:]) if self.study else {}
-        self.record = RunRecord(self.describe())
+        self.point = self.study.record(self.argv[1:]) if self.study else {}
+        self.record = RunRecord(self.config_text())
         if trainer.fast_dev_run and self.subcommand == "fit":
             return
         run = self.run_folder(config)
         if self.hosts.leads and self.subcommand == "fit":
-            self.go_on(config, run)
+            self.resume(config, run)
         elif self.hosts.leads:
             config.ckpt_path = config.ckpt_path or str(run.checkpoint())
         folder, config.ckpt_path = self.hosts.agree(run.folder, config.ckpt_path)
@@ -143,9 +149,9 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             self.evaluate(config)
         if not trainer.fast_dev_run:
-            self.settle_in(config, run)
+            self.write_into(config, run)
 
-    def go_on(self, config: Namespace, run: Run) -> None:
+    def resume(self, config: Namespace, run: Run) -> None:
         """Train from the run's last checkpoint, if there is one."""
         last = run.last_checkpoint
         if config.ckpt_path is None and last.is_file():
@@ -187,7 +193,7 @@ class CLI(LightningCLI):
             kept = [c for c in trainer.callbacks or [] if c.class_path.endswith("ProgressBar")]
             trainer.callbacks = kept
 
-    def settle_in(self, config: Namespace, run: Run) -> None:
+    def write_into(self, config: Namespace, run: Run) -> None:
         """Let everything be written into the run's folder."""
         config.trainer.default_root_dir = str(run.folder)
         for logger in config.trainer.logger or []:
@@ -195,14 +201,14 @@ class CLI(LightningCLI):
             if settings.get("save_dir") in (None, "."):
                 settings.save_dir = str(run.folder)
             if logger.class_path.endswith("WandbLogger"):
-                settle_wandb(settings, config, run, str(self.subcommand))
+                resolve_wandb_config(settings, config, run, str(self.subcommand))
 
     def compare(self, checkpoint: Path, run: Run) -> None:
         """Refuse to go on from a checkpoint with settings that make another run of it."""
-        held = load_checkpoint(checkpoint)
-        if missing := [name for name in OF_TRAINING if name not in held]:
+        saved = load_checkpoint(checkpoint)
+        if missing := [name for name in OF_TRAINING if name not in saved]:
             raise UserError(f"{checkpoint} is not whole: it has no {missing[0]} to go on with.")
-        recorded = update(read_config(held["config"], checkpoint))
+        recorded = update(read_config(saved["config"], checkpoint))
         now = self.settings(self.config)
         if not self.config.fit.trust:
             admit(recorded, checkpoint, typed=now)
@@ -231,16 +237,16 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.subcommand].trainer
         if not trainer.fast_dev_run:
-            kwargs["callbacks"] = self.with_what_a_run_needs(trainer)
+            kwargs["callbacks"] = self.with_required_callbacks(trainer)
         try:
             made = super().instantiate_trainer(**kwargs)
         except (AttributeError, ImportError, OSError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]  # Lightning, of what its arguments may be together
             raise UserError(f"the trainer cannot be made: {reason}") from error
-        equip(made, self.telling, termination=not trainer.fast_dev_run)
+        prepare_trainer(made, self.errors, termination=not trainer.fast_dev_run)
         return made
 
-    def with_what_a_run_needs(self, trainer: Namespace) -> list[Callback]:
+    def with_required_callbacks(self, trainer: Namespace) -> list[Callback]:
         """The callbacks of a configuration, and those that it may not do without."""
         given: list[Callback] = trainer.callbacks or []
         # the record in front, so that what it flushes reaches the pictures; last.ckpt behind all
@@ -260,16 +266,16 @@ class CLI(LightningCLI):
         file = Path(config.config[0].relative) if config.config else Path("unnamed")
         parent = root / self.study.name if self.study else Run.parent(file, root)
         given = job_name() if config.run is None else config.run
-        typed = given if self.study or given is None else Run.name(given, parent)
+        name = given if self.study or given is None else Run.name(given, parent)
         # rank 0 claims the folder; the others learn it from it, or from Lightning
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return Run(parent / (typed or "unknown"))
-        run = Run.claim(parent, typed)
-        self.held.enter_context(run.lock())
-        self.held.enter_context(run.tidy())  # before the lock is let go
+            return Run(parent / (name or "unknown"))
+        run = Run.claim(parent, name)
+        self.exit_stack.enter_context(run.lock())
+        self.exit_stack.enter_context(run.tidy())  # before the lock is let go
         return run
 
-    def describe(self) -> str:
+    def config_text(self) -> str:
         """The resolved configuration as YAML, under the command and the versions it came from."""
         settings = self.settings(self.config)
         if not settings["init_from"]:
@@ -311,7 +317,7 @@ class CLI(LightningCLI):
             PointRecord(folder).write(self.point, finished=True)
         if self.record.done and self.trainer.global_step == self.record.done:
             print(f"{folder} was already finished after {self.record.done} steps.")
-        show_metrics(self.trainer.callback_metrics)
+        print_metrics(self.trainer.callback_metrics)
         kinds = {
             "metrics.csv": "metrics.csv",
             "*.png": "pictures (*.png)",
@@ -325,7 +331,7 @@ class CLI(LightningCLI):
                 place = logger.experiment.dir if offline else logger.experiment.url
                 print(f"W&B run: {Path(place).parent if offline else place}")
         if kinds["*/*.ckpt"] in found:
-            self.say_next("predict.py" if self.config.fit.test else "train.py test --run")
+            self.print_next_command("predict.py" if self.config.fit.test else "train.py test --run")
 
     def after_validate(self) -> None:
         self.after_test()
@@ -333,17 +339,17 @@ class CLI(LightningCLI):
     def after_test(self) -> None:
         if self.trainer.is_global_zero:
             if self.shows_metrics:
-                show_metrics(self.trainer.callback_metrics)
-            self.say_next("predict.py")
+                print_metrics(self.trainer.callback_metrics)
+            self.print_next_command("predict.py")
 
-    def say_next(self, command: str) -> None:
+    def print_next_command(self, command: str) -> None:
         """Print the command that comes after this one, if there is something to predict."""
         predicts = type(self.datamodule).read_predict is not BaseDataModule.read_predict
         if command != "predict.py" or (predicts and self.model.outputs):
             print(f"Next: python {command} {shlex.quote(self.trainer.default_root_dir)}")
 
 
-def show_metrics(metrics: Mapping[str, Tensor]) -> None:
+def print_metrics(metrics: Mapping[str, Tensor]) -> None:
     """Print what was measured a line each."""
     for name, value in sorted(metrics.items()):
         if name == "step" or name.startswith("lr-"):  # of the checkpoint, and of the last step
@@ -353,17 +359,17 @@ def show_metrics(metrics: Mapping[str, Tensor]) -> None:
 
 def run(args: list[str]) -> None:
     """Do what the arguments say."""
-    with told_in_one_sentence(debug="--debug" in args) as telling, ExitStack() as held:
-        telling.values = True  # until the first batch
+    with exit_on_user_error(debug="--debug" in args) as errors, ExitStack() as exit_stack:
+        errors.setting_up = True  # until the first batch
         if os.getcwd() not in sys.path:  # where an own network may be, which a flag names
             sys.path.append(os.getcwd())
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
         os.environ.setdefault("WANDB_MODE", "online" if agent else "offline")
         quiet_libraries()
-        CLI(args, telling, held, held.enter_context(Hosts()))
+        CLI(args, errors, exit_stack, exit_stack.enter_context(Hosts()))
 
 
-def cli_options(typed: list[str]) -> dict[str, Any]:
+def cli_options(argv: list[str]) -> dict[str, Any]:
     """What LightningCLI is to know of this project."""
     defaults = {"default_config_files": [str(DEFAULTS)]}
     return {
@@ -375,7 +381,7 @@ def cli_options(typed: list[str]) -> dict[str, Any]:
         "parser_class": Parser,
         "parser_kwargs": {
             "description": "Train a network, validate it, test it.",
-            **{name: dict(defaults) for name in subcommands(typed)},
+            **{name: dict(defaults) for name in subcommands(argv)},
         },
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,

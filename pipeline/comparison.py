@@ -10,7 +10,7 @@ from lightning import seed_everything
 from core.errors import UserError
 from core.files import atomic_write
 from core.runs import Run, load_checkpoint
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 from pipeline.seeds_picture import seeds_picture
 from pipeline.trainer import quiet_libraries
 from steadyfit.measures import SpikeMeasures
@@ -129,7 +129,7 @@ def replay(run: Run) -> ThroughTime:
     at = max((step for step in paths if step <= worst.step), default=None)
     path = run.checkpoint("last") if at is None else paths[at]
     seed_everything(seed_of(run), verbose=False)  # it decides which batches are made
-    member = Member.load(str(path), "last", [])
+    member = LoadedRun.load(str(path), "last", [])
     apart = member.checkpoint["global_step"] - worst.step
     origin = f"{abs(apart)} steps {'later' if apart > 0 else 'before'}"
     if apart == 0 or worst.weights:

@@ -15,7 +15,7 @@ from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 from pipeline.admission import admit, read_config
 from pipeline.history import update
-from pipeline.parser import Parser, instantiating, link_facts
+from pipeline.parser import Parser, instantiating, link_data_arguments
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options of predict.py
 # A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
@@ -23,7 +23,7 @@ UNUSED: dict[str, Any] = {"optimizer": "torch.optim.SGD", "lr_scheduler": None}
 
 
 @dataclass
-class Member:
+class LoadedRun:
     """One checkpoint, rebuilt from itself alone."""
 
     source: Path  # run folder, or the checkpoint itself
@@ -36,7 +36,7 @@ class Member:
     @classmethod
     def load(
         cls, source: str, which: str, overrides: list[str], *, trust: bool = False, **inputs: Any
-    ) -> "Member":
+    ) -> "LoadedRun":
         """Read a run or a .ckpt file and build its model and data.
 
         Nothing in the file is executed, and what it names is admitted before it is imported.
@@ -67,7 +67,7 @@ class Member:
         parser = Parser()
         parser.add_subclass_arguments(LitModel, "model")
         parser.add_subclass_arguments(BaseDataModule, "data")
-        link_facts(parser)
+        link_data_arguments(parser)
         settings = parser.parse_object({"model": model, "data": data})
         refuse_inputs(inputs, settings.data, source)
         settings.data.init_args.update(Namespace(**inputs))

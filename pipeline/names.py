@@ -48,7 +48,7 @@ def in_full(value: Any, key: str = "") -> Any:
     return value
 
 
-def tell_other(typed: str) -> None:
+def report_ambiguous_class(typed: str) -> None:
     """Say which class a name stands for, if another library has one of that name as well."""
     for module in OTHERS if typed in own_classes() else ():
         if hasattr(module, typed):

@@ -12,10 +12,9 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from core.errors import UserError
-from core.telling import of_constructor
+from core.errors import UserError, is_constructor_error
 from pipeline.history import update
-from pipeline.names import in_full, nearest, own_classes, tell_other
+from pipeline.names import in_full, nearest, own_classes, report_ambiguous_class
 
 SEE_HELP = "; see --help for what is known."
 # how jsonargparse passes on what a constructor raises
@@ -40,7 +39,9 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        said = in_words(essence(message).rstrip("."), list(self._option_string_actions))
+        said = reword_parser_error(
+            shorten_parser_error(message).rstrip("."), list(self._option_string_actions)
+        )
         raise UserError(said if said.endswith("?") else f"{said}{SEE_HELP}")
 
     def add_class_arguments(self, *args: Any, **options: Any) -> Any:
@@ -59,7 +60,7 @@ class Parser(LightningArgumentParser):
             pairs = [argument.partition("=") for argument in args]
             for name, _, value in pairs:
                 if in_full(value, name) != value:
-                    tell_other(value)
+                    report_ambiguous_class(value)
             args = [
                 f"{update(name)}{equals}{in_full(update(value), name)}"
                 for name, equals, value in pairs
@@ -77,7 +78,7 @@ def with_folder(argument: str) -> list[str]:
     return [argument]
 
 
-def essence(message: str) -> str:
+def shorten_parser_error(message: str) -> str:
     """The one line of a jsonargparse error that tells what is wrong, after the key it is about.
 
     The errors of nested classes arrive inside those of the outer ones, already shortened.
@@ -106,7 +107,7 @@ def essence(message: str) -> str:
     )
 
 
-def in_words(said: str, options: list[str]) -> str:
+def reword_parser_error(said: str, options: list[str]) -> str:
     """jsonargparse's words for what users do most, in ours, with the name that was meant."""
     names = [option.removeprefix("--") for option in options]
     if said.endswith("?"):  # of an inner parser
@@ -155,12 +156,12 @@ def instantiating() -> Iterator[None]:
         raised: BaseException = error
         while WRAPPED.search(str(raised)) and raised.__cause__:
             raised = raised.__cause__
-        if isinstance(raised, ValueError) or of_constructor(raised):
-            raise UserError(essence(str(raised))) from error
+        if isinstance(raised, ValueError) or is_constructor_error(raised):
+            raise UserError(shorten_parser_error(str(raised))) from error
     raise raised  # out here, or it would be the context of its own context
 
 
-def link_facts(parser: LightningArgumentParser) -> None:
+def link_data_arguments(parser: LightningArgumentParser) -> None:
     """What the data knows is typed nowhere else."""
     for fact in ("num_classes", "vocab_size"):
         for target in ("model.init_args", "model.init_args.network.init_args"):

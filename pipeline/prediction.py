@@ -22,27 +22,26 @@ from rich.console import Console
 
 from callbacks import ProgressBar
 from core import wandb_runs
-from core.errors import UserError
+from core.errors import ErrorScope, UserError
 from core.files import atomic_write, sha256
 from core.locks import locked
 from core.provenance import provenance
 from core.runs import Run, is_file
 from core.submission import Submission
-from core.telling import Telling
 from core.wandb_runs import Piece
 from datamodules import GrammarDataModule
 from datamodules.text.corrections import Line, corrected_object, marked, word_edits, write_lines
 from lit_models.exporting import export
 from lit_models.trained import make_predictor
-from pipeline.loading import INPUTS, Member
+from pipeline.loading import INPUTS, LoadedRun
 from pipeline.studies import out_of_fold
-from pipeline.trainer import equip, quiet_libraries
+from pipeline.trainer import prepare_trainer, quiet_libraries
 
 Outputs = dict[str, Any]  # by the names of LitModel.outputs, arrays (N, ...)
 Predicted = tuple[np.ndarray, Outputs]  # ids (N,) in ascending order, and what was predicted
 
 
-class Parts(Callback):
+class PredictionShards(Callback):
     """What this process predicts, written batch by batch.
 
     Kept in memory, the small results would lie between the large batches that come and go, whose
@@ -72,14 +71,14 @@ class Parts(Callback):
                 yield [np.load(file) for _ in range(columns)]
 
 
-def predict(trainer: Trainer, members: list[Member], folder: Path) -> list[Predicted]:
+def predict(trainer: Trainer, members: list[LoadedRun], folder: Path) -> list[Predicted]:
     """What each member predicts; the first process has it, the others have nothing.
 
     Every process writes its shares below ``folder``; the first one puts them together.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, member in enumerate(members):
-        with Parts(folder / part_name(number, trainer.global_rank)) as parts:
+        with PredictionShards(folder / part_name(number, trainer.global_rank)) as parts:
             trainer.callbacks.append(parts)  # type: ignore[attr-defined]
             trainer.predict(member.model, member.data, return_predictions=False)
             trainer.callbacks.remove(parts)  # type: ignore[attr-defined]
@@ -93,7 +92,7 @@ def predict(trainer: Trainer, members: list[Member], folder: Path) -> list[Predi
     ]
 
 
-def average(members: list[Member], predictions: list[Predicted]) -> Predicted:
+def average(members: list[LoadedRun], predictions: list[Predicted]) -> Predicted:
     """The mean over the members; only of the whole, as batches and processes may differ.
 
     Raises:
@@ -113,7 +112,7 @@ def average(members: list[Member], predictions: list[Predicted]) -> Predicted:
 
 
 def predict_out_of_fold(
-    trainer: Trainer, members: list[Member], folder: Path
+    trainer: Trainer, members: list[LoadedRun], folder: Path
 ) -> out_of_fold.Columns | None:
     """What the runs of all folds predict of their own ones; a note says why there is none.
 
@@ -137,7 +136,7 @@ def part_name(number: int, rank: int) -> str:
 
 def assemble(parts: list[Path], names: tuple[str, ...]) -> Predicted:
     """What one member predicts, from all processes."""
-    batches = [batch for path in parts for batch in Parts.read(path, 1 + len(names))]
+    batches = [batch for path in parts for batch in PredictionShards.read(path, 1 + len(names))]
     ids, *columns = (np.concatenate(column) for column in zip(*batches, strict=True))
     whole: Outputs = dict(zip(names, columns, strict=True))
     if len(np.unique(ids)) != len(ids):
@@ -147,7 +146,7 @@ def assemble(parts: list[Path], names: tuple[str, ...]) -> Predicted:
 
 
 def write(
-    members: list[Member], predicted: Predicted, output: Path, oof: out_of_fold.Columns | None
+    members: list[LoadedRun], predicted: Predicted, output: Path, oof: out_of_fold.Columns | None
 ) -> None:
     """The predictions, what they were chosen from, and the record of where they came from."""
     data, (ids, outputs) = members[0].data, predicted
@@ -190,7 +189,7 @@ def fix_threads() -> None:
     torch.set_num_threads(threads or 1)
 
 
-def refuse_mixed(members: list[Member], precision: str | None) -> None:
+def refuse_mixed(members: list[LoadedRun], precision: str | None) -> None:
     """Refuse runs that write nothing, or whose average would mean nothing.
 
     Raises:
@@ -222,7 +221,7 @@ def leave_out_others(given: list[str]) -> list[str]:
     return [name for name in given if name not in others]
 
 
-def choose_output(given: Path | None, members: list[Member], submission: Submission) -> Path:
+def choose_output(given: Path | None, members: list[LoadedRun], submission: Submission) -> Path:
     """The file of the predictions: the one that was named, or by default one beside the runs.
 
     Raises:
@@ -249,7 +248,7 @@ def refuse_folder(output: Path) -> None:
         raise UserError(f"--output {output} is a folder; name a file in it.")
 
 
-def link_predictions(members: list[Member], output: Path) -> None:
+def link_predictions(members: list[LoadedRun], output: Path) -> None:
     """Put the predictions of a run on W&B; those of an ensemble are of no run alone."""
     source, data = Run(members[0].source), members[0].data
     if len(members) > 1 or not source.folder.is_dir() or (id := source.wandb_id) is None:
@@ -285,13 +284,13 @@ def spell(options: argparse.Namespace) -> None:
             console.print(marked(line, way, console.is_terminal))
 
 
-def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> None:
+def run(options: argparse.Namespace, overrides: list[str], errors: ErrorScope) -> None:
     """Do what ``predict.py`` is asked for.
 
     Args:
         options: Its arguments.
         overrides: Settings of the data and the model, as on the command line.
-        telling: Which errors are told in one sentence.
+        errors: Which errors are the user's.
     """
     quiet_libraries()
     fix_threads()
@@ -299,7 +298,7 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
     if options.json:
         inputs["as_json"] = True
     members = [
-        Member.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
+        LoadedRun.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
         for run in leave_out_others(options.runs)
     ]
     refuse_mixed(members, options.precision)
@@ -316,7 +315,7 @@ def run(options: argparse.Namespace, overrides: list[str], telling: Telling) -> 
         callbacks=[ProgressBar()] if bar else [],
         enable_progress_bar=bar,
     )
-    equip(trainer, telling, termination=False)
+    prepare_trainer(trainer, errors, termination=False)
     single, submission = members[0].source, members[0].data.submission()
     output = choose_output(options.output, members, submission)
     parts = output.parent / f".{output.name}.parts"

@@ -1,6 +1,5 @@
 """What no configuration names: settings of the machine, and a Trainer that is quick and quiet."""
 
-import ctypes
 import logging
 import os
 import warnings
@@ -10,20 +9,18 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
-from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.errors import UserError
 from core.hosts import TIMEOUT
 from core.runs import Run
-from core.telling import Telling
 from core.wandb_runs import describe
+from pipeline.fast_loop import speed_up
 from pipeline.studies.grid import DEFAULTS, read_yaml
 
 # what the Trainer refuses to have among its callbacks when it is told to do without
@@ -33,17 +30,16 @@ NEEDS = {
     "enable_checkpointing": "BestCheckpoint",
 }
 METRICS = ("callbacks.MetricsCSV", f"{MetricsCSV.__module__}.MetricsCSV")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def settle(trainer: Namespace) -> None:
+def resolve_trainer_config(trainer: Namespace) -> None:
     """Fill in what depends on the machine, and leave out what a Trainer would refuse."""
-    if trainer.precision is None and not has_precision_plugin(trainer):
+    if trainer.precision is None and not _has_precision_plugin(trainer):
         trainer.precision = fastest_precision(trainer.accelerator)
     for several in ("logger", "callbacks"):
         if isinstance(trainer[several], Namespace):  # one alone, as it is typed
             trainer[several] = [trainer[several]]
-    trainer.callbacks = once_each(trainer.callbacks or [])
+    trainer.callbacks = _deduplicate(trainer.callbacks or [])
     if trainer.logger in (True, None):  # to Lightning a logger of its own choice
         trainer.logger = []
     if isinstance(trainer.logger, list) and find_spec("wandb") is None:
@@ -59,7 +55,7 @@ def settle(trainer: Namespace) -> None:
     trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
 
 
-def settle_wandb(logger: Namespace, config: Namespace, run: Run, subcommand: str) -> None:
+def resolve_wandb_config(logger: Namespace, config: Namespace, run: Run, subcommand: str) -> None:
     """Give the W&B run of a run its place, id and name, and a new one group, tags and notes.
 
     Whoever joins a W&B run leaves these as they are: people edit them on its page.
@@ -93,14 +89,14 @@ def settle_wandb(logger: Namespace, config: Namespace, run: Run, subcommand: str
             logger[key] = fact
 
 
-def has_precision_plugin(trainer: Namespace) -> bool:
+def _has_precision_plugin(trainer: Namespace) -> bool:
     """Whether a plugin decides on the precision, as for float16 with a scaler on the CPU."""
     plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
     paths = [getattr(plugin, "class_path", "") for plugin in plugins]
     return any(path.endswith("Precision") for path in paths)
 
 
-def once_each(callbacks: list[Namespace]) -> list[Namespace]:
+def _deduplicate(callbacks: list[Namespace]) -> list[Namespace]:
     """The callbacks, but of a class that the defaults have the last alone, in the first's place."""
     of_defaults = {entry["class_path"] for entry in read_yaml(DEFAULTS)["trainer"]["callbacks"]}
     shorts = {path.rpartition(".")[2] for path in of_defaults}
@@ -111,34 +107,25 @@ def once_each(callbacks: list[Namespace]) -> list[Namespace]:
     return list(kept.values())
 
 
-class FirstBatch(Callback):
+class EndOfSetup(Callback):
     """From the first batch on a ValueError is no longer taken for the user's."""
 
-    def __init__(self, telling: Telling) -> None:
-        self.telling = telling
+    def __init__(self, errors: ErrorScope) -> None:
+        self.errors = errors
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any, **options: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.telling.values = False
-            for hook in HOOKS_BEFORE_A_BATCH:  # Lightning passes over a hook that is None
-                setattr(self, hook, None)
+            self.errors.setting_up = False
 
-    on_validation_batch_start = on_train_batch_start
-    on_test_batch_start = on_train_batch_start
-    on_predict_batch_start = on_train_batch_start
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
-HOOKS_BEFORE_A_BATCH = [hook for hook in vars(FirstBatch) if hook.endswith("batch_start")]
-
-
-def equip(trainer: Trainer, telling: Telling, *, termination: bool = True) -> None:
+def prepare_trainer(trainer: Trainer, errors: ErrorScope, *, termination: bool = True) -> None:
     """Give a trainer what no configuration names: the answer to SIGTERM, and a quick loop."""
-    trainer.callbacks.append(FirstBatch(telling))  # type: ignore[attr-defined]
-    if isinstance(trainer.accelerator, CPUAccelerator):
-        keep_freed_memory()
+    trainer.callbacks.append(EndOfSetup(errors))  # type: ignore[attr-defined]
     if termination:  # now, since Lightning would take it for a ModelCheckpoint
         trainer.callbacks.append(Termination())  # type: ignore[attr-defined]
-    pass_over_idle_hooks(trainer)
+    speed_up(trainer)
     # a lost host ends the others soon; Lightning's default is half an hour
     if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
         setattr(trainer.strategy, "_timeout", TIMEOUT)  # noqa: B010
@@ -171,22 +158,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*The WeightAveraging state cannot be restored")
     # what is recorded is also written at the end of each epoch
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what tensors free, instead of handing it back to the kernel.
-
-    As it comes, it maps each block of more than 32 MiB anew, and the kernel has to zero every page
-    of it: up to a third of a training step (docs/speed.md). See mallopt(3); other C libraries are
-    left as they are.
-    """
-    try:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    except (OSError, TypeError):  # Windows has no library that goes by no name
-        return
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def fastest_precision(accelerator: str) -> str:

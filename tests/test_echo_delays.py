@@ -10,7 +10,7 @@ from benchmarks import echo_delays
 from datamodules import EchoDataModule
 from datamodules.sequences.echo import echo
 from lit_models import LitClassifier
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 
 
 class Perfect(nn.Module):
@@ -30,7 +30,7 @@ class Perfect(nn.Module):
 def test_each_delay_is_counted_alone() -> None:
     data = EchoDataModule(max_delay=3, min_length=6, max_length=6)
     model = LitClassifier(Perfect(deaf_to=2), torch.optim.SGD, num_classes=27)
-    found = echo_delays.accuracies(Member(Path("run"), Path("run"), {}, {}, model, data))
+    found = echo_delays.accuracies(LoadedRun(Path("run"), Path("run"), {}, {}, model, data))
     assert {delay: accuracy for delay, (accuracy, _) in found.items()} == pytest.approx(
         {0: 1.0, 1: 1.0, 2: 2 / 6, 3: 1.0}  # of six letters, two steps without an echo
     )

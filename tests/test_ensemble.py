@@ -20,7 +20,7 @@ from datamodules.base import BaseDataModule
 from lit_models.base import LitModel
 from lit_models.networks import Ensemble, LeNet5, WhitenedCNN
 from pipeline import loading
-from pipeline.parser import Parser, link_facts
+from pipeline.parser import Parser, link_data_arguments
 
 
 def ensemble(members: int = 3) -> Ensemble:
@@ -147,7 +147,7 @@ def flags(data_dir: Path, tmp_path: Path) -> list[str]:
 def test_from_yaml_to_a_prediction_and_back(flags: list[str], tmp_path: Path) -> None:
     train.main(["fit", *flags, "--run=two"])
     folder = tmp_path / "lenets" / "two"
-    network = loading.Member.load(str(folder), "best", []).model.network
+    network = loading.LoadedRun.load(str(folder), "best", []).model.network
     assert isinstance(network, Ensemble)
     weights = network.state_dict()
     assert weights["members.0.conv2.weight"].shape == (4, 2, 5, 5)
@@ -160,7 +160,7 @@ def test_the_data_tells_each_member_the_number_of_classes(flags: list[str]) -> N
     parser = Parser()
     parser.add_subclass_arguments(LitModel, "model")
     parser.add_subclass_arguments(BaseDataModule, "data")
-    link_facts(parser)
+    link_data_arguments(parser)
     config = yaml.safe_load(Path(flags[0].removeprefix("--config=")).read_text())
     data = {"class_path": "TemporalOrderDataModule"}
     settings = parser.parse_object({"model": config["model"], "data": data})

@@ -166,7 +166,7 @@ def test_checkpoint_keeps_the_filters(
     saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     expected = FixedFilters(["sobel_x", "laplacian"]).weight
     assert torch.equal(saved["network.filters.weight"], expected)
-    network = loading.Member.load(str(folder), "best", []).model.network
+    network = loading.LoadedRun.load(str(folder), "best", []).model.network
     assert isinstance(network, Filtered)
     assert isinstance(network.network, LeNet5)
     assert network.network.conv1.in_channels == 6

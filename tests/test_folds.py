@@ -32,7 +32,7 @@ from datamodules import (
 from datamodules.base import BaseDataModule
 from datamodules.folds import assign_folds
 from pipeline.kaggle.prediction_file import wilson_interval
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 from pipeline.studies.out_of_fold import refuse_overlap
 
 FOLDS = 3
@@ -255,14 +255,14 @@ def test_without_all_folds_there_is_a_note_and_the_average(
 
 
 def test_samples_that_a_run_has_seen_are_not_out_of_fold(runs: list[Path]) -> None:
-    first, second, third = (Member.load(str(run), "best", []) for run in runs)
+    first, second, third = (LoadedRun.load(str(run), "best", []) for run in runs)
 
-    def refused(*others: Member) -> str:
+    def refused(*others: LoadedRun) -> str:
         with pytest.raises(UserError) as error:
             refuse_overlap([first, *others])
         return str(error.value)
 
-    def changed(**values: Any) -> Member:
+    def changed(**values: Any) -> LoadedRun:
         config = third.config | values.pop("config", {})
         return replace(third, checkpoint=third.checkpoint | values, config=config)
 

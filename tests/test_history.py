@@ -8,7 +8,7 @@ import yaml
 
 from core.errors import UserError
 from pipeline.history import MOVED, Removed, Renamed, update
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 from pipeline.parser import Parser
 
 OLD_RUNS = Path(__file__).parent / "old_runs"
@@ -84,5 +84,5 @@ def test_a_checkpoint_may_name_a_class_by_its_old_module(tmp_path: Path) -> None
     checkpoint["config"] = checkpoint["config"].replace("datamodules.DigitsDataModule", moved)
     assert moved in checkpoint["config"]
     torch.save(checkpoint, tmp_path / "moved.ckpt")
-    member = Member.load(str(tmp_path / "moved.ckpt"), "last", [])
+    member = LoadedRun.load(str(tmp_path / "moved.ckpt"), "last", [])
     assert type(member.data).__name__ == "DigitsDataModule"

@@ -109,7 +109,7 @@ sys.path.insert(0, {str(ROOT)!r})
 sys.modules |= dict.fromkeys(("py7zr", "lemminflect", "tokenizers"))
 from pathlib import Path
 import datamodules
-from core.telling import told_in_one_sentence
+from core.errors import exit_on_user_error
 from datamodules.image_files.archives import unpack
 from datamodules.text.error_synthesis import lookup
 from datamodules.text.subwords import Subwords
@@ -119,7 +119,7 @@ for use in (
     lambda: Subwords(""),
 ):
     try:
-        with told_in_one_sentence():
+        with exit_on_user_error():
             use()
     except SystemExit as end:
         assert end.code == 1

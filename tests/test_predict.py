@@ -205,7 +205,7 @@ def test_other_set_with_the_normalisation_of_the_run(run: Path, data_dir: Path) 
     assert rows[0] == ["id", "label"]
     assert [int(i) for i, _ in rows[1:]] == list(range(20))
     assert all(label.isdecimal() for _, label in rows[1:])
-    member = loading.Member.load(str(path), "best", ["--data=UCSBCIFAR10DataModule"])
+    member = loading.LoadedRun.load(str(path), "best", ["--data=UCSBCIFAR10DataModule"])
     assert isinstance(member.data, ImageDataModule)
     assert member.data.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert json.loads(Path("ucsb.json").read_text())["competition"] == "ucsb-cs291k-hw2-2022-fall"

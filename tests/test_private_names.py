@@ -32,8 +32,8 @@ from benchmarks.step_overhead import RandomNumbers
 from callbacks import GradientSpikeMonitor, ProgressBar, Termination
 from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics
 from callbacks.training import training_cost
-from callbacks.training.idle_hooks import pass_over_idle_hooks
 from core.errors import UserError
+from pipeline.fast_loop import skip_noop_hooks
 from pipeline.parser import Parser
 
 pytestmark = pytest.mark.slow  # what they tell of changes with the libraries alone
@@ -116,7 +116,7 @@ def test_checkpoints_are_saved(name: str, tmp_path: Path) -> None:
         by_epochs = ModelCheckpoint(every_n_epochs=1, filename="{epoch}")
         callbacks = [by_steps, by_time, by_epochs]
         run = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
-        pass_over_idle_hooks(run)
+        skip_noop_hooks(run)
         run.fit(model(), Points())
     names = {"step=4.ckpt", "step=8.ckpt", "time.ckpt", "epoch=0.ckpt"}
     assert names <= {path.name for path in tmp_path.rglob("*.ckpt")}

@@ -23,11 +23,10 @@ from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord,
 from callbacks.run import run_folder
 from callbacks.run.checkpoints import LastCheckpoint
 from callbacks.run.wandb_logger import held_metrics, leveldb_records
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error
 from core.files import atomic_write, sha256, temporary
 from core.provenance import provenance
 from core.runs import Run, load_checkpoint
-from core.telling import told_in_one_sentence
 from pipeline.kaggle.ledger import sending
 from pipeline.trainer import quiet_libraries
 
@@ -393,15 +392,15 @@ def test_held_metrics_of_a_real_offline_run(trained: Path) -> None:
 
 
 def test_only_user_errors_are_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, told_in_one_sentence():
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
         raise UserError("take another file.")
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: take another file.\n"
-    with pytest.raises(KeyError), told_in_one_sentence():
+    with pytest.raises(KeyError), exit_on_user_error():
         raise KeyError("a bug keeps its traceback")
     wrapped = ValueError("a library wrapped it")
     wrapped.__cause__ = UserError("inner.")
-    with pytest.raises(SystemExit), told_in_one_sentence():
+    with pytest.raises(SystemExit), exit_on_user_error():
         raise wrapped
     assert capsys.readouterr().err == "error: inner.\n"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import predict
 import train
-from core.telling import told_in_one_sentence
+from core.errors import exit_on_user_error
 
 DEMO = [f"--config={CONFIGS / 'demo.yaml'}", "--run=x", "--trainer.accelerator=cpu"]
 TINY = ["--trainer.max_epochs=1", "--data.val_size=40", "--trainer.limit_train_batches=2"]
@@ -162,8 +162,8 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_error_behind_another_is_not_the_mistake() -> None:
-    with pytest.raises(KeyError), told_in_one_sentence() as telling:
-        telling.values = True
+    with pytest.raises(KeyError), exit_on_user_error() as errors:
+        errors.setting_up = True
         try:
             raise ValueError("handled")
         except ValueError:

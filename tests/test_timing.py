@@ -17,10 +17,11 @@ from test_classification import Memory, Points, model, trainer
 from callbacks import MetricsCSV, ProgressBar, Timing
 from callbacks.run import progress
 from callbacks.run.wandb_logger import held_metrics
-from callbacks.training import idle_hooks, timing
-from callbacks.training.idle_hooks import pass_over_idle_hooks
+from callbacks.training import timing
 from callbacks.training.timing import memory
 from datamodules.loaders.resident import ResidentLoader
+from pipeline import fast_loop
+from pipeline.fast_loop import skip_noop_hooks
 
 COLUMNS = ["step", *(f"time/{x}" for x in ("data_wait", "elapsed", "left", "memory"))]
 
@@ -78,7 +79,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
             yield batch
 
     monkeypatch.setattr(ResidentLoader, "__iter__", slowly)
-    for module in (timing, idle_hooks):
+    for module in (timing, fast_loop):
         monkeypatch.setattr(module, "perf_counter", clock)
     return clock
 
@@ -91,7 +92,7 @@ def timed(
     settings = {"max_epochs": 2, "log_every_n_steps": 4, **options}
     callbacks = [Timing(), Slow(clock), *more]
     run = trainer(folder, logger=[logger, memory], callbacks=callbacks, **settings)
-    pass_over_idle_hooks(run)
+    skip_noop_hooks(run)
     run.fit(model(), Points(), ckpt_path=resume)
     run.save_checkpoint(folder / "last.ckpt")
     return rows_of(folder), memory

@@ -16,8 +16,9 @@ from conftest import CONFIGS, end_wandb, faults_of_large_tensors, read_wandb
 
 import train
 from core.runs import Run, load_checkpoint
-from pipeline.arguments import arrange
-from pipeline.trainer import fastest_precision, keep_freed_memory
+from pipeline.arguments import normalize_argv
+from pipeline.fast_loop import disable_malloc_trim
+from pipeline.trainer import fastest_precision
 
 
 def sentence(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -304,7 +305,7 @@ def test_precision_fits_the_processor(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_freed_memory_is_not_asked_of_the_kernel_again() -> None:
-    keep_freed_memory()
+    disable_malloc_trim()
     # the first few find their place, between what others have put there
     assert faults_of_large_tensors() < 10 * 2**26 / resource.getpagesize()
 
@@ -372,7 +373,7 @@ def test_a_run_is_found_where_its_root_is(
     config.parent.mkdir(parents=True)
     config.write_text("{model: {class_path: LitClassifier}, data: {class_path: DemoDataModule}}")
     monkeypatch.chdir(tmp_path / place)
-    arranged = arrange(["test", *args])
+    arranged = normalize_argv(["test", *args])
     flags = dict(flag.split("=") for flag in arranged[1:])
     assert yaml.safe_load(flags["--config"])["data"]["class_path"] == "DemoDataModule"
     assert flags["--trainer.default_root_dir"] == root

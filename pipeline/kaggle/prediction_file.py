@@ -17,7 +17,7 @@ from core.submission import KNOWN_LABELS, Submission
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """A run whose predictions went into the file; accuracy is a fraction of validation samples."""
 
     run: str
@@ -43,8 +43,10 @@ class Prediction:
     competition: str
     sample: Path
     labels: Sequence[str] | None  # None: nobody knows them
-    members: list[Member]
-    all_folds: Member | None = None  # the members as one, on the samples that were out of fold
+    members: list[EnsembleMember]
+    all_folds: EnsembleMember | None = (
+        None  # the members as one, on the samples that were out of fold
+    )
 
     @property
     def run(self) -> str:
@@ -98,8 +100,8 @@ def read_prediction(
     digest = sha256(path)
     origin = path.with_suffix(".json")
     labels: Sequence[str] | None = None
-    members: list[Member] = []
-    all_folds: Member | None = None
+    members: list[EnsembleMember] = []
+    all_folds: EnsembleMember | None = None
     competition = competition_name(competition) if competition is not None else None
     if origin.is_file():
         made = read_origin(origin)
@@ -107,11 +109,11 @@ def read_prediction(
         competition = competition or made["competition"]
         sample = sample or (Path(made["sample"]) if made["sample"] else None)
         members = [
-            Member(run["run"], run["validation_accuracy"], run["validation_samples"])
+            EnsembleMember(run["run"], run["validation_accuracy"], run["validation_samples"])
             for run in made["runs"]
         ]
         if found := made.get("out_of_fold"):
-            all_folds = Member("out of fold", found["accuracy"], found["samples"])
+            all_folds = EnsembleMember("out of fold", found["accuracy"], found["samples"])
         if not made.get("sendable", True):
             raise UserError(
                 f"{path} is a table of photos and their labels, which no competition asks for; "

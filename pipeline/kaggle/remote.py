@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from core import kaggle_client
-from core.errors import UserError
+from core.errors import UserError, exit_on_user_error, visible
 from core.files import atomic_write, sha256, temporary
 from core.kaggle_client import KaggleError, call_kernels
 from core.runs import ROOT, Run, is_file
-from core.telling import told_in_one_sentence, visible
 from pipeline.kaggle import parcel
 from pipeline.kaggle.kernel import OUTPUT, RECORD, read_output
 
@@ -33,7 +32,7 @@ AT_HOME = ("--study", "--init_from", "--print_config", "--settings", "--data.dat
 
 def run(args: list[str]) -> None:
     """Do what ``train.py fit --on kaggle`` says; the same command again goes on."""
-    with told_in_one_sentence(debug="--debug" in args):
+    with exit_on_user_error(debug="--debug" in args):
         options, rest = parse(args)
         parent = Run.parent(Path(options.config[0]), options.root)
         folder = Run.claim(parent, Run.name(options.run, parent))

@@ -46,11 +46,11 @@ def send(
     with ledger.sending():
         sent = None if again else sent_before(prediction, wait)
         if sent and not sent.ref:
-            sent = find_lost(api, sent)
-        return sent or transmit(api, prediction, message)
+            sent = find_unconfirmed(api, sent)
+        return sent or submit_file(api, prediction, message)
 
 
-def find_lost(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
+def find_unconfirmed(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
     """The submission that an attempt without an answer has left at Kaggle, if it has.
 
     Raises:
@@ -67,7 +67,7 @@ def find_lost(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
     while True:
         left = end - time.monotonic()
         try:
-            found = recognise(record, kaggle_client.results(api, record.competition))
+            found = match_submission(record, kaggle_client.results(api, record.competition))
         except KaggleError as error:
             raise UserError(
                 "nothing was sent: Kaggle may have these bytes from before, and its list of "
@@ -79,7 +79,7 @@ def find_lost(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
         time.sleep(min(POLL_SECONDS, left))
 
 
-def recognise(record: Record, results: Iterable[Result]) -> Record | None:
+def match_submission(record: Record, results: Iterable[Result]) -> Record | None:
     """Find an unclear submission among Kaggle's by the digest in its message, and record it."""
     known = {record.ref for record in ledger.read()}
     marked = (x for x in results if mark(record.sha256) in x.message)
@@ -87,10 +87,10 @@ def recognise(record: Record, results: Iterable[Result]) -> Record | None:
     if found is None:
         return None
     print(f"Kaggle has it as submission {found.ref}; it was not sent again.")
-    return settle(replace(record, ref=str(found.ref)), found)
+    return record_result(replace(record, ref=str(found.ref)), found)
 
 
-def transmit(api: "kaggle_client.KaggleApi", prediction: Prediction, message: str) -> Record:
+def submit_file(api: "kaggle_client.KaggleApi", prediction: Prediction, message: str) -> Record:
     """Upload the file and make a submission of it, of which the list knows before Kaggle does."""
     content = prediction.path.read_bytes()
     if hashlib.sha256(content).hexdigest() != prediction.sha256:
@@ -146,7 +146,7 @@ def wait_for_score(api: "kaggle_client.KaggleApi", record: Record) -> None:
         left = end - time.monotonic()
         result = kaggle_client.persistently(lambda: kaggle_client.result(api, ref), left)
         if result.status != "PENDING":
-            record = settle(record, result)
+            record = record_result(record, result)
         elif left < POLL_SECONDS:
             raise UserError(
                 f"Kaggle has not scored submission {ref} in {WAIT_SECONDS / 60:.0f} minutes; go on "
@@ -160,7 +160,7 @@ def wait_for_score(api: "kaggle_client.KaggleApi", record: Record) -> None:
     print(f"Public score {record.public_score}{compared}.")
 
 
-def settle(record: Record, result: Result) -> Record:
+def record_result(record: Record, result: Result) -> Record:
     """Put Kaggle's verdict into the files and onto the W&B run."""
     record = replace(
         record, status=result.status, public_score=result.public_score, error=result.error
@@ -180,9 +180,9 @@ def refresh(records: list[Record]) -> list[Record]:
         api = kaggle_client.authenticate()
         for record in waiting:
             if not record.ref:
-                recognise(record, kaggle_client.results(api, record.competition))
+                match_submission(record, kaggle_client.results(api, record.competition))
             elif (result := kaggle_client.result(api, int(record.ref))).status != "PENDING":
-                settle(record, result)
+                record_result(record, result)
     except UserError as error:
         print(f"note: scores still out were not fetched: {error}")
     return ledger.read()

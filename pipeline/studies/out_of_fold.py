@@ -14,12 +14,12 @@ import numpy as np
 from core.errors import UserError
 from core.files import atomic_write, sha256
 from pipeline.kaggle.prediction_file import wilson_interval
-from pipeline.loading import Member
+from pipeline.loading import LoadedRun
 
 Columns = dict[str, Any]  # arrays: ids (N,), probabilities (N, K), labels (N,) and folds (N,)
 
 
-def refuse_overlap(members: Sequence[Member]) -> None:
+def refuse_overlap(members: Sequence[LoadedRun]) -> None:
     """Refuse runs of which one may have been trained on samples that it is to predict.
 
     Raises:
@@ -42,7 +42,7 @@ def refuse_overlap(members: Sequence[Member]) -> None:
         raise UserError(f"no run holds out fold {', '.join(missing)} of {len(folds)}.")
 
 
-def join(members: Sequence[Member], predictions: Sequence[tuple[np.ndarray, Any]]) -> Columns:
+def join(members: Sequence[LoadedRun], predictions: Sequence[tuple[np.ndarray, Any]]) -> Columns:
     """Put together what each run predicts of its own fold, in the order of the samples.
 
     Args:

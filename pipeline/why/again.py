@@ -22,12 +22,11 @@ from torch import Tensor
 
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.termination import Termination
-from core.errors import UserError
+from core.errors import ErrorScope, UserError
 from core.hosts import Hosts
-from core.telling import Telling
 from pipeline.cli import CLI, PLATEAU
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
-from pipeline.trainer import quiet_libraries, settle
+from pipeline.trainer import quiet_libraries, resolve_trainer_config
 from steadyfit.lightning import GradientSpikeMonitor
 
 Rows = dict[int, dict[str, float]]  # what loggers are told, by optimizer step
@@ -133,7 +132,7 @@ class Again(CLI):
         quiet_libraries()
         trusted = ["--trust"] if trust else []
         typed = ["fit", f"--config={config}", *trusted]
-        super().__init__(typed, Telling(values=True), ExitStack(), Hosts())
+        super().__init__(typed, ErrorScope(setting_up=True), ExitStack(), Hosts())
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         for hook in ("prepare_data", "setup"):  # reading and checking the data once is enough
@@ -144,7 +143,7 @@ class Again(CLI):
         config.ckpt_path = None
         self.record = RunRecord(self.file.read_text())
         trainer, schedule = config.trainer, config.model.init_args.get("lr_scheduler")
-        settle(trainer)
+        resolve_trainer_config(trainer)
         looking = set(CALLBACKS_MAY_CHANGE)
         trainer.callbacks = [
             c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in looking

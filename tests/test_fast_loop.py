@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoin
 from lightning.pytorch.profilers import SimpleProfiler
 from test_classification import Points, model, trainer
 
-from callbacks.training.idle_hooks import OF_A_BATCH, LoaderClock, pass_over_idle_hooks
+from pipeline.fast_loop import BATCH_HOOKS, LoaderClock, skip_noop_hooks
 
 
 class OneHook(Callback):
@@ -25,7 +25,7 @@ def test_hooks_of_a_class_and_of_an_instance_are_called(tmp_path: Path) -> None:
     own = OneHook()
     given = LambdaCallback(on_train_batch_end=lambda *_: heard.append(1))
     run = trainer(tmp_path, max_epochs=1, callbacks=[own, given])
-    pass_over_idle_hooks(run)
+    skip_noop_hooks(run)
     assert own.on_train_batch_start is None
     run.fit(model(), Points())
     assert own.batches == len(heard) == 10
@@ -37,7 +37,7 @@ def test_a_checkpoint_looks_at_steps_if_it_saves_by_them(tmp_path: Path) -> None
     by_epochs = ModelCheckpoint(every_n_epochs=1)
     callbacks = [by_steps, by_time, by_epochs]
     run = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
-    pass_over_idle_hooks(run)
+    skip_noop_hooks(run)
     assert by_time.on_train_batch_end is not None
     assert by_epochs.on_train_batch_end is None
     run.fit(model(), Points())
@@ -45,12 +45,12 @@ def test_a_checkpoint_looks_at_steps_if_it_saves_by_them(tmp_path: Path) -> None
 
 
 def test_they_are_all_hooks_of_lightning() -> None:
-    assert all(callable(getattr(Callback, name)) for name in OF_A_BATCH)
+    assert all(callable(getattr(Callback, name)) for name in BATCH_HOOKS)
 
 
 def test_a_profiler_that_was_asked_for_stays(tmp_path: Path) -> None:
     asked, not_asked = trainer(tmp_path, profiler="simple"), trainer(tmp_path)
     for run in (asked, not_asked):
-        pass_over_idle_hooks(run)
+        skip_noop_hooks(run)
     assert isinstance(asked.profiler, SimpleProfiler)  # type: ignore[attr-defined]
     assert isinstance(not_asked.profiler, LoaderClock)  # type: ignore[attr-defined]
