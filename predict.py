@@ -9,6 +9,11 @@ from core.errors import UserError, exit_on_user_error
 from core.starting import start
 
 SETTING = re.compile(r"--(data|model)\.")  # settings of the data and the model, on the command line
+EXPORTED = (".onnx", ".pt2")
+ACTING = {  # the options that act beside these two
+    "export": {"runs", "checkpoint", "tta", "data", "data_dir", "trust", "debug"},
+    "speller": {"text", "text_file", "json", "output", "data_dir", "debug"},
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,12 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and settings of the data and the model.
+    """Return the arguments, and settings of the data and the model.
 
     Raises:
         UserError: They do not go together.
     """
-    options, overrides = make_parser().parse_known_args(join_values(args))
+    options, overrides = make_parser().parse_known_args(_join_values(args))
     if not re.fullmatch(r"auto|-1|\d+(,\d+)*", options.devices):
         raise UserError(f"--devices must be a number of processes, or auto, got {options.devices}.")
     if unknown := [a for a in overrides if not SETTING.match(a)]:
@@ -96,53 +101,41 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(
             "give a RUN, or --speller without one; --data.speller=true puts it in front of a run."
         )
-    if options.export:
-        refuse_beside_export(options)
-    if options.speller:
-        refuse_beside_speller(options, overrides)
-    if options.tta:
-        overrides = [f"--model.tta={options.tta}", *overrides]
-    if options.n_best is not None:
-        overrides = [f"--model.n_best={options.n_best}", *overrides]
-    if options.data_dir:
-        overrides = [f"--data.data_dir={options.data_dir}", *overrides]
-    if options.data:  # first: the class decides which settings there are
-        overrides = [f"--data={options.data}", *overrides]
-    return options, overrides
-
-
-def refuse_beside_export(options: argparse.Namespace) -> None:
-    """Refuse what an exported file has no use for.
-
-    Raises:
-        UserError: What it is.
-    """
-    if options.export.suffix not in (".onnx", ".pt2") or len(options.runs) > 1:
+    if options.export and (options.export.suffix not in EXPORTED or len(options.runs) > 1):
         raise UserError(f"--export writes one run to FILE.onnx or FILE.pt2, not {options.export}.")
-    acting = {"runs", "export", "checkpoint", "tta", "data", "data_dir", "trust", "debug"}
-    if other := given(options) - acting:
-        raise UserError(f"--export predicts nothing and is in float32; leave out --{min(other)}.")
+    if options.export or options.speller:
+        _refuse_idle_options(options, overrides)
+    short = {  # the class of the data first: it decides which settings there are
+        "--data": options.data,
+        "--data.data_dir": options.data_dir,
+        "--model.n_best": options.n_best,
+        "--model.tta": options.tta,
+    }
+    typed = [f"{name}={value}" for name, value in short.items() if value is not None]
+    return options, [*typed, *overrides]
 
 
-def refuse_beside_speller(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Refuse what has no meaning without a run.
+def _refuse_idle_options(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuse what has no use where a file is exported, or without a run.
 
     Raises:
-        UserError: What it is.
+        UserError: Which option.
     """
-    acting = {"speller", "text", "text_file", "json", "output", "data_dir", "debug"}
-    others = sorted(f"--{name}" for name in given(options) - acting) + overrides
-    if others:
-        raise UserError(f"--speller works without a run; leave out {others[0]}.")
+    mode = "speller" if options.speller else "export"
+    idle = sorted(f"--{name}" for name in _given(options) - ACTING[mode] - {mode})
+    idle += overrides if options.speller else []
+    if idle:
+        does = {"speller": "works without a run", "export": "predicts nothing and is in float32"}
+        raise UserError(f"--{mode} {does[mode]}; leave out {idle[0]}.")
 
 
-def given(options: argparse.Namespace) -> set[str]:
-    """Names of the options that are not as they are by default."""
+def _given(options: argparse.Namespace) -> set[str]:
+    """Return names of the options that are not as they are by default."""
     defaults = vars(make_parser().parse_args([]))
     return {name for name, value in vars(options).items() if value != defaults[name]}
 
 
-def join_values(args: list[str]) -> list[str]:
+def _join_values(args: list[str]) -> list[str]:
     """Write ``--data.NAME VALUE`` as ``--data.NAME=VALUE``, lest the value be taken for a run."""
     joined: list[str] = []
     for arg in args:

@@ -24,7 +24,7 @@ from core.errors import exit_on_user_error, visible
 from pipeline.kaggle import ledger, sending
 from pipeline.kaggle.checks import check_submission
 from pipeline.kaggle.ledger import Record
-from pipeline.kaggle.prediction_file import Prediction, find_csv, oddities, read_prediction
+from pipeline.kaggle.prediction_file import Prediction, find_csv, read_prediction
 
 
 def main(args: list[str] | None = None) -> None:
@@ -101,11 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def show(prediction: Prediction, table: sample_file.Table, message: str) -> None:
-    """What the file holds, what is known of its making, and the command that sends it."""
+    """Print what the file holds, what is known of its making, and the command that sends it."""
     path = prediction.path
     print(f"{path}: {len(table.ids)} rows for {prediction.competition}")
-    for note in oddities(path):
-        print(f"note: {note}")
     if not prediction.members:
         print("note: predict.py did not make this file: its validation accuracy is not known.")
     if prediction.labels is None:
@@ -122,7 +120,7 @@ def show(prediction: Prediction, table: sample_file.Table, message: str) -> None
 
 
 def histogram(table: sample_file.Table, labels: Sequence[str]) -> Table:
-    """How often each label comes; a class that is never predicted should be seen."""
+    """Count each label; a class that is never predicted should be seen."""
     counts = dict.fromkeys(labels, 0) | Counter(table.labels)
     shown = Table("label", "rows", "share", "", box=None)
     for label, count in sorted(counts.items()):
@@ -132,7 +130,7 @@ def histogram(table: sample_file.Table, labels: Sequence[str]) -> Table:
 
 
 def ranges(table: sample_file.Table) -> Table:
-    """Range and mean of each column of numbers."""
+    """Return range and mean of each column of numbers."""
     shown = Table("column", "lowest", "mean", "highest", box=None)
     for name, column in zip(table.header[1:], table.columns, strict=True):
         with suppress(ValueError):  # of texts

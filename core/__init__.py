@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, run folders, provenance, the form of a submission."""
+"""Common ground: errors, files, run folders, provenance, the form of a submission."""

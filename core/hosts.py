@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.files import sha256
 
 TIMEOUT = timedelta(minutes=2)  # of each exchange of the processes, unless a strategy says another
-LOSS = ("gloo", "pair closure", "Connection closed", "Connection reset")  # in errors of torch
+_LOSS = ("gloo", "pair closure", "Connection closed", "Connection reset")  # in errors of torch
 PATIENCE = 10.0  # seconds in which those that are left report a loss
 
 
@@ -25,11 +25,11 @@ class Hosts:
     """The processes that torchrun or SLURM has started, here and on other hosts.
 
     They meet where their process group will meet, before anything is read: there the first one
-    tells what is trained, and each tells the others why it cannot. A process that was started in
+    says what is trained, and each says to the others why it cannot. A process that was started in
     any other way is on its own here.
 
     Attributes:
-        leads: Whether this process decides, or is on its own.
+        leads: This process decides, or is on its own.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Hosts:
         environment = next((kind() for kind in kinds if kind.detect()), None)
         if environment is None or environment.world_size() == 1:
             return self
-        refuse_restarts()
+        _refuse_restarts()
         self.rank, self.size = environment.global_rank(), environment.world_size()
         address = f"{environment.main_address}:{environment.main_port}"
         try:  # the environment's two properties have set what env:// reads
@@ -63,7 +63,7 @@ class Hosts:
             return
         if not self.names:
             self.refuse(error)
-        elif isinstance(error, DistError) or any(words in str(error) for words in LOSS):
+        elif isinstance(error, DistError) or any(words in str(error) for words in _LOSS):
             raise UserError(f"{self.explain_loss()} ({str(error).splitlines()[0]})") from error
 
     @property
@@ -71,7 +71,7 @@ class Hosts:
         return self.rank == 0
 
     def agree(self, run: Path, checkpoint: str | None) -> tuple[Path, str | None]:
-        """The run and the checkpoint that the first process has chosen, if all can read it.
+        """Return the run and checkpoint that the first process has chosen, if all can read it.
 
         Raises:
             UserError: A host has no such checkpoint or another one, or a process has ended.
@@ -80,16 +80,18 @@ class Hosts:
             return run, checkpoint
         if self.leads:
             digest = sha256(Path(checkpoint)) if checkpoint else ""
-            self.tell("chosen", {"run": str(run), "checkpoint": checkpoint, "sha256": digest})
-            answers = [self.hear(f"answer {rank}") for rank in range(1, self.size)]
+            self.publish("chosen", {"run": str(run), "checkpoint": checkpoint, "sha256": digest})
+            answers = [self.receive(f"answer {rank}") for rank in range(1, self.size)]
             hosts = [self.host, *(answer["host"] for answer in answers)]
             problem = next((x["problem"] for x in answers if x["problem"]), "")
-            self.tell("verdict", {"hosts": hosts, "problem": problem})
+            self.publish("verdict", {"hosts": hosts, "problem": problem})
         else:
-            chosen = self.hear("chosen")
+            chosen = self.receive("chosen")
             run, checkpoint = Path(chosen["run"]), chosen["checkpoint"]
-            self.answer(problem_with(checkpoint, chosen["sha256"], self.host, chosen["host"]))
-            verdict = self.hear("verdict")
+            self.answer(
+                _checkpoint_problem(checkpoint, chosen["sha256"], self.host, chosen["host"])
+            )
+            verdict = self.receive("verdict")
             hosts, problem = verdict["hosts"], verdict["problem"]
         self.names = hosts
         if problem:
@@ -105,34 +107,34 @@ class Hosts:
             problem += " All hosts need the same files, or a folder that they share."
         with suppress(RuntimeError, UserError):  # they are gone
             if self.leads:
-                self.tell("chosen", {"problem": problem})
+                self.publish("chosen", {"problem": problem})
             else:
                 self.answer(problem)
             self.leave()
 
     def answer(self, problem: str) -> None:
-        self.tell(f"answer {self.rank}", {"problem": problem})
+        self.publish(f"answer {self.rank}", {"problem": problem})
 
-    def tell(self, what: str, content: dict[str, Any]) -> None:
+    def publish(self, what: str, content: dict[str, Any]) -> None:
         assert self.store is not None
         self.store.set(what, json.dumps({"host": self.host} | content))
 
-    def hear(self, what: str) -> dict[str, Any]:
+    def receive(self, what: str) -> dict[str, Any]:
         assert self.store is not None
         try:
-            heard: dict[str, Any] = json.loads(self.store.get(what))
+            message: dict[str, Any] = json.loads(self.store.get(what))
         except (DistError, RuntimeError) as error:
             raise UserError(
                 f"{self.host} waited {TIMEOUT.seconds} seconds for another process, which says "
                 "nothing; see the output of the other hosts."
             ) from error
-        if what == "chosen" and "problem" in heard:
+        if what == "chosen" and "problem" in message:
             self.leave()
-            raise UserError(heard["problem"])
-        return heard
+            raise UserError(message["problem"])
+        return message
 
     def leave(self) -> None:
-        """Stay until all have heard what this process said: the store may end with it."""
+        """Stay until all have message what this process said: the store may end with it."""
         assert self.store is not None
         self.store.add("leaving", 1)
         end = time.monotonic() + PATIENCE
@@ -140,7 +142,7 @@ class Hosts:
             time.sleep(0.05)
 
     def explain_loss(self) -> str:
-        """Which processes do not report the loss, as those do that are left."""
+        """Name the processes that do not report the loss, as those do that are left."""
         silent = set(range(self.size))
         end = time.monotonic() + PATIENCE
 
@@ -167,8 +169,8 @@ class Hosts:
         )
 
 
-def problem_with(checkpoint: str | None, digest: str, host: str, first: str) -> str:
-    """Why a host cannot go on from the checkpoint of the first one, or nothing."""
+def _checkpoint_problem(checkpoint: str | None, digest: str, host: str, first: str) -> str:
+    """Say why a host cannot go on from the checkpoint of the first one; empty if it can."""
     if checkpoint is None:
         return ""
     path = Path(checkpoint)
@@ -181,7 +183,7 @@ def problem_with(checkpoint: str | None, digest: str, host: str, first: str) -> 
     )
 
 
-def refuse_restarts() -> None:
+def _refuse_restarts() -> None:
     """Refuse torchrun's restarts where processes would read what former ones have left.
 
     Raises:
@@ -196,13 +198,13 @@ def refuse_restarts() -> None:
 
 
 def slurm_job() -> str:
-    """The id of the SLURM job, or of its part of a job array; empty outside of SLURM."""
+    """Return the id of the SLURM job, or of its part of a job array; empty outside of SLURM."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID", "") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 def job_name() -> str | None:
-    """The name of a run that is given none: of the SLURM job, whose id stays when it is requeued.
+    """Return the name of a run without one: that of the SLURM job, which stays when it is requeued.
 
     Raises:
         UserError: torchrun is to restart the command, and each time it would begin a new run.

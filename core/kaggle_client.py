@@ -2,7 +2,7 @@
 
 The client prints where it should raise, with ``VERBOSE=1`` prints request headers with the key in
 them, and sets no time-outs. Here its prints are kept in, a request ends after ``TIMEOUT``, and what
-goes wrong is told in one sentence: of an error of its own only the type, as the key may be in its
+goes wrong ends in one sentence: of an error of its own only the type, as the key may be in its
 text.
 """
 
@@ -44,7 +44,7 @@ class NoCredentials(UserError):
 
 
 class KaggleError(UserError):
-    """What went wrong at Kaggle or on the way there.
+    """A failure at Kaggle or on the way there.
 
     Attributes:
         said: The sentence without the remedy.
@@ -60,18 +60,18 @@ class KaggleError(UserError):
 
     @property
     def refused(self) -> bool:
-        """Whether Kaggle has certainly done nothing; others may come from a proxy in between."""
+        """True if Kaggle has certainly done nothing; others may come from a proxy in between."""
         return self.status in (400, 401, 403, 404, 422, 429)
 
     @property
     def passing(self) -> bool:
-        """Whether the same request may succeed a little later."""
+        """True if the same request may succeed a little later."""
         return self.status is None or self.status in (408, 429) or self.status >= 500
 
 
 @dataclass(frozen=True)
 class Result:
-    """What Kaggle says of a submission, which is PENDING, COMPLETE or in ERROR."""
+    """State of a submission at Kaggle: PENDING, COMPLETE or ERROR."""
 
     ref: int
     status: str
@@ -109,7 +109,7 @@ def authenticate() -> "KaggleApi":
 
 
 def has_credentials() -> bool:
-    """Whether somebody is logged in to Kaggle on this machine."""
+    """Return true if somebody is logged in to Kaggle on this machine."""
     try:
         authenticate()
     except NoCredentials:
@@ -160,14 +160,14 @@ def create(api: "KaggleApi", token: str, message: str, competition: str) -> int:
         submission_description=message,
     )
     if type(answer.ref) is not int or answer.ref == 0:
-        raise unreadable("no reference")
+        raise _unreadable("no reference")
     return answer.ref
 
 
 def result(api: "KaggleApi", ref: int) -> Result:
-    """What Kaggle says of one submission; one that cannot be read yet is PENDING."""
+    """Ask for the state of one submission; one that cannot be read yet is PENDING."""
     try:
-        return read_result(call(api, "get_submission", ref=ref))
+        return _read_result(call(api, "get_submission", ref=ref))
     except KaggleError as error:
         if error.status != 404:
             raise
@@ -175,16 +175,16 @@ def result(api: "KaggleApi", ref: int) -> Result:
 
 
 def results(api: "KaggleApi", competition: str) -> Iterator[Result]:
-    """All submissions to a competition, the newest first."""
+    """Yield all submissions to a competition, the newest first."""
     token = ""
     while True:
         page = call(api, "list_submissions", competition, page_size=PAGE, page_token=token)
-        yield from (read_result(submission) for submission in page.submissions or [])
+        yield from (_read_result(submission) for submission in page.submissions or [])
         if not (token := page.next_page_token):
             return
 
 
-def read_result(submission: Any) -> Result:
+def _read_result(submission: Any) -> Result:
     with quiet_client():
         score, error = clean(submission.public_score), clean(submission.error_description)
         return Result(submission.ref, submission.status.name, score, error, submission.description)
@@ -197,7 +197,7 @@ def call(api: "KaggleApi", method: str, competition: str = "", **fields: Any) ->
     with quiet_client(competition), api.build_kaggle_client() as client:
         from kagglesdk.competitions.types import competition_api_service as types
 
-        return ask(client.competitions.competition_api_client, types, method, fields)
+        return _ask(client.competitions.competition_api_client, types, method, fields)
 
 
 def call_kernels(api: "KaggleApi", method: str, competition: str = "", **fields: Any) -> Any:
@@ -205,10 +205,10 @@ def call_kernels(api: "KaggleApi", method: str, competition: str = "", **fields:
     with quiet_client(competition), api.build_kaggle_client() as client:
         from kagglesdk.kernels.types import kernels_api_service as types
 
-        return ask(client.kernels.kernels_api_client, types, method, fields)
+        return _ask(client.kernels.kernels_api_client, types, method, fields)
 
 
-def ask(service: Any, types: ModuleType, method: str, fields: dict[str, Any]) -> Any:
+def _ask(service: Any, types: ModuleType, method: str, fields: dict[str, Any]) -> Any:
     request = getattr(types, f"Api{method.title().replace('_', '')}Request")()
     for name, value in fields.items():
         setattr(request, name, value)
@@ -281,16 +281,16 @@ def unzip(archive: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_client(competition: str = "") -> Iterator[None]:
-    """Keep in what the client prints, end its requests, and tell its errors in one sentence."""
+    """Keep in what the client prints, end its requests, and raise its errors as one sentence."""
     try:
-        with redirect_stdout(io.StringIO()), time_limit():  # progress bars on stderr are seen
+        with redirect_stdout(io.StringIO()), _time_limit():  # progress bars on stderr are seen
             yield
     except requests.HTTPError as error:
         if error.response is None or error.response.status_code < 400:
-            raise unreadable("HTTPError") from None
-        raise refusal(str(error), error.response, competition) from None
+            raise _unreadable("HTTPError") from None
+        raise _refusal(str(error), error.response, competition) from None
     except requests.JSONDecodeError:
-        raise unreadable("JSONDecodeError") from None
+        raise _unreadable("JSONDecodeError") from None
     except requests.RequestException as error:  # its text holds addresses with upload tokens
         raise KaggleError(
             f"Kaggle could not be reached ({type(error).__name__})",
@@ -299,11 +299,11 @@ def quiet_client(competition: str = "") -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:  # the client's own
-        raise unreadable(type(error).__name__) from None
+        raise _unreadable(type(error).__name__) from None
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
     """Give every request of the client a time-out: on a dead connection it would wait for ever."""
     send = HTTPAdapter.send
 
@@ -317,7 +317,7 @@ def time_limit() -> Iterator[None]:
         HTTPAdapter.send = send  # type: ignore[method-assign]
 
 
-def unreadable(reason: str) -> KaggleError:
+def _unreadable(reason: str) -> KaggleError:
     """The error for an answer, or credentials, with which the client can do nothing."""
     return KaggleError(
         f"the Kaggle client failed ({reason})",
@@ -328,7 +328,7 @@ def unreadable(reason: str) -> KaggleError:
 
 
 def clean(text: str) -> str:
-    """A text of the server's without the user's keys, its control characters shown."""
+    """Return a text of the server's without the user's keys, its control characters shown."""
     known = getattr(getattr(sys.modules.get("kaggle"), "api", None), "config_values", None)
     if isinstance(known, dict):
         basic = base64.b64encode(f"{known.get('username')}:{known.get('key')}".encode()).decode()
@@ -337,8 +337,8 @@ def clean(text: str) -> str:
     return visible(text)[:500]
 
 
-def refusal(said: str, response: requests.Response, competition: str) -> KaggleError:
-    """What Kaggle said, and the next move."""
+def _refusal(said: str, response: requests.Response, competition: str) -> KaggleError:
+    """Return the error for a refusal: what Kaggle said, and the next move."""
     said = clean(said.partition(" for url")[0].rstrip("."))  # it may be a signed address
     page = f"https://www.kaggle.com/competitions/{competition}"
     status, pause = response.status_code, None

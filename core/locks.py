@@ -20,7 +20,7 @@ def locked(path: Path, what: Path, busy: str, wait: float = 0.0) -> Iterator[Non
     Args:
         path: The lock file, which stays.
         what: The file or folder that it guards.
-        busy: The sentence that tells what another program does to it.
+        busy: The sentence that says what another program does to it.
         wait: Seconds until another program's lock is an error.
 
     Raises:

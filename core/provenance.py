@@ -1,4 +1,4 @@
-"""What a result came from."""
+"""The origin of a result: commit, versions, hardware, command."""
 
 import os
 import platform
@@ -15,13 +15,13 @@ import yaml
 if TYPE_CHECKING:  # two seconds, and only the type
     import torch
 
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # ends of the names of variables
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # ends of the names of variables
 HERE = Path(__file__).parents[1]
 LONGEST_PATCH = 1_000_000  # bytes; code is smaller, and a table that git tracks is no code
 
 
 def provenance() -> dict[str, Any]:
-    """What a result came from: the commit of this project and the versions of its libraries."""
+    """Return the commit of this project and the versions of its libraries."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(HERE), *args]
@@ -37,7 +37,7 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware(device: "torch.device", processes: int) -> str:
-    """The processor and the devices of a training, in words.
+    """Name the processor and the devices of a training.
 
     Args:
         device: That of this process.
@@ -57,7 +57,7 @@ def hardware(device: "torch.device", processes: int) -> str:
 
 
 def recorded(config: Path) -> dict[str, Any]:
-    """What the comment above the configuration of a run says of its origin; empty without one."""
+    """Read the origin of a run from the comment above its configuration; empty without one."""
     lines = config.read_text(errors="replace").splitlines()
     try:
         origin = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
@@ -67,26 +67,26 @@ def recorded(config: Path) -> dict[str, Any]:
 
 
 def secrets() -> set[str]:
-    """Keys, tokens and passwords in the environment."""
-    named = (text.strip() for name, text in os.environ.items() if name.endswith(SECRET))
+    """Return keys, tokens and passwords in the environment."""
+    named = (text.strip() for name, text in os.environ.items() if name.endswith(_SECRET))
     return {text for text in named if len(text) >= 8}
 
 
 def masked(text: str) -> str:
-    """The text without the secrets of the environment."""
+    """Return the text without the secrets of the environment."""
     for secret in sorted(secrets(), key=len, reverse=True):  # one may be the start of another
         text = text.replace(secret, "***")
     return text
 
 
 def command() -> str:
-    """The command that was typed, without secrets and passwords in addresses."""
+    """Return the command that was typed, without secrets and passwords in addresses."""
     typed = [re.sub(r"(?<=://)[^/\s@]+@", "***@", masked(arg)) for arg in sys.argv]
     return shlex.join(["python", *typed])
 
 
 def code_patch() -> str:
-    """What ``git apply`` adds to the commit of :func:`provenance`; empty if that is all, or no git.
+    """Return what ``git apply`` adds to the commit of :func:`provenance`; empty if nothing.
 
     Without secrets of the environment, and without files that git does not track, which may be
     anything: the first line names them.

@@ -1,4 +1,4 @@
-"""What a run is on disk: one folder with its configuration, checkpoints, metrics and results."""
+"""A run on disk: one folder with its configuration, checkpoints, metrics and results."""
 
 import math
 import re
@@ -39,7 +39,7 @@ class Run:
 
     @classmethod
     def find(cls, name: str | Path, root: Path = ROOT) -> Self:
-        """The run at a path, or at ``root/name``.
+        """Find the run at a path, or at ``root/name``.
 
         Raises:
             UserError: There is no such run.
@@ -53,12 +53,12 @@ class Run:
 
     @staticmethod
     def parent(config: Path, root: Path = ROOT) -> Path:
-        """The folder of the runs of a config; a run's own counts as what it was made from."""
+        """Return the folder of the runs of a config; a run's own stands for its origin."""
         return root / (config.resolve().parents[1].name if config.name == FILE else config.stem)
 
     @classmethod
     def claim(cls, parent: Path, name: str | None) -> Self:
-        """A folder of that name, new or to be continued; without a name a new one by the time.
+        """Make a folder of that name, new or to be continued; without a name a new one by the time.
 
         ``mkdir`` is exclusive, so two programs started in the same second get two folders.
 
@@ -81,7 +81,7 @@ class Run:
 
     @classmethod
     def name(cls, typed: str, parent: Path) -> str:
-        """The name of a run in ``parent``, typed as NAME, CONFIG/NAME or as the run's path.
+        """Return the name of a run in ``parent``, typed as NAME, CONFIG/NAME or as the run's path.
 
         Raises:
             UserError: It cannot be the name of a folder in ``parent``.
@@ -139,7 +139,7 @@ class Run:
         return self.folder / "checkpoints" / "last.ckpt"
 
     def checkpoint(self, which: str = "best") -> Path:
-        """The best checkpoint on the validation part, or the last one.
+        """Return the best checkpoint on the validation part, or the last one.
 
         A run without a validation part has no best checkpoint; its last one is taken.
 
@@ -165,13 +165,13 @@ class Run:
 
     @property
     def wandb_is_begun(self) -> bool:
-        """Whether W&B has written anything of it."""
+        """True if W&B has written anything of it."""
         files = self.folder.glob("wandb/*run-*-*/run-*.wandb")
         return any(file.stat().st_size > 7 for file in files)  # the file's own header
 
 
 def data_state(checkpoint: dict[str, Any], class_path: str) -> dict[str, Any]:
-    """What a data module has put into a checkpoint.
+    """Return what a data module has put into a checkpoint.
 
     Raises:
         UserError: It is not whole.
@@ -183,7 +183,7 @@ def data_state(checkpoint: dict[str, Any], class_path: str) -> dict[str, Any]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file of that name, which may be none that a file can have."""
+    """Return true for a file that exists; the name may be none that a file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # too long, or with a null byte

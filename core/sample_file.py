@@ -35,7 +35,7 @@ class SampledSubmission(Submission):
         return () if self.asked_for() else self.labels
 
     def asked_for(self) -> list[int]:
-        """The classes whose probabilities are asked for, in the order of the columns.
+        """Return the classes whose probabilities are asked for, in the order of the columns.
 
         Raises:
             UserError: The sample file fits no form of these labels.
@@ -73,7 +73,7 @@ class SampledSubmission(Submission):
     def header_and_rows(
         self, ids: Collection[int]
     ) -> tuple[Sequence[str], Iterable[tuple[int, int | str]]]:
-        """Those of the sample file.
+        """Return header and rows of the sample file.
 
         Raises:
             UserError: The ids are not those of the sample file.
@@ -97,11 +97,11 @@ class Table:
 
     header: tuple[str, ...]
     ids: Sequence[int | str]
-    columns: list[list[str]]  # behind the ids
+    columns: list[list[str]]  # after the ids
 
     @property
     def labels(self) -> list[str]:
-        """All values behind the ids, row by row where there is one column of them."""
+        """All values after the ids, row by row where there is one column of them."""
         return [value for column in self.columns for value in column]
 
     @property
@@ -110,7 +110,7 @@ class Table:
 
 
 def read_table(path: Path, numbered: bool | None = None) -> Table:
-    """Read a file of ids and of one or more values behind each.
+    """Read a file of ids and of one or more values after each.
 
     A byte-order mark and CRLF line ends are accepted: the courses' own files have them.
 
@@ -155,7 +155,7 @@ def read_table(path: Path, numbered: bool | None = None) -> Table:
 
 
 def is_number(name: str) -> bool:
-    """Whether an id is an integer; of ``007`` the zeros would be lost."""
+    """Return true for an integer id; of ``007`` the zeros would be lost."""
     return name.isascii() and name.isdecimal() and (name == "0" or name[0] != "0")
 
 

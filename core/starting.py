@@ -1,4 +1,4 @@
-"""What is arranged before torch and Lightning are loaded, which takes seconds."""
+"""Preparations before torch and Lightning are loaded, which takes seconds."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ def start() -> None:
         print("Loading PyTorch and Lightning ...", file=sys.stderr)
     else:  # a log, where a bar that is drawn ten times a second is thousands of lines
         os.environ.setdefault("TQDM_MININTERVAL", "30")
-    limit_spinning()
-    load_torchmetrics()
+    _limit_spinning()
+    _load_torchmetrics()
 
 
-def limit_spinning() -> None:
+def _limit_spinning() -> None:
     """Let OpenMP's threads go to sleep soon at a barrier.
 
     GNU's libgomp, which torch brings, reads this when it is loaded. As it comes, a thread spins
@@ -28,7 +28,7 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
-def load_torchmetrics() -> None:
+def _load_torchmetrics() -> None:
     """Import torchmetrics, which Lightning does, without the half of scipy that it never uses.
 
     Of ``scipy.signal``, half as long as the import of torch, it asks for an old name alone, which

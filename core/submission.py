@@ -59,7 +59,7 @@ class Submission:
         self.write(path, ids, probabilities.argmax(1))
 
     def answers(self, ids: np.ndarray, *outputs: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """The labels of the samples ``ids`` (N,), and what they were chosen by.
+        """Return the labels of the samples ``ids`` (N,), and what they were chosen by.
 
         Raises:
             UserError: As :meth:`check`, but for what the sample file of a competition says.
@@ -68,7 +68,7 @@ class Submission:
         return [self.labels[k] for k in outputs[0].argmax(1)], outputs[0]
 
     def count(self, ids: np.ndarray) -> int:
-        """How many predictions there are for people, given the ids (N,)."""
+        """Return the number of predictions for people, given the ids (N,)."""
         return len(ids)
 
     def write(self, path: Path, ids: np.ndarray, classes: np.ndarray) -> None:
@@ -76,7 +76,7 @@ class Submission:
         self.write_values(path, ids, [[self.labels[c]] for c in classes.tolist()])
 
     def write_values(self, path: Path, ids: np.ndarray, values: list[list[str]]) -> None:
-        """Write what stands behind the ids (N,), one value for each further column."""
+        """Write the values after the ids (N,), one for each further column."""
         values_of = dict(zip(ids.tolist(), values, strict=True))
         header, rows = self.header_and_rows(values_of)
         with atomic_write(path, "w", newline="") as file:

@@ -1,4 +1,4 @@
-"""What a W&B run is called, and artifacts: data -> model -> predictions -> score.
+"""Names of W&B runs, and their artifacts: data -> model -> predictions -> score.
 
 ``train.py`` has a W&B run for each run, which a test joins. ``predict.py`` and ``submit.py`` have
 runs of their own, since in W&B's graph a run makes something of what it uses; their ids begin with
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from wandb import Artifact
     from wandb import Run as WandbRun
 
-VARIABLES = {
+_VARIABLES = {
     "group": "WANDB_RUN_GROUP",
     "job_type": "WANDB_JOB_TYPE",
     "tags": "WANDB_TAGS",
     "notes": "WANDB_NOTES",
 }
-LONGEST_TAG = 64
+_LONGEST_TAG = 64
 
 
 def describe(run: Run, job_type: str, *tags: str | None) -> dict[str, Any]:
-    """Group, job type, tags and notes of a new W&B run, but for those that the environment has."""
+    """Return group, job type, tags and notes of a new W&B run that the environment does not set."""
     facts = {
         "group": run.folder.absolute().parent.name,  # the config or the study
         "job_type": job_type,
-        "tags": [tag[:LONGEST_TAG] for tag in dict.fromkeys(tags) if tag],
+        "tags": [tag[:_LONGEST_TAG] for tag in dict.fromkeys(tags) if tag],
         "notes": command(),
     }
-    return {name: fact for name, fact in facts.items() if VARIABLES[name] not in os.environ}
+    return {name: fact for name, fact in facts.items() if _VARIABLES[name] not in os.environ}
 
 
 def logger_settings(run: Run) -> dict[str, Any]:
-    """Settings of the run's W&B logger; empty if it has none, or its record is damaged."""
+    """Return settings of the run's W&B logger; empty if it has none, or its record is damaged."""
     try:
         loggers = yaml.safe_load(run.config.read_text())["trainer"]["logger"]
         found = [x for x in loggers or [] if x["class_path"].endswith("WandbLogger")]
@@ -83,7 +83,7 @@ class Piece:
 
 
 def link(wandb_run: "WandbRun", used: Sequence[Piece], made: Sequence[Piece]) -> None:
-    """Put artifacts on a W&B run, as its inputs and its outputs; a failure is told in a line."""
+    """Put artifacts on a W&B run, as its inputs and its outputs; a failure is a printed note."""
     try:
         for piece in used:
             if not wandb_run.offline:
@@ -97,14 +97,14 @@ def link(wandb_run: "WandbRun", used: Sequence[Piece], made: Sequence[Piece]) ->
 
 
 def keeps_artifacts(wanted: str | bool | None, *, offline: bool) -> bool:
-    """Whether artifacts are made: by default online alone, since offline their files are copied."""
+    """Return true if artifacts are made: by default online alone, as offline files are copied."""
     return not offline if wanted is None else bool(wanted)
 
 
 def join(run: Run, what: str, job_type: str = "") -> "WandbRun | None":
-    """The W&B run of a run, to add to it, or the one of a job beside it.
+    """Open the W&B run of a run, to add to it, or the one of a job beside it.
 
-    None if the run has none, W&B is off, or it refuses, which is told in a line.
+    None if the run has none, W&B is off, or it refuses, which is a printed note.
 
     Args:
         run: Trained before.
@@ -134,7 +134,7 @@ def join(run: Run, what: str, job_type: str = "") -> "WandbRun | None":
 
 
 def record(run: Run, job_type: str, used: Sequence[Piece], made: Sequence[Piece]) -> None:
-    """A W&B run for what is made of a trained run, if that one keeps artifacts.
+    """Make a W&B run for what is made of a trained run, if that one keeps artifacts.
 
     Its summary is the metadata of what was made.
     """

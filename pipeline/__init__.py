@@ -1,1 +1,1 @@
-"""What the commands are made of: the command line, loading a run, Kaggle, studies."""
+"""Parts of the commands: the command line, loading a run, Kaggle, studies."""

@@ -1,4 +1,4 @@
-"""What the files of a run may name. They may come from anybody, and a name is an import."""
+"""Names that the files of a run may hold: they may come from anybody, and a name is an import."""
 
 import collections.abc
 import inspect
@@ -24,27 +24,27 @@ from lit_models.base import LitModel
 
 OURS = ("callbacks", "datamodules", "lit_models", "steadyfit")
 PACKAGES = (*OURS, "lightning", "torch", "torchmetrics", "torchvision")
-SECTIONS = {"seed_everything", "init_from", "trainer", "model", "data"}
-MADE_BY = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}  # what a Callable is to make
-CALLS = ("LambdaCallback", "LambdaLR", "MultiplicativeLR")  # made of functions of anybody
+_SECTIONS = {"seed_everything", "init_from", "trainer", "model", "data"}
+_MADE_BY = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}  # what a Callable is to make
+_CALLS = ("LambdaCallback", "LambdaLR", "MultiplicativeLR")  # made of functions of anybody
 PLACES = {"dirpath", "save_dir", "root_dir", "cache_dir"}  # where an object writes
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 WORD = re.compile(r"[\w+ -]*", re.ASCII)  # no path of a file or a module
-LARGEST = 20_000  # values of a configuration, its aliases followed; ours have 300
+_LARGEST = 20_000  # values of a configuration, its aliases followed; ours have 300
 
 Config = dict[str, Any]
 
 
 def read_config(text: str, source: str | Path) -> Config:
-    """The configuration of a run, before any class of it is looked up.
+    """Read the configuration of a run, before any class of it is looked up.
 
     Raises:
         UserError: It is not a mapping with a model and a data module, or it is a YAML bomb.
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        if node is not None and expanded(node, {}, set()) > LARGEST:
-            raise UserError(f"{source}: the configuration grows beyond {LARGEST:,} values.")
+        if node is not None and _count_values(node, {}, set()) > _LARGEST:
+            raise UserError(f"{source}: the configuration grows beyond {_LARGEST:,} values.")
         config = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -54,7 +54,7 @@ def read_config(text: str, source: str | Path) -> Config:
         unusable = isinstance(value, str) and "\0" in value
         if unusable or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{source}: the configuration holds {value!r}.")
-    if not isinstance(config, dict) or not {"model", "data"} <= config.keys() <= SECTIONS:
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys() <= _SECTIONS:
         raise UserError(f"{source}: the configuration is not one of a run.")
     for section in ("model", "data"):
         entry = config[section]
@@ -67,8 +67,8 @@ def read_config(text: str, source: str | Path) -> Config:
     return config
 
 
-def expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
-    """Values below a YAML node, those behind an alias counted each time."""
+def _count_values(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """Count the values below a YAML node, those of an alias each time."""
     if id(node) in above:
         raise ValueError("it contains itself")
     if id(node) not in sizes:
@@ -78,13 +78,13 @@ def expanded(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
             below = node.value
         elif isinstance(node, yaml.MappingNode):
             below = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(expanded(part, sizes, above) for part in below)
+        sizes[id(node)] = 1 + sum(_count_values(part, sizes, above) for part in below)
         above.remove(id(node))
     return sizes[id(node)]
 
 
 def leaves(part: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
-    """All that is in a configuration and is neither a mapping nor a list, behind its key."""
+    """Yield key and value of all that is neither a mapping nor a list in a configuration."""
     if isinstance(part, dict):
         for name, inner in part.items():
             yield from leaves(inner, name)
@@ -96,7 +96,7 @@ def leaves(part: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
 
 
 def admit(config: Config, source: str | Path, typed: Config | None = None) -> None:
-    """Make sure that a run's configuration imports and calls nothing of somebody else's.
+    """Refuse a configuration of a run that imports or calls anything of somebody else's.
 
     Admitted are classes of this project, torch, torchvision, torchmetrics and lightning that are
     what their place asks for, and functions of ``torchvision.models``. Values that are imported
@@ -111,14 +111,14 @@ def admit(config: Config, source: str | Path, typed: Config | None = None) -> No
     Raises:
         UserError: It names something else.
     """
-    check = Admission(source, typed or {})
+    check = _Admission(source, typed or {})
     check.entry(config["model"], (LitModel,), "model")
     check.entry(config["data"], (BaseDataModule,), "data")
-    check.options(config["trainer"], hints_of(Trainer), "trainer")
+    check.options(config["trainer"], _hints_of(Trainer), "trainer")
 
 
 def plain_trainer(trainer: Config) -> Config:
-    """What a test takes of a run's trainer: plain values, and callbacks of this project."""
+    """Return the part of a run's trainer that a test takes: plain values and callbacks of ours."""
     kept = {name: value for name, value in trainer.items() if not isinstance(value, dict | list)}
     callbacks = trainer.get("callbacks")
     own = [
@@ -129,7 +129,7 @@ def plain_trainer(trainer: Config) -> Config:
     return kept | ({"callbacks": own} if own else {})
 
 
-class Admission:
+class _Admission:
     """The check of one configuration."""
 
     def __init__(self, source: str | Path, typed: Config) -> None:
@@ -151,7 +151,7 @@ class Admission:
         if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
             self.refuse(name, value, "which is no class with its settings")
         found = self.look_up(value["class_path"], bases, name)
-        hints = {} if found is None else hints_of(found)
+        hints = {} if found is None else _hints_of(found)
         for part in ("init_args", "dict_kwargs"):
             self.options(value.get(part) or {}, hints, name)
         if unknown := value.keys() - {"class_path", "init_args", "dict_kwargs"}:
@@ -169,16 +169,16 @@ class Admission:
         if key in PLACES and value not in (None, ".", *self.places):
             self.refuse(name, value, "a place outside the run's folder")
         hint = hints.get(key)
-        bases, called = classes_in(hint)
-        if key in MADE_BY:
-            bases, called = (MADE_BY[key],), True
+        bases, called = _classes_in(hint)
+        if key in _MADE_BY:
+            bases, called = (_MADE_BY[key],), True
         if isinstance(value, str) and not (key in PLACES and value in self.places):
             kept_inside = name.startswith("trainer.") and key != "default_root_dir"
             path = PurePosixPath(value)
             if kept_inside and (path.is_absolute() or ".." in path.parts):
                 self.refuse(name, value, "a place outside the run's folder")
             word = WORD.fullmatch(value) is not None and not is_file(Path(value))
-            text = str in parts_of(hint)
+            text = str in _parts_of(hint)
             if (called or bases) and not (word and text):
                 self.entry(value, bases or (nn.Module,), name)
             elif hint is None and not word:
@@ -193,7 +193,7 @@ class Admission:
 
     def look_up(self, path: str, bases: tuple[type, ...], name: str) -> Any:
         """The class or function at an import path, if it may be there; None for a short name."""
-        if path.rpartition(".")[2] in CALLS:
+        if path.rpartition(".")[2] in _CALLS:
             self.refuse(name, path, "which calls what it is given")
         if path.isidentifier() and not is_file(Path(path)):
             return None  # one of the classes that are loaded already, or a complaint of the parser
@@ -219,20 +219,20 @@ class Admission:
                 self.refuse(name, path, f"a function, where a {wanted} belongs")
         elif not isinstance(found, type) or not issubclass(found, bases):
             self.refuse(name, path, f"which is no {wanted}")
-        elif issubclass(found, Dataset) and not unpickles_nothing(found):
+        elif issubclass(found, Dataset) and not _unpickles_nothing(found):
             self.refuse(name, path, "a data set that may run what is in its files")
         return found
 
 
-def unpickles_nothing(dataset: type) -> bool:
-    """Whether a data set is one of torchvision's, of which CIFAR-10 compares digests first."""
+def _unpickles_nothing(dataset: type) -> bool:
+    """Return true for the data sets of torchvision, of which CIFAR-10 compares digests first."""
     return (
         dataset.__module__.startswith("torchvision.datasets.")
         and dataset.__module__ != "torchvision.datasets.lsun"
     )
 
 
-def hints_of(found: Any) -> dict[str, Any]:
+def _hints_of(found: Any) -> dict[str, Any]:
     """Annotations of the parameters of a function, or of the constructors of a class."""
     makers = [found] if inspect.isfunction(found) else [c.__init__ for c in found.__mro__[::-1]]
     hints: dict[str, Any] = {}
@@ -244,7 +244,7 @@ def hints_of(found: Any) -> dict[str, Any]:
     return hints
 
 
-def parts_of(hint: Any) -> set[Any]:
+def _parts_of(hint: Any) -> set[Any]:
     """All types that an annotation is made of; one that cannot be read is as if there were none."""
     if isinstance(hint, str | ForwardRef | TypeVar):
         return {collections.abc.Callable}
@@ -252,21 +252,21 @@ def parts_of(hint: Any) -> set[Any]:
     if origin is Literal:
         return {str}
     if origin is collections.abc.Callable and parts:  # of what it makes
-        return {origin} | parts_of(parts[-1])
+        return {origin} | _parts_of(parts[-1])
     if origin in (collections.abc.Callable, type):
         return {origin}
     if origin is not None and parts:
-        return set().union(*(parts_of(part) for part in parts if part is not Ellipsis))
+        return set().union(*(_parts_of(part) for part in parts if part is not Ellipsis))
     return {hint}
 
 
-PLAIN = (str, int, float, bool, bytes, complex, type(None), Path, Tensor)
+_PLAIN = (str, int, float, bool, bytes, complex, type(None), Path, Tensor)
 
 
-def classes_in(hint: Any) -> tuple[tuple[type, ...], bool]:
+def _classes_in(hint: Any) -> tuple[tuple[type, ...], bool]:
     """Classes that a value may be an object of, and whether it may be a callable."""
-    parts = parts_of(hint)
+    parts = _parts_of(hint)
     called = bool(parts & {collections.abc.Callable, type}) or hint is Any
-    classes = [p for p in parts if isinstance(p, type) and p not in (*PLAIN, type)]
+    classes = [p for p in parts if isinstance(p, type) and p not in (*_PLAIN, type)]
     classes = [p for p in classes if p.__module__.partition(".")[0] in PACKAGES]
     return tuple(classes), called and hint is not Any

@@ -1,4 +1,4 @@
-"""What is typed at ``train.py``, put into order for the parser."""
+"""The arguments of ``train.py``, put into order for the parser."""
 
 import argparse
 import os
@@ -12,13 +12,13 @@ from pipeline.admission import admit, plain_trainer, read_config
 from pipeline.history import update
 from pipeline.studies.grid import Study
 
-SUBCOMMANDS = ("fit", "validate", "test")
+_SUBCOMMANDS = ("fit", "validate", "test")
 
 
 def subcommands(args: list[str]) -> tuple[str, ...]:
-    """The subcommands whose parsers are needed: the one that is typed, or else all."""
+    """Return the subcommands whose parsers are needed: the one that is typed, or else all."""
     typed = tuple(args[:1])
-    return typed if set(typed) & set(SUBCOMMANDS) else SUBCOMMANDS
+    return typed if set(typed) & set(_SUBCOMMANDS) else _SUBCOMMANDS
 
 
 def normalize_argv(args: list[str]) -> list[str]:
@@ -68,7 +68,7 @@ def normalize_argv(args: list[str]) -> list[str]:
 
 
 def _admitted_config(path: str, subcommand: str, trust: bool) -> str:
-    """A configuration for ``--config``; that of a run names nothing foreign unless trusted.
+    """Return a configuration for ``--config``; that of a run names nothing foreign unless trusted.
 
     A test takes of a run's trainer what is left of it by :func:`plain_trainer`.
     """

@@ -53,7 +53,7 @@ class CLI(LightningCLI):
 
     Args:
         argv: The arguments as typed.
-        errors: Which errors are the user's.
+        errors: Knows until when any ValueError is the user's.
         exit_stack: Releases the run folder when the program ends.
         hosts: The processes that train together.
     """
@@ -68,7 +68,7 @@ class CLI(LightningCLI):
         self.errors = errors
         self.exit_stack = exit_stack
         self.flags = normalize_argv(argv)
-        super().__init__(args=self.flags, **cli_options(argv))
+        super().__init__(args=self.flags, **_cli_options(argv))
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # it is called on self
         skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}
@@ -228,7 +228,7 @@ class CLI(LightningCLI):
             self.model.has_weights = True  # DDP hands those of the first process to the others
 
     def checkpoint_of(self, source: str) -> Path:
-        """The checkpoint of a run, or the one that is named."""
+        """Return the checkpoint of a run, or the one that is named."""
         path = Path(source)
         if path.suffix == ".ckpt":
             return path
@@ -247,9 +247,9 @@ class CLI(LightningCLI):
         return made
 
     def with_required_callbacks(self, trainer: Namespace) -> list[Callback]:
-        """The callbacks of a configuration, and those that it may not do without."""
+        """Return the callbacks of a configuration, and those that it may not do without."""
         given: list[Callback] = trainer.callbacks or []
-        # the record in front, so that what it flushes reaches the pictures; last.ckpt behind all
+        # the record in front, so that what it flushes reaches the pictures; last.ckpt after all
         # others, so that it holds what they have learned
         needed = [] if trainer.enable_checkpointing is False else [BestCheckpoint, LastCheckpoint]
         kept = [callback for callback in given if not is_last_checkpoint(callback)]
@@ -276,7 +276,7 @@ class CLI(LightningCLI):
         return run
 
     def config_text(self) -> str:
-        """The resolved configuration as YAML, under the command and the versions it came from."""
+        """Return the resolved configuration as YAML, under its command and versions."""
         settings = self.settings(self.config)
         if not settings["init_from"]:
             del settings["init_from"]
@@ -285,7 +285,7 @@ class CLI(LightningCLI):
         return header + yaml.safe_dump(settings, sort_keys=False)
 
     def settings(self, config: Namespace) -> dict[str, Any]:
-        """What decides on a run, of a whole configuration."""
+        """Return the sections of a whole configuration that decide on a run."""
         text = self.parser.dump(config, skip_unset=False, skip_validation=True)
         written = yaml.safe_load(text)[self.subcommand]
         kept = ("seed_everything", "init_from", "trainer", "model", "data")
@@ -317,7 +317,7 @@ class CLI(LightningCLI):
             PointRecord(folder).write(self.point, finished=True)
         if self.record.done and self.trainer.global_step == self.record.done:
             print(f"{folder} was already finished after {self.record.done} steps.")
-        print_metrics(self.trainer.callback_metrics)
+        _print_metrics(self.trainer.callback_metrics)
         kinds = {
             "metrics.csv": "metrics.csv",
             "*.png": "pictures (*.png)",
@@ -339,7 +339,7 @@ class CLI(LightningCLI):
     def after_test(self) -> None:
         if self.trainer.is_global_zero:
             if self.shows_metrics:
-                print_metrics(self.trainer.callback_metrics)
+                _print_metrics(self.trainer.callback_metrics)
             self.print_next_command("predict.py")
 
     def print_next_command(self, command: str) -> None:
@@ -349,8 +349,8 @@ class CLI(LightningCLI):
             print(f"Next: python {command} {shlex.quote(self.trainer.default_root_dir)}")
 
 
-def print_metrics(metrics: Mapping[str, Tensor]) -> None:
-    """Print what was measured a line each."""
+def _print_metrics(metrics: Mapping[str, Tensor]) -> None:
+    """Print each metric on a line."""
     for name, value in sorted(metrics.items()):
         if name == "step" or name.startswith("lr-"):  # of the checkpoint, and of the last step
             continue
@@ -358,7 +358,7 @@ def print_metrics(metrics: Mapping[str, Tensor]) -> None:
 
 
 def run(args: list[str]) -> None:
-    """Do what the arguments say."""
+    """Run the subcommand that the arguments name."""
     with exit_on_user_error(debug="--debug" in args) as errors, ExitStack() as exit_stack:
         errors.setting_up = True  # until the first batch
         if os.getcwd() not in sys.path:  # where an own network may be, which a flag names
@@ -369,8 +369,8 @@ def run(args: list[str]) -> None:
         CLI(args, errors, exit_stack, exit_stack.enter_context(Hosts()))
 
 
-def cli_options(argv: list[str]) -> dict[str, Any]:
-    """What LightningCLI is to know of this project."""
+def _cli_options(argv: list[str]) -> dict[str, Any]:
+    """Return the arguments of LightningCLI for this project."""
     defaults = {"default_config_files": [str(DEFAULTS)]}
     return {
         "model_class": LitModel,

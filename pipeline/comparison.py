@@ -17,8 +17,8 @@ from steadyfit.measures import SpikeMeasures
 from steadyfit.pictures import SpikeRun, spike_pictures
 from steadyfit.through_time import THAT_STEP, ThroughTime, WorstStep, is_sequence, through_time
 
-LABEL_WIDTH = 26  # of 80 columns
-COLUMNS = 4  # runs side by side; with more of them nothing could be read
+_LABEL_WIDTH = 26  # of 80 columns
+_COLUMNS = 4  # runs side by side; with more of them nothing could be read
 
 # One entry of the comparison: the label it goes by, and its runs by seed.
 Groups = dict[str, dict[int, Run]]
@@ -34,7 +34,7 @@ def group(runs: list[Run], labels: list[str] | None) -> Groups:
     """
     if labels is None:
         configs = [run.folder.resolve().parent.name for run in runs]
-        seeds = [(config, seed_of(run)) for config, run in zip(configs, runs, strict=True)]
+        seeds = [(config, _seed_of(run)) for config, run in zip(configs, runs, strict=True)]
         repeated = {config for config, seed in seeds if seeds.count((config, seed)) > 1}
         if len(set(configs)) == 1:  # there is nothing but the seeds to be compared
             repeated = set(configs)
@@ -47,22 +47,22 @@ def group(runs: list[Run], labels: list[str] | None) -> Groups:
     groups: Groups = {}
     for label, run in zip(labels, runs, strict=True):
         own = groups.setdefault(label, {})
-        if seed_of(run) in own:
+        if _seed_of(run) in own:
             raise UserError(
-                f"{run.folder} and {own[seed_of(run)].folder} are both labelled {label} and have "
+                f"{run.folder} and {own[_seed_of(run)].folder} are both labelled {label} and have "
                 "the same seed; give them different labels with --labels."
             )
-        own[seed_of(run)] = run
+        own[_seed_of(run)] = run
     return groups
 
 
-def seed_of(run: Run) -> int:
+def _seed_of(run: Run) -> int:
     seed = yaml.safe_load(run.config.read_text()).get("seed_everything")
     return seed if isinstance(seed, int) else 0
 
 
 def read(run: Run, label: str, target: float) -> SpikeRun:
-    """What a run has left.
+    """Read the spikes and curves of a run.
 
     Raises:
         UserError: The run has no metrics.
@@ -81,7 +81,7 @@ def read(run: Run, label: str, target: float) -> SpikeRun:
 
 
 def table(groups: dict[str, dict[int, SpikeMeasures]], runs: Groups) -> pd.DataFrame:
-    """A row for each run: what it is judged by, and first of all whether it learned."""
+    """Return a row for each run: what it is judged by, and first of all whether it learned."""
     rows = [
         {"label": label, "seed": seed, "run": str(runs[label][seed].folder), **asdict(measures)}
         for label, own in groups.items()
@@ -97,7 +97,7 @@ def sentence(
     own: dict[int, SpikeMeasures],
     target: float,
 ) -> str:
-    """What became of the excess, and never without what became of the accuracy."""
+    """Say what became of the excess, and never without what became of the accuracy."""
     was, now = means[first], means[label]
     failed = [seed for seed, found in own.items() if not found.learned]
     text = (
@@ -114,7 +114,7 @@ def sentence(
 
 
 def replay(run: Run) -> ThroughTime:
-    """The gradient through time at the largest gradient of a run.
+    """Return the gradient through time at the largest gradient of a run.
 
     With the weights of that very step if ``SpikePictures`` has kept them, else with those of the
     nearest checkpoint before it, else with the last ones.
@@ -128,7 +128,7 @@ def replay(run: Run) -> ThroughTime:
     paths = {load_checkpoint(p)["global_step"]: p for p in run.folder.glob("checkpoints/*.ckpt")}
     at = max((step for step in paths if step <= worst.step), default=None)
     path = run.checkpoint("last") if at is None else paths[at]
-    seed_everything(seed_of(run), verbose=False)  # it decides which batches are made
+    seed_everything(_seed_of(run), verbose=False)  # it decides which batches are made
     member = LoadedRun.load(str(path), "last", [])
     apart = member.checkpoint["global_step"] - worst.step
     origin = f"{abs(apart)} steps {'later' if apart > 0 else 'before'}"
@@ -147,7 +147,7 @@ def show(groups: dict[str, dict[int, SpikeMeasures]], target: float) -> None:
 
     The table is no wider than a terminal; ``spikes.csv`` has the other columns.
     """
-    width = min(LABEL_WIDTH, max(len(label) for label in groups))
+    width = min(_LABEL_WIDTH, max(len(label) for label in groups))
     print(f"{'':{width}}  seed  accuracy  {f'{target:.0%} in':>10}  excess loss  excursions")
     for label, own in groups.items():
         short = label if len(label) <= width else f"…{label[1 - width :]}"
@@ -167,7 +167,7 @@ def show(groups: dict[str, dict[int, SpikeMeasures]], target: float) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Do what ``spikes.py`` is asked for: print, draw, and leave a table."""
+    """Compare the runs that ``spikes.py`` is given: print, draw, and leave a table."""
     quiet_libraries()
     runs = [Run.find(name) for name in options.runs]
     if len({run.folder.resolve() for run in runs}) < 2:
@@ -182,7 +182,7 @@ def compare(options: argparse.Namespace) -> None:
     }
     show(measures, options.target)
     shown = []
-    for label, own in list(groups.items())[:COLUMNS]:
+    for label, own in list(groups.items())[:_COLUMNS]:
         seed, run = next(iter(own.items()))
         shown.append(found[label][seed])
         try:
@@ -190,8 +190,8 @@ def compare(options: argparse.Namespace) -> None:
         except ValueError as error:
             reason = str(error).rstrip(".")
             print(f"No gradient through time of {label}: {reason}.")
-    if len(groups) > COLUMNS:
-        print(f"Drawn are the first {COLUMNS} of {len(groups)}; the table has all.")
+    if len(groups) > _COLUMNS:
+        print(f"Drawn are the first {_COLUMNS} of {len(groups)}; the table has all.")
     pictures = spike_pictures(shown)
     if any(len(own) > 1 for own in groups.values()):
         pictures["spikes_seeds"] = seeds_picture(measures, options.target)

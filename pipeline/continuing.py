@@ -1,4 +1,4 @@
-"""What may change when a run goes on. Everything else makes it another run."""
+"""Settings that may change when a run goes on. All others make it another run."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 from core.errors import UserError
 
-MAY_CHANGE = (
+_MAY_CHANGE = (
     # how long: a schedule that is laid over the whole training refuses it itself
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.min_*"),
     # where: the samples of an optimizer step are compared when the checkpoint is loaded
@@ -33,13 +33,13 @@ CALLBACKS_MAY_CHANGE = (
 # where a new run branches off from a state of another one; a state holds nothing of these
 BRANCH_MAY_CHANGE = ("trainer.gradient_clip_*", "trainer.callbacks.*Clipping*")
 MONITOR = "GradientSpikeMonitor"  # only looks unless it is told to react
-SHOWN = 4  # differences in a sentence
+_SHOWN = 4  # differences in a sentence
 
 Settings = dict[str, Any]
 
 
 def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting of a configuration by the name of its flag; a class before its own settings."""
+    """Yield every setting by the name of its flag; a class before its own settings."""
     if isinstance(value, dict) and "class_path" in value:
         yield name, value["class_path"]
         for key, part in (value.get("init_args", {}) | value.get("dict_kwargs", {})).items():
@@ -57,20 +57,20 @@ def named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def may_change(name: str) -> bool:
+def _may_change(name: str) -> bool:
     if name.startswith("trainer.callbacks."):
         return name.split(".")[2] in CALLBACKS_MAY_CHANGE
-    return any(fnmatchcase(name, pattern) for pattern in MAY_CHANGE)
+    return any(fnmatchcase(name, pattern) for pattern in _MAY_CHANGE)
 
 
 def reacts(settings: Settings) -> bool:
-    """Whether a monitor of spikes does something about them."""
+    """Return true if a monitor of spikes does something about them."""
     reaction = dict(named(settings)).get(f"trainer.callbacks.{MONITOR}.reaction", "log")
     return reaction != "log"
 
 
 def differences(recorded: Settings, current: Settings) -> list[tuple[str, Any, Any]]:
-    """Settings with another value than recorded, by name; of another class no more than that."""
+    """Return settings with another value than recorded; of another class no more than that."""
     before, now = dict(named(recorded)), dict(named(current))
     found: list[tuple[str, Any, Any]] = []
     for name in sorted(before | now):
@@ -87,8 +87,8 @@ def refuse_changes(
     """Compare the settings that a run was trained with and those it is to go on with.
 
     Args:
-        recorded: Those of the checkpoint.
-        current: Those typed.
+        recorded: Settings of the checkpoint.
+        current: Settings that were typed.
         run: What goes on, for the message.
         branches: It is a new run, which may clip what the other did not.
 
@@ -103,18 +103,18 @@ def refuse_changes(
     refused = [
         (name, old, new)
         for name, old, new in found
-        if not may_change(name)
+        if not _may_change(name)
         and not (looking and MONITOR in name)
         and not (branches and any(fnmatchcase(name, pattern) for pattern in BRANCH_MAY_CHANGE))
     ]
     if refused:
-        told = [
+        changes = [
             f"--{name} was {shown(old, new)}, not {shown(new, old)}" for name, old, new in refused
         ]
-        more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise UserError(
-            f"{run} cannot go on with other settings: {'; '.join(told[:SHOWN])}{more}. To train a "
-            f"new run from its weights, add --init_from {run} and another --run."
+            f"{run} cannot go on with other settings: {'; '.join(changes[:_SHOWN])}{more}. To "
+            f"train a new run from its weights, add --init_from {run} and another --run."
         )
     return [
         f"{run} goes on with --trainer.precision={new} instead of {old}; its weights will not be "
@@ -125,12 +125,12 @@ def refuse_changes(
 
 
 def shown(value: Any, other: Any = None) -> str:
-    """A value as it is typed, a class without its package; of lines those that ``other`` lacks."""
+    """Format a value as it is typed, a class by its name, of lines those that ``other`` lacks."""
     if isinstance(value, str) and value.endswith("\n"):
         others = str(other).splitlines()
         lines = sorted(value.splitlines(), key=lambda line: line in others)
-        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        return ", ".join(lines[:SHOWN]) + more
+        more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        return ", ".join(lines[:_SHOWN]) + more
     if isinstance(value, str) and value.replace(".", "").replace("_", "").isidentifier():
         return value.rpartition(".")[2]
     return "none" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What recorded configurations may still say: settings and classes that have moved or are gone.
+"""Settings and classes that recorded configurations still name: moved, renamed or gone.
 
 A run's ``config.yaml`` and its checkpoints record every setting, so nothing may simply vanish.
 Whatever is removed or renamed gets a line here, with the version in which it was.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import UserError
+from pipeline.names import own_classes
 
 
 @dataclass(frozen=True)
@@ -31,63 +32,6 @@ class Renamed:
     since: str
 
 
-@dataclass(frozen=True)
-class MovedModules:
-    """Modules whose classes are named by their package alone."""
-
-    package: str
-    modules: frozenset[str]
-    since: str
-
-
-MOVED = (
-    MovedModules(
-        "callbacks",
-        frozenset(
-            [
-                "compile",
-                "confusion_matrix",
-                "correction_table",
-                "freeze",
-                "hidden_gradients",
-                "learning_curves",
-                "lookahead",
-                "masked_accuracy",
-                "mistakes",
-                "progress",
-                "run_folder",
-                "sample_sheet",
-                "spike_pictures",
-                "submission_log",
-                "termination",
-                "training_cost",
-                "wandb_logger",
-            ]
-        ),
-        since="0.1.0",
-    ),
-    MovedModules(
-        "datamodules",
-        frozenset(
-            [
-                "cifar10",
-                "demo",
-                "digits",
-                "echo",
-                "grammar",
-                "image_folder",
-                "kaggle_cifar10",
-                "last_names",
-                "masked_books",
-                "mnist",
-                "running_mean",
-                "temporal_order",
-                "ucsb_cifar10",
-            ]
-        ),
-        since="0.1.0",
-    ),
-)
 # one class, one name: a run goes on under the name that its config had
 SAME = {
     f"{package}.{name}": f"callbacks.{name}"
@@ -98,7 +42,7 @@ SETTINGS: tuple[Removed | Renamed, ...] = ()
 
 
 def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) -> Any:
-    """A configuration, or a part of one, as this version writes it.
+    """Return a configuration, or a part of one, as this version writes it.
 
     Raises:
         UserError: It sets something that there is no more.
@@ -114,21 +58,23 @@ def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) ->
     if isinstance(options, dict):
         for setting in settings:
             if updated["class_path"] == setting.class_path and setting.option in options:
-                apply(setting, options)
+                _apply(setting, options)
     return updated
 
 
 def current_path(path: str) -> str:
-    """The import path of a class, which may have been in another module."""
+    """Return the import path of a class, which may have been in another module."""
     if path in SAME:
         return SAME[path]
     package, _, rest = path.partition(".")
-    module, _, name = rest.partition(".")
-    moved = any(module in known.modules for known in MOVED if known.package == package)
-    return f"{package}.{name}" if moved and name.isidentifier() else path
+    _, _, name = rest.partition(".")
+    current = f"{package}.{name}"
+    # its module went into a room; the package names it as before
+    moved = package in ("callbacks", "datamodules") and own_classes().get(name) == current
+    return current if moved else path
 
 
-def apply(setting: Removed | Renamed, options: dict[str, Any]) -> None:
+def _apply(setting: Removed | Renamed, options: dict[str, Any]) -> None:
     value = options.pop(setting.option)
     if isinstance(setting, Renamed):
         *groups, name = setting.name.split(".")

@@ -19,7 +19,7 @@ from pipeline.parser import Parser, instantiating, link_data_arguments
 
 INPUTS = ("images", "names", "names_file", "text", "text_file")  # options of predict.py
 # A prediction needs neither; a stranger's checkpoint cannot choose what is imported for them.
-UNUSED: dict[str, Any] = {"optimizer": "torch.optim.SGD", "lr_scheduler": None}
+_UNUSED: dict[str, Any] = {"optimizer": "torch.optim.SGD", "lr_scheduler": None}
 
 
 @dataclass
@@ -56,7 +56,7 @@ class LoadedRun:
         path = Path(source) if is_file else Run.find(source).checkpoint(which)
         checkpoint = load_checkpoint(path)
         config = update(read_config(checkpoint["config"], path))
-        model = config["model"] | {"init_args": config["model"]["init_args"] | UNUSED}
+        model = config["model"] | {"init_args": config["model"]["init_args"] | _UNUSED}
         data = config["data"]
         known = dict(data_state(checkpoint, data["class_path"]))
         data = data | {"init_args": data.get("init_args", {}) | known}
@@ -91,7 +91,7 @@ class LoadedRun:
 
     @property
     def folds(self) -> tuple[int, int]:
-        """How many these are, and the one that it held out."""
+        """Number of these folds, and the index of the one that it held out."""
         settings = self.config["data"]["init_args"]
         return settings.get("folds") or 0, settings.get("fold") or 0
 

@@ -16,16 +16,16 @@ from core.errors import UserError, is_constructor_error
 from pipeline.history import update
 from pipeline.names import in_full, nearest, own_classes, report_ambiguous_class
 
-SEE_HELP = "; see --help for what is known."
+_SEE_HELP = "; see --help for what is known."
 # how jsonargparse passes on what a constructor raises
-WRAPPED = re.compile("Does not validate against any of the Union|Problem with given class_path")
+_WRAPPED = re.compile("Does not validate against any of the Union|Problem with given class_path")
 
 
-load_yaml = get_loader("yaml")
+_load_yaml = get_loader("yaml")
 yaml.SafeDumper.add_multi_representer(  # Lightning's Timer has one among its defaults
     enum.Enum, lambda dumper, member: dumper.represent_data(member.value)
 )
-set_loader("yaml", lambda text: in_full(update(load_yaml(text))), (yaml.YAMLError,))
+set_loader("yaml", lambda text: in_full(update(_load_yaml(text))), (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
@@ -39,10 +39,10 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        said = reword_parser_error(
+        said = _reword_parser_error(
             shorten_parser_error(message).rstrip("."), list(self._option_string_actions)
         )
-        raise UserError(said if said.endswith("?") else f"{said}{SEE_HELP}")
+        raise UserError(said if said.endswith("?") else f"{said}{_SEE_HELP}")
 
     def add_class_arguments(self, *args: Any, **options: Any) -> Any:
         # else a value for a class may be the path of a file, which nobody admits
@@ -65,12 +65,12 @@ class Parser(LightningArgumentParser):
                 f"{update(name)}{equals}{in_full(update(value), name)}"
                 for name, equals, value in pairs
             ]
-            args = [part for argument in args for part in with_folder(argument)]
+            args = [part for argument in args for part in _with_folder(argument)]
         return super().parse_args(args, *others, **options)
 
 
-def with_folder(argument: str) -> list[str]:
-    """A logger of Lightning's with the folder that it asks for, which is the run's."""
+def _with_folder(argument: str) -> list[str]:
+    """Add to a logger of Lightning's the folder that it asks for, which is the run's."""
     name, _, value = argument.partition("=")
     asking = value.endswith(("CSVLogger", "TensorBoardLogger"))
     if name.rstrip("+") == "--trainer.logger" and asking:
@@ -79,11 +79,11 @@ def with_folder(argument: str) -> list[str]:
 
 
 def shorten_parser_error(message: str) -> str:
-    """The one line of a jsonargparse error that tells what is wrong, after the key it is about.
+    """Return the one line of a jsonargparse error that says what is wrong, after its key.
 
     The errors of nested classes arrive inside those of the outer ones, already shortened.
     """
-    lines = [line.strip().removesuffix(SEE_HELP) for line in message.splitlines()]
+    lines = [line.strip().removesuffix(_SEE_HELP) for line in message.splitlines()]
     allowed = [
         x for line in lines for x in re.findall(r"^- Expected a typing.Literal\[(.*)\]", line)
     ]
@@ -107,8 +107,8 @@ def shorten_parser_error(message: str) -> str:
     )
 
 
-def reword_parser_error(said: str, options: list[str]) -> str:
-    """jsonargparse's words for what users do most, in ours, with the name that was meant."""
+def _reword_parser_error(said: str, options: list[str]) -> str:
+    """Say in our words what users do most, with the name that was meant."""
     names = [option.removeprefix("--") for option in options]
     if said.endswith("?"):  # of an inner parser
         return said
@@ -144,7 +144,7 @@ def reword_parser_error(said: str, options: list[str]) -> str:
 
 @contextmanager
 def instantiating() -> Iterator[None]:
-    """What a constructor refuses, in its own words instead of those of all its callers.
+    """Raise what a constructor refuses in its own words instead of those of all its callers.
 
     jsonargparse makes a ValueError of whatever a constructor raises, a bug of ours included, which
     is taken out again and keeps its traceback.
@@ -154,7 +154,7 @@ def instantiating() -> Iterator[None]:
         return
     except (TypeError, ValueError) as error:
         raised: BaseException = error
-        while WRAPPED.search(str(raised)) and raised.__cause__:
+        while _WRAPPED.search(str(raised)) and raised.__cause__:
             raised = raised.__cause__
         if isinstance(raised, ValueError) or is_constructor_error(raised):
             raise UserError(shorten_parser_error(str(raised))) from error
@@ -162,7 +162,7 @@ def instantiating() -> Iterator[None]:
 
 
 def link_data_arguments(parser: LightningArgumentParser) -> None:
-    """What the data knows is typed nowhere else."""
+    """Link what the data knows to the model: it is typed nowhere else."""
     for fact in ("num_classes", "vocab_size"):
         for target in ("model.init_args", "model.init_args.network.init_args"):
             parser.link_arguments(f"data.{fact}", f"{target}.{fact}", apply_on="instantiate")

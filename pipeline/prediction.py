@@ -42,7 +42,7 @@ Predicted = tuple[np.ndarray, Outputs]  # ids (N,) in ascending order, and what 
 
 
 class PredictionShards(Callback):
-    """What this process predicts, written batch by batch.
+    """Predictions of this process, written batch by batch.
 
     Kept in memory, the small results would lie between the large batches that come and go, whose
     space could not be used again.
@@ -72,13 +72,13 @@ class PredictionShards(Callback):
 
 
 def predict(trainer: Trainer, members: list[LoadedRun], folder: Path) -> list[Predicted]:
-    """What each member predicts; the first process has it, the others have nothing.
+    """Return what each member predicts; in the first process alone, elsewhere nothing.
 
     Every process writes its shares below ``folder``; the first one puts them together.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, member in enumerate(members):
-        with PredictionShards(folder / part_name(number, trainer.global_rank)) as parts:
+        with PredictionShards(folder / _shard_name(number, trainer.global_rank)) as parts:
             trainer.callbacks.append(parts)  # type: ignore[attr-defined]
             trainer.predict(member.model, member.data, return_predictions=False)
             trainer.callbacks.remove(parts)  # type: ignore[attr-defined]
@@ -87,13 +87,15 @@ def predict(trainer: Trainer, members: list[LoadedRun], folder: Path) -> list[Pr
         return []
     names = members[0].model.outputs
     return [
-        assemble([folder / part_name(number, rank) for rank in range(trainer.world_size)], names)
+        _join_shards(
+            [folder / _shard_name(number, rank) for rank in range(trainer.world_size)], names
+        )
         for number in range(len(members))
     ]
 
 
 def average(members: list[LoadedRun], predictions: list[Predicted]) -> Predicted:
-    """The mean over the members; only of the whole, as batches and processes may differ.
+    """Return the mean over the members; only of the whole, as batches and processes may differ.
 
     Raises:
         UserError: The members did not predict the same samples.
@@ -114,7 +116,7 @@ def average(members: list[LoadedRun], predictions: list[Predicted]) -> Predicted
 def predict_out_of_fold(
     trainer: Trainer, members: list[LoadedRun], folder: Path
 ) -> out_of_fold.Columns | None:
-    """What the runs of all folds predict of their own ones; a note says why there is none.
+    """Predict the held-out fold of each run; a note says why there is no such prediction.
 
     The average does without: it needs neither labelled samples nor all folds.
     """
@@ -130,12 +132,12 @@ def predict_out_of_fold(
         return None
 
 
-def part_name(number: int, rank: int) -> str:
+def _shard_name(number: int, rank: int) -> str:
     return f"member{number}-rank{rank}"
 
 
-def assemble(parts: list[Path], names: tuple[str, ...]) -> Predicted:
-    """What one member predicts, from all processes."""
+def _join_shards(parts: list[Path], names: tuple[str, ...]) -> Predicted:
+    """Join what all processes have predicted with one member."""
     batches = [batch for path in parts for batch in PredictionShards.read(path, 1 + len(names))]
     ids, *columns = (np.concatenate(column) for column in zip(*batches, strict=True))
     whole: Outputs = dict(zip(names, columns, strict=True))
@@ -148,7 +150,7 @@ def assemble(parts: list[Path], names: tuple[str, ...]) -> Predicted:
 def write(
     members: list[LoadedRun], predicted: Predicted, output: Path, oof: out_of_fold.Columns | None
 ) -> None:
-    """The predictions, what they were chosen from, and the record of where they came from."""
+    """Write the predictions, the probabilities and the record of where they came from."""
     data, (ids, outputs) = members[0].data, predicted
     submission = data.submission()
     submission.check(*outputs.values())
@@ -178,7 +180,7 @@ def write(
         file.write("\n")
 
 
-def fix_threads() -> None:
+def _fix_threads() -> None:
     """Use the same number of threads in every process, however many there are.
 
     A convolution on the CPU rounds differently with another number of threads, and Lightning would
@@ -189,7 +191,7 @@ def fix_threads() -> None:
     torch.set_num_threads(threads or 1)
 
 
-def refuse_mixed(members: list[LoadedRun], precision: str | None) -> None:
+def _refuse_mixed(members: list[LoadedRun], precision: str | None) -> None:
     """Refuse runs that write nothing, or whose average would mean nothing.
 
     Raises:
@@ -211,8 +213,8 @@ def refuse_mixed(members: list[LoadedRun], precision: str | None) -> None:
         raise UserError(f"these runs were trained in {named}; choose one with --precision.")
 
 
-def leave_out_others(given: list[str]) -> list[str]:
-    """Of all that lies in a folder (``runs/STUDY/*``) the runs, without such as its report."""
+def _leave_out_others(given: list[str]) -> list[str]:
+    """Leave out what is no run in a folder (``runs/STUDY/*``), such as its report."""
     there = {name: Path(name) for name in given if not name.endswith(".ckpt")}
     others = [n for n, path in there.items() if path.exists() and not is_file(path / "config.yaml")]
     if len(others) in (0, len(given)):
@@ -221,8 +223,8 @@ def leave_out_others(given: list[str]) -> list[str]:
     return [name for name in given if name not in others]
 
 
-def choose_output(given: Path | None, members: list[LoadedRun], submission: Submission) -> Path:
-    """The file of the predictions: the one that was named, or by default one beside the runs.
+def _choose_output(given: Path | None, members: list[LoadedRun], submission: Submission) -> Path:
+    """Return the file of the predictions: the one that was named, or else one beside the runs.
 
     Raises:
         UserError: Several runs lie apart, or it is no file that can be handed in.
@@ -234,11 +236,11 @@ def choose_output(given: Path | None, members: list[LoadedRun], submission: Subm
     output = given or folder / submission.filename
     if submission.sendable and output.suffix != ".csv":
         raise UserError(f"--output {output}: submit.py takes .csv files alone; name it so.")
-    refuse_folder(output)
+    _refuse_folder(output)
     return output
 
 
-def refuse_folder(output: Path) -> None:
+def _refuse_folder(output: Path) -> None:
     """Refuse a folder where a file is written.
 
     Raises:
@@ -248,7 +250,7 @@ def refuse_folder(output: Path) -> None:
         raise UserError(f"--output {output} is a folder; name a file in it.")
 
 
-def link_predictions(members: list[LoadedRun], output: Path) -> None:
+def _link_predictions(members: list[LoadedRun], output: Path) -> None:
     """Put the predictions of a run on W&B; those of an ensemble are of no run alone."""
     source, data = Run(members[0].source), members[0].data
     if len(members) > 1 or not source.folder.is_dir() or (id := source.wandb_id) is None:
@@ -274,7 +276,7 @@ def spell(options: argparse.Namespace) -> None:
     lines = [Line.of_text(text) for text in data.lines_to_correct()]
     edits = [word_edits(line.words, data.spelled(line)) for line in lines]
     if options.output:
-        refuse_folder(options.output)
+        _refuse_folder(options.output)
         write_lines(options.output, lines, edits)
     console = Console(highlight=False, soft_wrap=True)
     for line, way in zip(lines, edits, strict=True):
@@ -285,28 +287,28 @@ def spell(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str], errors: ErrorScope) -> None:
-    """Do what ``predict.py`` is asked for.
+    """Predict with runs, write the predictions and say where they are.
 
     Args:
         options: Its arguments.
         overrides: Settings of the data and the model, as on the command line.
-        errors: Which errors are the user's.
+        errors: Knows until when any ValueError is the user's.
     """
     quiet_libraries()
-    fix_threads()
+    _fix_threads()
     inputs = {name: vars(options)[name] for name in INPUTS if vars(options)[name]}
     if options.json:
         inputs["as_json"] = True
     members = [
         LoadedRun.load(run, options.checkpoint, overrides, trust=options.trust, **inputs)
-        for run in leave_out_others(options.runs)
+        for run in _leave_out_others(options.runs)
     ]
-    refuse_mixed(members, options.precision)
+    _refuse_mixed(members, options.precision)
     if options.export:
         export(members[0].model, options.export)
         return
-    told = not options.json  # standard output is for the objects alone
-    bar = told and not options.text
+    as_text = not options.json  # standard output is for the objects alone
+    bar = as_text and not options.text
     trainer = make_predictor(
         options.accelerator,
         options.devices,
@@ -317,7 +319,7 @@ def run(options: argparse.Namespace, overrides: list[str], errors: ErrorScope) -
     )
     prepare_trainer(trainer, errors, termination=False)
     single, submission = members[0].source, members[0].data.submission()
-    output = choose_output(options.output, members, submission)
+    output = _choose_output(options.output, members, submission)
     parts = output.parent / f".{output.name}.parts"
     try:
         parts.mkdir(parents=True, exist_ok=True)
@@ -336,10 +338,10 @@ def run(options: argparse.Namespace, overrides: list[str], errors: ErrorScope) -
         if not trainer.is_global_zero:
             return
         write(members, average(members, predictions), output, oof)
-        if told:
+        if as_text:
             count = members[0].data.submission().count(predictions[0][0])
             print(f"{count:,} predictions in {output}")
-        link_predictions(members, output)
+        _link_predictions(members, output)
         if submission.sendable:
             target = single if output.parent == single and options.output is None else output
             print(f"Next: python submit.py {shlex.quote(str(target))} --dry_run")

@@ -1,4 +1,4 @@
-"""What a Trainer can be told that would do nothing here, or not what its name says."""
+"""Settings of a Trainer that would do nothing here, or not what their name says."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -12,15 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.run.checkpoints import BestCheckpoint
 from core.errors import UserError
 
-CALLBACKS = {
+_CALLBACKS = {
     "BatchSizeFinder": "needs a loader that is made anew for each size, and the data lie on the "
     "device; try sizes with --data.batch_size",
     "LearningRateFinder": "moves one rate, and an optimizer may have several; try some with "
     "a study",
     "StochasticWeightAveraging": "keeps its average in no checkpoint; EMAWeightAveraging does",
 }
-ENDS = ("EarlyStopping", "Timer")
-SHARDING = ("modelparallel", "fsdp", "xlafsdp", "deepspeed")
+_ENDS = ("EarlyStopping", "Timer")
+_SHARDING = ("modelparallel", "fsdp", "xlafsdp", "deepspeed")
 
 
 def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
@@ -34,11 +34,11 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
             "--trainer.barebones=true leaves nothing of a run; for one without records use "
             "--trainer.logger=false --trainer.enable_checkpointing=false."
         )
-    refuse_sharding(trainer.strategy)
+    _refuse_sharding(trainer.strategy)
     names = [c.class_path.rpartition(".")[2] for c in trainer.callbacks or []]
     for name in names:
-        if name in CALLBACKS:
-            raise UserError(f"{name} {CALLBACKS[name]}.")
+        if name in _CALLBACKS:
+            raise UserError(f"{name} {_CALLBACKS[name]}.")
     loggers = trainer.logger if isinstance(trainer.logger, list) else []
     if any(x.class_path.endswith("TensorBoardLogger") for x in loggers) and not (
         find_spec("tensorboard") or find_spec("tensorboardX")
@@ -67,21 +67,21 @@ def refuse_settings(trainer: Namespace, subcommand: str | None) -> None:
         if trainer[setting] == 0:
             raise UserError(f"with --trainer.{setting}=0 there is nothing to train.")
     endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.max_time is None
-    if endless and not set(names) & set(ENDS):
+    if endless and not set(names) & set(_ENDS):
         raise UserError(
             "training would not end; set --trainer.max_epochs, --trainer.max_steps or "
             "--trainer.max_time."
         )
 
 
-def refuse_sharding(strategy: Namespace | str) -> None:
+def _refuse_sharding(strategy: Namespace | str) -> None:
     """Refuse a strategy by its name or class, before Lightning asks for what it would need.
 
     Raises:
         UserError: It cuts parameters into parts.
     """
     name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name.lower().replace("_", "").startswith(SHARDING):
+    if name.lower().replace("_", "").startswith(_SHARDING):
         raise UserError(
             f"--trainer.strategy={name} cuts parameters into parts, and the models here are whole "
             "in each process; use ddp."
@@ -125,7 +125,7 @@ def refuse_other_part(data: Namespace, trained: dict[str, Any]) -> None:
 
 
 class KnownMonitors(Callback):
-    """A metric that nothing measures is refused before training, not after its first epoch."""
+    """Refuse a metric that nothing measures before training, not after its first epoch."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:  # mostly the sanity check's two batches

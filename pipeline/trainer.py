@@ -1,4 +1,4 @@
-"""What no configuration names: settings of the machine, and a Trainer that is quick and quiet."""
+"""Settings that no configuration names: those of the machine, and a quick and quiet Trainer."""
 
 import logging
 import os
@@ -16,20 +16,20 @@ from torch.distributed.constants import default_pg_timeout
 
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.termination import Termination
-from core.errors import UserError
+from core.errors import ErrorScope, UserError
 from core.hosts import TIMEOUT
 from core.runs import Run
 from core.wandb_runs import describe
 from pipeline.fast_loop import speed_up
 from pipeline.studies.grid import DEFAULTS, read_yaml
 
-# what the Trainer refuses to have among its callbacks when it is told to do without
-NEEDS = {
+# what the Trainer refuses to have among its callbacks when they are switched off
+_NEEDS = {
     "logger": "LearningRateMonitor",
     "enable_progress_bar": "ProgressBar",
     "enable_checkpointing": "BestCheckpoint",
 }
-METRICS = ("callbacks.MetricsCSV", f"{MetricsCSV.__module__}.MetricsCSV")
+_METRICS = ("callbacks.MetricsCSV", f"{MetricsCSV.__module__}.MetricsCSV")
 
 
 def resolve_trainer_config(trainer: Namespace) -> None:
@@ -48,10 +48,10 @@ def resolve_trainer_config(trainer: Namespace) -> None:
             rank_zero_only(print)("wandb is not installed, so there will be no W&B run.")
         trainer.logger = kept
     loggers = trainer.logger
-    if isinstance(loggers, list) and not any(x.class_path in METRICS for x in loggers):
-        settings = Namespace(class_path=METRICS[0], init_args=Namespace(save_dir="."))
+    if isinstance(loggers, list) and not any(x.class_path in _METRICS for x in loggers):
+        settings = Namespace(class_path=_METRICS[0], init_args=Namespace(save_dir="."))
         loggers.insert(0, settings)  # what a run keeps is not asked of the list
-    idle = tuple(name for switch, name in NEEDS.items() if trainer[switch] is False)
+    idle = tuple(name for switch, name in _NEEDS.items() if trainer[switch] is False)
     trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith(idle)]
 
 
@@ -90,14 +90,14 @@ def resolve_wandb_config(logger: Namespace, config: Namespace, run: Run, subcomm
 
 
 def _has_precision_plugin(trainer: Namespace) -> bool:
-    """Whether a plugin decides on the precision, as for float16 with a scaler on the CPU."""
+    """Return true if a plugin decides on the precision, as for float16 with a scaler on a CPU."""
     plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
     paths = [getattr(plugin, "class_path", "") for plugin in plugins]
     return any(path.endswith("Precision") for path in paths)
 
 
 def _deduplicate(callbacks: list[Namespace]) -> list[Namespace]:
-    """The callbacks, but of a class that the defaults have the last alone, in the first's place."""
+    """Keep of a class that the defaults have the last callback alone, in the first's place."""
     of_defaults = {entry["class_path"] for entry in read_yaml(DEFAULTS)["trainer"]["callbacks"]}
     shorts = {path.rpartition(".")[2] for path in of_defaults}
     kept: dict[Any, Namespace] = {}
@@ -108,7 +108,7 @@ def _deduplicate(callbacks: list[Namespace]) -> list[Namespace]:
 
 
 class EndOfSetup(Callback):
-    """From the first batch on a ValueError is no longer taken for the user's."""
+    """Mark where setup ends: from there on a ValueError is no longer taken for the user's."""
 
     def __init__(self, errors: ErrorScope) -> None:
         self.errors = errors
@@ -161,7 +161,7 @@ def quiet_libraries() -> None:
 
 
 def fastest_precision(accelerator: str) -> str:
-    """bf16 where matrix units multiply it, else float32; fp16 only where asked for.
+    """Return bf16 where matrix units multiply it, else float32; fp16 only where asked for.
 
     On a CPU that is AMX. AVX-512 BF16 alone took 1.05 to 1.5 times as long as float32
     (docs/speed.md). What the processor is decides, and no clock: a training that is started again
@@ -175,7 +175,7 @@ def fastest_precision(accelerator: str) -> str:
 
 
 def device(accelerator: Any) -> str:
-    """What a Trainer with this setting trains on: ``cuda``, ``mps``, ``cpu`` or its own name."""
+    """Return what a Trainer trains on: ``cuda``, ``mps``, ``cpu`` or its own name."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():

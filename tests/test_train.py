@@ -13,11 +13,16 @@ import pytest
 import torch
 import yaml
 from conftest import CONFIGS, end_wandb, faults_of_large_tensors, read_wandb
+from lightning import Trainer
 
 import train
+from core.errors import UserError
 from core.runs import Run, load_checkpoint
+from datamodules.base import BaseDataModule
+from lit_models.base import LitModel
 from pipeline.arguments import normalize_argv
 from pipeline.fast_loop import disable_malloc_trim
+from pipeline.parser import Parser
 from pipeline.trainer import fastest_precision
 
 
@@ -165,32 +170,59 @@ def test_run_without_bar_checkpoints_and_wandb(
     assert "tests the best checkpoint, and there will be none" in asked
 
 
+@pytest.fixture(scope="module")
+def parser() -> Parser:
+    """The parser of a configuration, made once for all mistakes in one."""
+    made = Parser()
+    made.add_argument("--config", action="config")
+    made.add_class_arguments(Trainer, "trainer")
+    made.add_subclass_arguments(LitModel, "model")
+    made.add_subclass_arguments(BaseDataModule, "data")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--model.lrr=3", "there is no lrr"),
+        ("--trainer.max_epoch=3", "no --trainer.max_epoch; did you mean --trainer.max_epochs?"),
+        ("--data=NoSuch", "NoSuch is neither a class of this project nor an import path"),
+        ("--model.network=NoNet", "NoNet is neither a class"),
+        ("--data.batch_size=many", "batch_size: many is no int"),
+        ("--trainer.precision=fp16", "trainer.precision: fp16 is none of transformer-engine, "),
+        ("--model.tta=x", "model: tta: x is none of none, mirror, translate, mirror_translate;"),
+        ("--model.optimizer.lrr=3", "model: optimizer: there is no lrr; did you mean lr?"),
+        ("--data.batchsize=3", "data: there is no batchsize; did you mean batch_size?"),
+        ("--model.optimizer=MuonSDG", "did you mean MuonSGD?"),
+        ("--model.optimizer=torch.optim.Adm", "optimizer: there is no torch.optim.Adm; did you"),
+        ("--model.network=my_module.MyNet", "'my_module.MyNet': No module named 'my_module'"),
+        ("--config=nope.yaml", "nope.yaml does not exist"),
+        ("--config=class.yaml", "LitClassifierr is neither a class"),
+        ("--config=flag.yaml", "trainer.max_epoch"),
+    ],
+)
+def test_a_mistake_in_a_setting_is_named(
+    args: str, said: str, parser: Parser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("class.yaml").write_text("model: {class_path: LitClassifierr}\n")
+    Path("flag.yaml").write_text("trainer: {max_epoch: 2}\n")
+    config = f"--config={CONFIGS / 'cifar10_cpu.yaml'}"
+    with pytest.raises(UserError, match=re.escape(said)):
+        parser.parse_args([config, args])
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--model.lrr=3"], "there is no lrr"),
-        (
-            ["--trainer.max_epoch=3"],
-            "there is no --trainer.max_epoch; did you mean --trainer.max_epochs?",
-        ),
-        (["--data=NoSuch"], "NoSuch is neither a class of this project nor an import path"),
-        (["--model.network=NoNet"], "NoNet is neither a class"),
-        (["--data.batch_size=many"], "batch_size: many is no int"),
         (["--data.batch_size=0"], "batch_size must be at least 1, got 0."),
-        (["--data.val_size=-1"], "val_size must not be negative, got -1; 0 trains on all."),
         (["--data.val_size=200"], "val_size is 200, but there are 200 samples in all."),
         (["--data.data_dir=nowhere"], "nowhere"),
-        (["--trainer.precision=fp16"], "trainer.precision: fp16 is none of transformer-engine, "),
-        (["--model.tta=x"], "model: tta: x is none of none, mirror, translate, mirror_translate;"),
-        (["--model.optimizer.lrr=3"], "model: optimizer: there is no lrr; did you mean lr?"),
-        (["--data.batchsize=3"], "data: there is no batchsize; did you mean batch_size?"),
-        (["--model.optimizer=MuonSDG"], "did you mean MuonSGD?"),
-        (["--model.optimizer=torch.optim.Adm"], "optimizer: there is no torch.optim.Adm; did you"),
-        (["--model.network=my_module.MyNet"], "'my_module.MyNet': No module named 'my_module'"),
-        (["--config=nope.yaml"], "nope.yaml does not exist"),
     ],
+    ids=["parser", "constructor", "split", "files"],
 )
-def test_mistake_is_told_in_one_sentence(
+def test_a_mistake_ends_in_one_sentence(
     args: list[str],
     said: str,
     small: list[str],
@@ -202,14 +234,6 @@ def test_mistake_is_told_in_one_sentence(
     args = [*small, *args, "--trainer.logger=false", "--trainer.max_epochs=1"]
     assert said in sentence(["fit", *args], capsys)
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_wrong_class_in_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bad.yaml").write_text("model: {class_path: LitClassifierr}\n")
-    said = sentence(["fit", f"--config={tmp_path / 'bad.yaml'}"], capsys)
-    assert "LitClassifierr is neither a class" in said
-    (tmp_path / "bad.yaml").write_text("trainer: {max_epoch: 2}\n")
-    assert "trainer.max_epoch" in sentence(["fit", f"--config={tmp_path / 'bad.yaml'}"], capsys)
 
 
 def test_commands_that_need_a_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,13 +262,13 @@ def test_what_is_missing_is_said(
         ("--model.network=torchvision.models.resnet18", "torchvision.models.resnet18"),
     ],
 )
-def test_names_that_people_type(flags: str, path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train.main(["fit", f"--config={CONFIGS / 'demo.yaml'}", flags, "--print_config"])
-    printed = capsys.readouterr()
-    assert f"class_path: {path}\n" in printed.out
-    told = "ResNet is lit_models.networks.ResNet; the other is torchvision.models.ResNet."
-    assert (told in printed.out + printed.err) == flags.endswith("ResNet")
+def test_names_that_people_type(
+    flags: str, path: str, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parser.parse_args([f"--config={CONFIGS / 'demo.yaml'}", flags])
+    assert f"class_path: {path}\n" in parser.dump(config, skip_validation=True)
+    said = "ResNet is lit_models.networks.ResNet; the other is torchvision.models.ResNet."
+    assert (said in capsys.readouterr().out) == flags.endswith("ResNet")
 
 
 def test_help_reads_well(capsys: pytest.CaptureFixture[str]) -> None:

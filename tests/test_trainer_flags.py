@@ -80,11 +80,11 @@ PROFILER = "--trainer.profiler"
 EFFECTS: list[tuple[str, dict[Callable[[], Any], Any]]] = [
     ("", {steps: 20, validations: [9, 19]}),
     ("--trainer.max_steps=7 --trainer.logger=true", {steps: 7, tables: 1}),
-    ("--trainer.max_epochs=1 --trainer.logger=false", {steps: 10, tables: 0}),
+    (
+        "--trainer.max_epochs=1 --trainer.limit_train_batches=3 --trainer.logger=false",
+        {steps: 3, tables: 0},
+    ),
     ("--trainer.min_epochs=2 --trainer.max_time=00:00:00:00", {steps: 20}),
-    ("--trainer.min_steps=13 --trainer.max_time=00:00:00:00", {steps: 13}),
-    ("--trainer.limit_train_batches=3", {steps: 6}),
-    ("--trainer.limit_train_batches=0.5", {steps: 10}),
     (
         "--trainer.enable_checkpointing=false --trainer.limit_val_batches=0",
         {checkpoints: 0, validations: []},
@@ -95,7 +95,6 @@ EFFECTS: list[tuple[str, dict[Callable[[], Any], Any]]] = [
         {steps: 4, validations: [3]},
     ),
     ("--trainer.val_check_interval=0.5", {validations: [4, 9, 14, 19]}),
-    ("--trainer.val_check_interval=4", {validations: [3, 7, 13, 17]}),
     (f"--trainer.logger=CSVLogger {PROFILER}=simple", {csv_steps: 20, profiles: 0}),
     ("--trainer.logger+=TensorBoardLogger --test=true", {tensorboard_rows: True}),
     (
@@ -173,9 +172,7 @@ def test_a_setting_that_cannot_act_is_refused(
 
 
 REFUSED = [
-    ("--trainer.max_epochs=0", "with --trainer.max_epochs=0 there is nothing to train"),
     ("--trainer.devices=abc", "the trainer cannot be made: "),
-    ("--trainer.enable_checkpointing=false --trainer.callbacks+=ModelCheckpoint", "ModelCheckpoin"),
     (f"{CALLBACKS}+=EMAWeightAveraging {CALLBACKS}+=EMAWeightAveraging", "cannot be made: "),
     ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt does not exist"),
     (
@@ -198,10 +195,6 @@ REFUSED = [
         "laid over the whole training, which has no end",
     ),
     (
-        f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/acc",
-        "EarlyStopping watches val/acc, which is not measured in validation; there are val/accur",
-    ),
-    (
         f"{CALLBACKS}+=EarlyStopping {CALLBACKS}.monitor=val/loss --data.val_size=0",
         "EarlyStopping watches val/loss, which is not measured in validation; nothing is",
     ),
@@ -213,10 +206,6 @@ REFUSED = [
     (
         "--trainer.logger=callbacks.ResumableWandbLogger --trainer.logger.save_dir=x",
         "leave its save_dir out",
-    ),
-    (
-        "--trainer.strategy=FSDPStrategy --trainer.strategy.cpu_offload=true",
-        "--trainer.strategy=FSDPStrategy cuts parameters into parts",
     ),
     ("--model.optimizer=torch.optim.Muon", "--model.optimizer: Muon only supports 2D parameters"),
     (

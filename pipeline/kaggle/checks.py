@@ -1,4 +1,4 @@
-"""Whether a file is what a competition asks for."""
+"""Checks of a submission file against what its competition asks for."""
 
 import math
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 from core.errors import UserError
 from core.sample_file import INTEGER, Table, read_table
 
-TYPES = {"an integer", "a number", "text"}
-PRINTED = re.compile(r"(tensor|array|np\.\w+)\(.*\)", re.DOTALL)
+_TYPES = {"an integer", "a number", "text"}
+_PRINTED = re.compile(r"(tensor|array|np\.\w+)\(.*\)", re.DOTALL)
 
 
 def check_submission(path: Path, sample: Path, labels: Collection[str] | None = None) -> Table:
@@ -50,7 +50,7 @@ def check_submission(path: Path, sample: Path, labels: Collection[str] | None = 
             f"{path}: {len(foreign)} ids are not in {sample}, the first is {min(foreign)}; "
             "is that the sample file of this competition?"
         )
-    kinds = {kind_of(label) for label in expected.labels} & TYPES or TYPES
+    kinds = {_kind_of(label) for label in expected.labels} & _TYPES or _TYPES
     if "a number" in kinds:
         kinds |= {"an integer"}
     for i, label in zip(len(table.columns) * list(table.ids), table.labels, strict=True):
@@ -58,19 +58,19 @@ def check_submission(path: Path, sample: Path, labels: Collection[str] | None = 
             raise UserError(
                 f"{path}: id {i} has the unknown label {label!r}; allowed are {', '.join(labels)}."
             )
-        if not label or (labels is None and kind_of(label) not in kinds):
+        if not label or (labels is None and _kind_of(label) not in kinds):
             raise UserError(
-                f"{path}: the label {label!r} of id {i} is {kind_of(label)}, but {sample} has "
+                f"{path}: the label {label!r} of id {i} is {_kind_of(label)}, but {sample} has "
                 f"{' and '.join(sorted(kinds))}; write labels like those."
             )
     return table
 
 
-def kind_of(label: str) -> str:
-    """The type of a label, which may be one that comes from a mistake."""
+def _kind_of(label: str) -> str:
+    """Return the type of a label, which may be one that comes from a mistake."""
     if not label or label != label.strip():
         return "empty or padded with spaces"
-    if PRINTED.fullmatch(label):
+    if _PRINTED.fullmatch(label):
         return "a printed array"
     try:
         number = float(label)

@@ -1,4 +1,4 @@
-"""What runs on Kaggle, where the code was unpacked; before :func:`install`, without our libraries.
+"""The script that runs on Kaggle, in the unpacked code; our libraries come by :func:`install`.
 
 ``input/``, beside the folder in which Kaggle starts it, holds what is mounted. What it leaves in
 its folder is Kaggle's output: the run, packed, and a record of it.
@@ -20,7 +20,7 @@ from core.kaggle_client import unzip
 
 OUTPUT, RECORD = "run.pack", "run.json"  # a zip; Kaggle may unpack what is called so
 KEPT = ("torch", "torchvision", "numpy")  # as the image has them, made for its driver
-GRACE = 300.0  # seconds in which a training that is told to end keeps what it has
+GRACE = 300.0  # seconds in which a training keeps what it has, after SIGTERM
 CODE = Path(__file__).absolute().parents[2]
 INPUT = Path.cwd().parent / "input"
 
@@ -79,13 +79,16 @@ def install(wheels: str) -> None:
 
 
 def call(command: list[str], end: float) -> int:
-    """Exit status of a program, which is told to end when it is time, by SIGTERM."""
+    """Run a program, end it by SIGTERM when its time is up, and return its exit status."""
     process = subprocess.Popen([sys.executable, *command], cwd=CODE)
-    for tell, seconds in ((process.terminate, end - time.monotonic()), (process.kill, GRACE)):
+    for send_signal, seconds in (
+        (process.terminate, end - time.monotonic()),
+        (process.kill, GRACE),
+    ):
         try:
             return process.wait(max(seconds, 0.0))
         except subprocess.TimeoutExpired:
-            tell()
+            send_signal()
     return process.wait()
 
 

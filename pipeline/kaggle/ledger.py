@@ -1,4 +1,4 @@
-"""What was sent to Kaggle and what came back.
+"""The list of what was sent to Kaggle and what came back.
 
 One list of all submissions, ``runs/submissions.csv``, that only grows: a row before a submission is
 made, one when its reference is known, one with its score; of each, the last row counts.
@@ -26,7 +26,7 @@ from core.wandb_runs import Piece
 LEDGER = ROOT / "submissions.csv"
 UNCLEAR = "SENDING"  # nobody knows whether Kaggle made a submission of it
 UNSENT = "UNSENT"  # Kaggle refused: it made none
-LOCK_SECONDS = 60.0  # far more than it takes to append a row
+_LOCK_SECONDS = 60.0  # far more than it takes to append a row
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def sending() -> AbstractContextManager[None]:
 
 
 def read() -> list[Record]:
-    """All submissions, oldest first, and what may have become one.
+    """Read all submissions, oldest first, and what may have become one.
 
     Raises:
         UserError: The file cannot be read, or has been changed by hand into something else.
@@ -108,7 +108,7 @@ def read() -> list[Record]:
 
 
 def last_sent(sha256: str, competition: str) -> Record | None:
-    """The last submission of the same bytes to the same competition, or what may be one."""
+    """Return the last submission of the same bytes to the same competition, or what may be one."""
     key = (sha256, competition)
     same = [record for record in read() if (record.sha256, record.competition) == key]
     same = [record for record in same if record.ref] or same
@@ -124,7 +124,7 @@ def append(record: Record) -> None:
     busy = f"another program writes {LEDGER} for a minute already; end it."
     try:
         with (
-            locked(ROOT / ".submissions.lock", LEDGER, busy, LOCK_SECONDS),
+            locked(ROOT / ".submissions.lock", LEDGER, busy, _LOCK_SECONDS),
             LEDGER.open("a+b", buffering=0) as file,
         ):
             size = file.seek(0, os.SEEK_END)
@@ -155,14 +155,14 @@ def save(record: Record) -> None:
     if path.with_suffix(".json").is_file():  # a file of the user's own gets nothing beside it
         numbers = {
             "ref": int(record.ref),
-            "public_score": as_number(record.public_score),
-            "val_accuracy": as_number(record.val_accuracy),
+            "public_score": _as_number(record.public_score),
+            "val_accuracy": _as_number(record.val_accuracy),
         }
         with atomic_write(path.with_name("score.json"), "w") as file:
             file.write(json.dumps(asdict(record) | numbers, indent=2) + "\n")
 
 
-def as_number(text: str) -> float | None:
+def _as_number(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:
@@ -170,7 +170,7 @@ def as_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def tell_wandb(record: Record) -> None:
+def log_to_wandb(record: Record) -> None:
     """Put reference and score onto the W&B run; an ensemble has no run of its own.
 
     Offline, W&B makes a second folder with the same run id, which a later sync merges.
@@ -178,7 +178,7 @@ def tell_wandb(record: Record) -> None:
     run = Run(Path(record.run))
     if not record.run or run.wandb_id is None:
         return
-    facts = {"kaggle/ref": int(record.ref), "kaggle/public_score": as_number(record.public_score)}
+    facts = {"kaggle/ref": int(record.ref), "kaggle/public_score": _as_number(record.public_score)}
     if wandb_run := wandb_runs.join(run, "the score is"):
         wandb_run.summary.update(facts)
         wandb_run.finish()

@@ -1,4 +1,4 @@
-"""What goes to Kaggle: the code, the files that arguments name, and the script that unpacks both.
+"""The parcel for Kaggle: code, files that arguments name, and the script that unpacks both.
 
 Files of :data:`SUFFIXES` travel that git tracks, or without git those in the packages here: no
 data, no runs, and no credentials, unless they stand in the code, which is refused.
@@ -43,7 +43,7 @@ main({job!r})
 
 
 def pack(args: list[str], secrets: Collection[str]) -> tuple[list[str], bytes]:
-    """Code and files that arguments name, packed (tar, bzip2), after the arguments for there.
+    """Pack code and files that arguments name (tar, bzip2); return them after the arguments there.
 
     Args:
         args: Those of train.py.
@@ -67,7 +67,7 @@ def pack(args: list[str], secrets: Collection[str]) -> tuple[list[str], bytes]:
 
 
 def code_files() -> Iterator[Path]:
-    """Paths below the root of the repository."""
+    """Yield paths below the root of the repository."""
     try:
         command = ["git", "-C", str(ROOT), "ls-files", "-z"]
         listed = subprocess.run(command, capture_output=True).stdout
@@ -101,7 +101,7 @@ def carry(arg: str, files: dict[str, bytes]) -> str:
 
 
 def resolve(args: list[str], code: bytes) -> dict[str, Any]:
-    """The configuration of the run, as the code that travels reads it, on this machine.
+    """Return the configuration of the run, as the code that travels reads it, on this machine.
 
     Raises:
         SystemExit: It refuses the arguments; why is on stderr.
@@ -117,7 +117,7 @@ def resolve(args: list[str], code: bytes) -> dict[str, Any]:
 
 
 def competition_of(data: dict[str, Any]) -> str | None:
-    """Kaggle's name of the competition whose data a configured data module trains on."""
+    """Return Kaggle's name of the competition whose data a configured data module trains on."""
     if "download" in data["init_args"]:
         return None  # it trains on a public set
     module, _, name = data["class_path"].rpartition(".")
@@ -126,5 +126,5 @@ def competition_of(data: dict[str, Any]) -> str | None:
 
 
 def script(job: dict[str, Any], code: bytes) -> str:
-    """The text to push, for :func:`pipeline.kaggle.kernel.main`."""
+    """Return the text to push, for :func:`pipeline.kaggle.kernel.main`."""
     return SCRIPT.format(job=job, code=base64.encodebytes(code).decode())

@@ -1,8 +1,6 @@
 """A prediction file, what it is for, and what is known of its making."""
 
-import codecs
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,14 +59,14 @@ class Prediction:
         return self.members[0].val_accuracy if len(self.members) == 1 else None
 
     def describe(self, message: str | None) -> str:
-        """What Kaggle shows beside the score: run and validation, unless the user says better."""
+        """Return what Kaggle shows beside the score: run and validation, or the user's message."""
         accuracy = "" if self.val_accuracy is None else f", validation {self.val_accuracy:.4f}"
         message = message or f"{self.run or self.path.name}{accuracy}"
         return message if mark(self.sha256) in message else f"{message}, {mark(self.sha256)}"
 
 
 def mark(sha256: str) -> str:
-    """Part of each message, by which a submission is found again at Kaggle."""
+    """Return the part of each message by which a submission is found again at Kaggle."""
     return f"sha256 {sha256[:8]}"
 
 
@@ -89,7 +87,7 @@ def find_csv(run_or_csv: str) -> Path:
 def read_prediction(
     path: Path, competition: str | None, sample: Path | None, dry_run: bool = False
 ) -> Prediction:
-    """The file with what ``predict.py`` wrote beside it; what the user says goes first.
+    """Read the record that ``predict.py`` wrote beside a file; what the user says goes first.
 
     Raises:
         UserError: The file is missing, is not the one that was recorded, or it is not known which
@@ -104,7 +102,7 @@ def read_prediction(
     all_folds: EnsembleMember | None = None
     competition = competition_name(competition) if competition is not None else None
     if origin.is_file():
-        made = read_origin(origin)
+        made = _read_record(origin)
         labels = made["labels"]
         competition = competition or made["competition"]
         sample = sample or (Path(made["sample"]) if made["sample"] else None)
@@ -138,7 +136,7 @@ def read_prediction(
 
 
 def competition_name(name_or_address: str) -> str:
-    """The name of a competition, which may be given as the address of one of its pages.
+    """Return the name of a competition, which may be given as the address of one of its pages.
 
     Raises:
         UserError: It is neither.
@@ -153,8 +151,8 @@ def competition_name(name_or_address: str) -> str:
     return name
 
 
-def read_origin(path: Path) -> dict[str, Any]:
-    """What ``predict.py`` recorded beside its predictions.
+def _read_record(path: Path) -> dict[str, Any]:
+    """Read what ``predict.py`` recorded beside its predictions.
 
     Raises:
         UserError: Something is missing, of another type or out of range.
@@ -181,26 +179,9 @@ def read_origin(path: Path) -> dict[str, Any]:
     return made
 
 
-def oddities(path: Path) -> list[str]:
-    """What is unusual about the bytes of a file, though Kaggle takes it."""
-    text = path.read_bytes()
-    notes = []
-    if text.startswith(codecs.BOM_UTF8):
-        notes.append("the file starts with a byte-order mark, which is sent as it is.")
-    if b"\r\n" in text:
-        notes.append("the lines end in CRLF, as the course's own files do.")
-    return notes
+def wilson_interval(fraction: float, samples: int) -> tuple[float, float]:
+    """Return the 95 % interval (Wilson, 1927) of the probability that gave a share of samples."""
+    from scipy.stats import binomtest  # takes a second
 
-
-def wilson_interval(fraction: float, samples: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval for the probability behind an observed fraction (Wilson, JASA 22, 1927).
-
-    Args:
-        fraction: Observed share of successes.
-        samples: How many were observed.
-        z: Quantile of the normal distribution; 1.96 gives 95 %.
-    """
-    center = fraction + z**2 / (2 * samples)
-    half = z * math.sqrt(fraction * (1 - fraction) / samples + (z / (2 * samples)) ** 2)
-    scale = 1 + z**2 / samples
-    return (center - half) / scale, (center + half) / scale
+    low, high = binomtest(round(fraction * samples), samples).proportion_ci(method="wilson")
+    return float(low), float(high)

@@ -20,18 +20,18 @@ from core.runs import ROOT, Run, is_file
 from pipeline.kaggle import parcel
 from pipeline.kaggle.kernel import OUTPUT, RECORD, read_output
 
-SESSION = 42900.0  # seconds; Kaggle's longest are 12 hours
-REST = 1800.0  # of these for predicting, and for what is kept
-SHORTEST = 600.0  # seconds of training that are worth a start
+_SESSION = 42900.0  # seconds; Kaggle's longest are 12 hours
+_REST = 1800.0  # of these for predicting, and for what is kept
+_SHORTEST = 600.0  # seconds of training that are worth a start
 POLL_SECONDS = 10.0
 PATIENCE = 1800.0  # seconds of trouble at Kaggle until following ends
-GOING = ("NEW_SCRIPT", "QUEUED", "RUNNING", "CANCEL_REQUESTED")
-STOPPED = 143  # train.py's exit status when its time was up
-AT_HOME = ("--study", "--init_from", "--print_config", "--settings", "--data.data_dir")
+_GOING = ("NEW_SCRIPT", "QUEUED", "RUNNING", "CANCEL_REQUESTED")
+_STOPPED = 143  # train.py's exit status when its time was up
+_AT_HOME = ("--study", "--init_from", "--print_config", "--settings", "--data.data_dir")
 
 
 def run(args: list[str]) -> None:
-    """Do what ``train.py fit --on kaggle`` says; the same command again goes on."""
+    """Train at Kaggle, as ``train.py fit --on kaggle`` asks; the same command again goes on."""
     with exit_on_user_error(debug="--debug" in args):
         options, rest = parse(args)
         parent = Run.parent(Path(options.config[0]), options.root)
@@ -45,7 +45,7 @@ def run(args: list[str]) -> None:
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What concerns the push, and the arguments that go to the machine there.
+    """Return the options of the push, and the arguments for the machine there.
 
     Raises:
         UserError: Something is missing, or would do nothing.
@@ -64,7 +64,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("--on kaggle needs --config FILE and --run NAME, which finds it again.")
     if missing := [path for path in options.config if not is_file(Path(path))]:
         raise UserError(f"--config={missing[0]}: there is no such file.")
-    if stray := [flag for flag in AT_HOME if flag in {arg.partition("=")[0] for arg in rest}]:
+    if stray := [flag for flag in _AT_HOME if flag in {arg.partition("=")[0] for arg in rest}]:
         raise UserError(f"{stray[0]} would not act on Kaggle's machine; leave it out.")
     for flag, source in (("--mount", options.mount), ("--wheels", options.wheels)):
         if source and not re.fullmatch(r"[\w-]+/[\w-]+", source):
@@ -112,12 +112,12 @@ class Remote:
         begun_here = not self.state and self.run.config.is_file()
         if begun_here or self.last() not in (self.state.get("last"), self.state.get("coming")):
             raise UserError(f"{self.folder} was trained on this machine; choose another --run.")
-        if status in GOING and not same:
+        if status in _GOING and not same:
             raise UserError(f"{self.page} runs with other arguments; choose another --run.")
         if status == "COMPLETE" and self.state.get("status") == 0 and same:
             print(f"{self.folder} was trained to its end, and is here.")
             return
-        if status not in GOING and (status != "COMPLETE" or "status" in self.state):
+        if status not in _GOING and (status != "COMPLETE" or "status" in self.state):
             self.push()
         print(f"{self.page}; Ctrl-C ends nothing there.", flush=True)
         self.follow()
@@ -143,14 +143,14 @@ class Remote:
         return sha256(last) if last.is_file() else None
 
     def status(self) -> tuple[str | None, str]:
-        """Kaggle's word for how the newest start does, None before the first, and its reason."""
+        """Return Kaggle's state of the newest start, None before the first, and its reason."""
         fields = {"user_name": self.user, "kernel_slug": self.slug}
         try:
             answer = kaggle_client.persistently(
                 lambda: call_kernels(self.api, "get_kernel_session_status", **fields), PATIENCE
             )
         except KaggleError as error:
-            if error.status in (403, 404):  # it does not tell what is hidden from what is not there
+            if error.status in (403, 404):  # what is hidden looks like what is not there
                 return None, ""
             raise
         return answer.status.name, kaggle_client.clean(answer.failure_message)
@@ -184,7 +184,7 @@ class Remote:
             "former": self.kernel if former else "",
             "wheels": self.options.wheels,
             "predict": competition is not None,
-            "seconds": [session - REST, session],
+            "seconds": [session - _REST, session],
             "start": time.time(),
         }
         digest = hashlib.sha256(code).hexdigest()
@@ -197,7 +197,7 @@ class Remote:
             raise
         self.write_state(**pushed)
         print(
-            f"Pushed: code {digest[:8]}, {(session - REST) / 3600:.1f} h for training, "
+            f"Pushed: code {digest[:8]}, {(session - _REST) / 3600:.1f} h for training, "
             f"{config['trainer']['devices']} processes with batches of "
             f"{data['init_args'].get('batch_size')} each."
         )
@@ -230,17 +230,17 @@ class Remote:
             raise KaggleError(said, f"{self.page} is as it was.", status=400)
 
     def session_seconds(self) -> float:
-        """The longest session for which this week has GPU time left."""
+        """Return the longest session in seconds for which this week has GPU time left."""
         quota = call_kernels(self.api, "get_accelerator_quota_statistics")
         gpu = quota.gpu_quota
-        left = (gpu.total_time_allowed - gpu.time_used).total_seconds() if gpu else SESSION
-        if left < REST + SHORTEST:
+        left = (gpu.total_time_allowed - gpu.time_used).total_seconds() if gpu else _SESSION
+        if left < _REST + _SHORTEST:
             raise UserError(
                 f"Kaggle has {max(left, 0) / 3600:.1f} h of GPU time left for you, and a start "
-                f"needs {(REST + SHORTEST) / 3600:.1f} h; there is more on "
+                f"needs {(_REST + _SHORTEST) / 3600:.1f} h; there is more on "
                 f"{quota.quota_refresh_time:%Y-%m-%d %H:%M} UTC."
             )
-        return min(left, SESSION)
+        return min(left, _SESSION)
 
     # ---- follow and fetch
 
@@ -257,12 +257,12 @@ class Remote:
                 seen += 1
                 *lines, line = (line + str(event.get("data") or "")).split("\n")
                 for whole in lines:
-                    print(last_state(whole), flush=True)
-            if status not in GOING:
+                    print(_last_state(whole), flush=True)
+            if status not in _GOING:
                 break
             time.sleep(POLL_SECONDS)
         if line:
-            print(last_state(line))
+            print(_last_state(line))
         if status != "COMPLETE":
             how = f"ended with {status}" if status else "is not to be found"
             raise UserError(
@@ -271,7 +271,7 @@ class Remote:
             )
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What was printed there from the beginning on, until the connection ends."""
+        """Yield what was printed there from the beginning on, until the connection ends."""
         stream = self.api.kernels_logs_stream(self.kernel)
         with suppress(KaggleError):  # whether Kaggle is there, the status says
             while True:
@@ -308,7 +308,7 @@ class Remote:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
         self.write_state(**state | {"status": status, "last": self.last()})
-        if status == STOPPED:
+        if status == _STOPPED:
             print(f"{self.folder}: its time was up; the same command goes on where it stopped.")
         elif status:
             raise UserError(
@@ -328,6 +328,6 @@ class Remote:
             raise UserError(f"{folder} could not be written ({error.strerror}).") from None
 
 
-def last_state(line: str) -> str:
-    """What a terminal would show of a line that a progress bar has written again and again."""
+def _last_state(line: str) -> str:
+    """Return what a terminal shows of a line that a progress bar has written repeatedly."""
     return visible(line.rstrip("\r").rpartition("\r")[2])

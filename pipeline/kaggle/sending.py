@@ -21,7 +21,7 @@ SEEK = "the same command again looks at Kaggle before it sends anything."
 
 
 def sent_before(prediction: Prediction, wait: bool) -> Record | None:
-    """The submission of these bytes to go on with, or what may have become one.
+    """Return the submission of these bytes to go on with, or what may have become one.
 
     Raises:
         UserError: Kaggle has them, and there is no score to wait for.
@@ -41,7 +41,7 @@ def send(
     """Send a file, unless Kaggle has it from before; ``again`` sends it whatever there is.
 
     Raises:
-        UserError: Kaggle has these bytes, does not take them, or does not tell whether it has them.
+        UserError: Kaggle has these bytes, does not take them, or does not say whether it has them.
     """
     with ledger.sending():
         sent = None if again else sent_before(prediction, wait)
@@ -51,7 +51,7 @@ def send(
 
 
 def find_unconfirmed(api: "kaggle_client.KaggleApi", record: Record) -> Record | None:
-    """The submission that an attempt without an answer has left at Kaggle, if it has.
+    """Return the submission that an attempt without an answer has left at Kaggle, if it has.
 
     Raises:
         UserError: Kaggle does not hand out its list of submissions.
@@ -167,7 +167,7 @@ def record_result(record: Record, result: Result) -> Record:
     )
     ledger.save(record)
     if record.status == "COMPLETE":
-        ledger.tell_wandb(record)
+        ledger.log_to_wandb(record)
     return record
 
 
