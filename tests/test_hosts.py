@@ -69,14 +69,14 @@ def test_a_host_without_the_file_ends_all(
         return mine.agree(run, None)
 
     def first(mine: Hosts) -> object:
-        answer = mine.tell
+        publish = mine.publish
 
-        def tell_and_lose(what: str, content: dict[str, object]) -> None:
+        def publish_and_lose(what: str, content: dict[str, object]) -> None:
             if what == "chosen":  # both hosts are this machine: the file goes in between
                 checkpoint.unlink() if left is None else checkpoint.write_bytes(left)
-            answer(what, content)
+            publish(what, content)
 
-        mine.tell = tell_and_lose  # type: ignore[method-assign]
+        mine.publish = publish_and_lose  # type: ignore[method-assign]
         return mine.agree(run, checkpoint.name)
 
     results = together(first, second)
@@ -85,8 +85,9 @@ def test_a_host_without_the_file_ends_all(
     assert "copy the file from first" in str(results[0])
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-@pytest.mark.parametrize("error", [UserError("data is no folder."), SystemExit(2)])
+@pytest.mark.parametrize(
+    ("failing", "error"), [(0, UserError("data is no folder.")), (1, SystemExit(2))]
+)
 def test_all_end_with_a_process_that_cannot_begin(failing: int, error: BaseException) -> None:
     def fail(mine: Hosts) -> object:
         try:

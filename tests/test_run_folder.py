@@ -151,13 +151,12 @@ DEMO = CONFIGS / "demo.yaml"
 STUDY = CONFIGS / "studies" / "demo_folds.yaml"
 
 
-@pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize(
-    "command",
+    ("command", "link"),
     [
-        lambda: train.main(["fit", f"--config={DEMO}"]),
-        lambda: train.main(["fit", f"--config={DEMO}", "--run=x"]),
-        lambda: study.main(["run", str(STUDY), f"--config={DEMO}"]),
+        (lambda: train.main(["fit", f"--config={DEMO}"]), False),
+        (lambda: train.main(["fit", f"--config={DEMO}", "--run=x"]), True),
+        (lambda: study.main(["run", str(STUDY), f"--config={DEMO}"]), True),
     ],
     ids=["train", "train, named", "study"],
 )
