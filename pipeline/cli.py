@@ -115,13 +115,34 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.ckpt_path = self.ckpt_path
-        if (exclude := config.data.init_args.get("exclude")) is not None:
+        self._resolve(config)
+        self.study = Study.load(config.study) if config.study else None
+        # once, so that a file that is edited meanwhile changes nothing
+        self.point = self.study.record(self.argv[1:]) if self.study else {}
+        self.record = RunRecord(self.config_text())
+        if config.trainer.fast_dev_run and self.subcommand == "fit":
+            return
+        run = self.run_folder(config)
+        if self.hosts.leads and self.subcommand == "fit":
+            self.resume(config, run)
+        elif self.hosts.leads:
+            config.ckpt_path = config.ckpt_path or str(run.checkpoint())
+        folder, config.ckpt_path = self.hosts.agree(run.folder, config.ckpt_path)
+        run = Run(folder)
+        if self.subcommand != "fit":
+            self.evaluate(config)
+        if not config.trainer.fast_dev_run:
+            self.write_into(config, run)
+
+    def _resolve(self, config: Namespace) -> None:
+        """Fill in what follows from other settings, and refuse what cannot act."""
+        data, trainer = config.data.init_args, config.trainer
+        if (exclude := data.get("exclude")) is not None:
             # the ids go into the record: the file may change, and what was left out does not
-            config.data.init_args.exclude = excluded_ids(exclude)
-        if config.data.init_args.get("folds") is not None:
+            data.exclude = excluded_ids(exclude)
+        if data.get("folds") is not None:
             refuse_val_size(config, self.flags)
-            config.data.init_args.val_size = 0
-        trainer = config.trainer
+            data.val_size = 0
         self.root = Path(trainer.default_root_dir or ROOT)
         resolve_trainer_config(trainer)
         refuse_settings(trainer, self.subcommand)
@@ -133,23 +154,6 @@ class CLI(LightningCLI):
                 "--test=true tests the best checkpoint, and there will be none; leave "
                 "--trainer.enable_checkpointing=false out."
             )
-        self.study = Study.load(config.study) if config.study else None
-        # once, so that a file that is edited meanwhile changes nothing
-        self.point = self.study.record(self.argv[1:]) if self.study else {}
-        self.record = RunRecord(self.config_text())
-        if trainer.fast_dev_run and self.subcommand == "fit":
-            return
-        run = self.run_folder(config)
-        if self.hosts.leads and self.subcommand == "fit":
-            self.resume(config, run)
-        elif self.hosts.leads:
-            config.ckpt_path = config.ckpt_path or str(run.checkpoint())
-        folder, config.ckpt_path = self.hosts.agree(run.folder, config.ckpt_path)
-        run = Run(folder)
-        if self.subcommand != "fit":
-            self.evaluate(config)
-        if not trainer.fast_dev_run:
-            self.write_into(config, run)
 
     def resume(self, config: Namespace, run: Run) -> None:
         """Train from the run's last checkpoint, if there is one."""

@@ -2,7 +2,7 @@
 
 Measured: about 4 microseconds of Python a step for each callback whose six hooks are skipped, and
 up to a third of a step on a CPU for memory that malloc keeps (docs/speed.md,
-``benchmarks/step_overhead.py`` and ``benchmarks/kept_memory.py``).
+``benchmarks/step_overhead.py``; ``benchmarks/kept_memory.py`` of commit f972244).
 """
 
 import ctypes

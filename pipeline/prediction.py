@@ -286,6 +286,34 @@ def spell(options: argparse.Namespace) -> None:
             console.print(marked(line, way, console.is_terminal))
 
 
+def _make_trainer(options: argparse.Namespace, member: LoadedRun, *, bar: bool) -> Trainer:
+    return make_predictor(
+        options.accelerator,
+        options.devices,
+        options.precision or member.model.run_precision,
+        strategy="auto" if options.devices in ("auto", "1") else "ddp",
+        callbacks=[ProgressBar()] if bar else [],
+        enable_progress_bar=bar,
+    )
+
+
+def _make_parts_folder(output: Path) -> Path:
+    """Make the folder in which the processes put the parts of ``output``.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    parts = output.parent / f".{output.name}.parts"
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{output.parent} cannot be written to ({error.strerror}); choose another place with "
+            "--output FILE."
+        ) from None
+    return parts
+
+
 def run(options: argparse.Namespace, overrides: list[str], errors: ErrorScope) -> None:
     """Predict with runs, write the predictions and say where they are.
 
@@ -308,31 +336,16 @@ def run(options: argparse.Namespace, overrides: list[str], errors: ErrorScope) -
         export(members[0].model, options.export)
         return
     as_text = not options.json  # standard output is for the objects alone
-    bar = as_text and not options.text
-    trainer = make_predictor(
-        options.accelerator,
-        options.devices,
-        options.precision or members[0].model.run_precision,
-        strategy="auto" if options.devices in ("auto", "1") else "ddp",
-        callbacks=[ProgressBar()] if bar else [],
-        enable_progress_bar=bar,
-    )
+    trainer = _make_trainer(options, members[0], bar=as_text and not options.text)
     prepare_trainer(trainer, errors, termination=False)
     single, submission = members[0].source, members[0].data.submission()
     output = _choose_output(options.output, members, submission)
-    parts = output.parent / f".{output.name}.parts"
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{output.parent} cannot be written to ({error.strerror}); choose another place with "
-            "--output FILE."
-        ) from None
-    busy = f"{output} is being written by another predict.py; wait for it, or choose --output."
-    with ExitStack() as held:
+    parts = _make_parts_folder(output)
+    with ExitStack() as exit_stack:
         if trainer.is_global_zero:
-            held.enter_context(locked(parts / "lock", output, busy))
-            held.callback(shutil.rmtree, parts, ignore_errors=True)
+            busy = f"{output} is being written by another predict.py; wait, or choose --output."
+            exit_stack.enter_context(locked(parts / "lock", output, busy))
+            exit_stack.callback(shutil.rmtree, parts, ignore_errors=True)
         predictions = predict(trainer, members, parts)
         oof = predict_out_of_fold(trainer, members, parts / "out_of_fold")
         if not trainer.is_global_zero:
