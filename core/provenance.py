@@ -22,18 +22,22 @@ LONGEST_PATCH = 1_000_000  # bytes; code is smaller, and a table that git tracks
 
 def provenance() -> dict[str, Any]:
     """Return the commit of this project and the versions of its libraries."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(HERE), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        origin = {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
-    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        commit = _git("rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
+        origin = {"commit": commit, "clean": not _git("status", "--porcelain")} if commit else None
+    except OSError:  # no git; a copy without its history has no commit
         origin = None
     libraries = ("torch", "torchvision", "lightning", "torchmetrics")
     versions = {name: version(name) for name in libraries}
     return {"git": origin, "versions": {"python": platform.python_version(), **versions}}
+
+
+def _git(*args: str) -> bytes:
+    """Return what git prints, up to a little more than the longest patch; nothing if it fails."""
+    command = ["git", "-C", str(HERE), *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        return process.stdout.read(LONGEST_PATCH + 1)
 
 
 def hardware(device: "torch.device", processes: int) -> str:
@@ -91,18 +95,11 @@ def code_patch() -> str:
     Without secrets of the environment, and without files that git does not track, which may be
     anything: the first line names them.
     """
-
-    def git(*args: str) -> bytes:
-        command = ["git", "-C", str(HERE), *args]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as made:
-            assert made.stdout is not None
-            return made.stdout.read(LONGEST_PATCH + 1)
-
     try:
         # so that it can be applied, whatever git is set to, and with pictures
         plain = ("--binary", "--src-prefix=a/", "--dst-prefix=b/", "--no-color", "--no-ext-diff")
-        patch = git("diff", "HEAD", "--relative", "--no-textconv", *plain)
-        untracked = git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
+        patch = _git("diff", "HEAD", "--relative", "--no-textconv", *plain)
+        untracked = _git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
     except OSError:
         return ""
     text = patch[:LONGEST_PATCH].decode(errors="replace")
