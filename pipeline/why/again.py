@@ -169,9 +169,9 @@ class Again(CLI):
             )
         return found
 
-    def with_what_a_run_needs(self, trainer: Any) -> list[Callback]:
+    def with_required_callbacks(self, trainer: Any) -> list[Callback]:
         trainer = deepcopy(trainer)  # callbacks carry nothing from one fork into the next
-        return [*super().with_what_a_run_needs(trainer), *self.extra]
+        return [*super().with_required_callbacks(trainer), *self.extra]
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing yet: see :meth:`train`."""
