@@ -7,8 +7,8 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,8 @@ import yaml
 from conftest import CONFIGS, SMALL
 from processes import by_two, start_command, wait
 
-from benchmarks.lost_hosts import ADDRESSES, namespaces
-
 RECIPES = Path(__file__).parents[1] / "docs" / "clusters"
+ADDRESSES = {"a": "10.25.0.1", "b": "10.25.0.2"}
 # what a machine without a GPU and a miniature of the data need
 HERE = [*(flag for flag in SMALL if not flag.startswith("--model")), "--trainer.max_epochs=1"]
 HERE += [
@@ -101,6 +100,28 @@ def run(command: list[str], place: Path, **variables: str) -> None:
     activate.parent.mkdir(parents=True, exist_ok=True)
     activate.touch()
     subprocess.run(command, cwd=place, env=os.environ | variables, check=True)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextmanager
+def namespaces(names: dict[str, str]) -> Iterator[None]:
+    """Two network namespaces that see each other; the names of those of hosts ``a`` and ``b``."""
+    left, right = names.values()
+    try:
+        for name in names.values():
+            ip("netns", "add", name)
+        ip("link", "add", left, "netns", left, "type", "veth", "peer", right, "netns", right)
+        for host, name in names.items():
+            ip("-n", name, "address", "add", f"{ADDRESSES[host]}/24", "dev", name)
+            for device in ("lo", name):
+                ip("-n", name, "link", "set", device, "up")
+        yield
+    finally:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 def test_recipes_are_short() -> None:
