@@ -62,9 +62,11 @@ class Hosts:
         if self.store is None or error is None:
             return
         if not self.names:
-            self.refuse(error)
+            self._refuse_together(error)
         elif isinstance(error, DistError) or any(words in str(error) for words in _LOSS):
-            raise UserError(f"{self.explain_loss()} ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"{self._name_silent_ranks()} ({str(error).splitlines()[0]})"
+            ) from error
 
     @property
     def leads(self) -> bool:
@@ -81,25 +83,25 @@ class Hosts:
         if self.leads:
             digest = sha256(Path(checkpoint)) if checkpoint else ""
             self.publish("chosen", {"run": str(run), "checkpoint": checkpoint, "sha256": digest})
-            answers = [self.receive(f"answer {rank}") for rank in range(1, self.size)]
+            answers = [self._receive(f"answer {rank}") for rank in range(1, self.size)]
             hosts = [self.host, *(answer["host"] for answer in answers)]
             problem = next((x["problem"] for x in answers if x["problem"]), "")
             self.publish("verdict", {"hosts": hosts, "problem": problem})
         else:
-            chosen = self.receive("chosen")
+            chosen = self._receive("chosen")
             run, checkpoint = Path(chosen["run"]), chosen["checkpoint"]
-            self.answer(
+            self._answer(
                 _checkpoint_problem(checkpoint, chosen["sha256"], self.host, chosen["host"])
             )
-            verdict = self.receive("verdict")
+            verdict = self._receive("verdict")
             hosts, problem = verdict["hosts"], verdict["problem"]
         self.names = hosts
         if problem:
-            self.leave()
+            self._wait_for_readers()
             raise UserError(problem)
         return run, checkpoint
 
-    def refuse(self, error: BaseException) -> None:
+    def _refuse_together(self, error: BaseException) -> None:
         """Let the others end with this process, and say why."""
         said = str(error).splitlines()[0] if isinstance(error, ValueError) else "see its output."
         problem = f"{self.host} cannot begin: {said}"
@@ -109,17 +111,17 @@ class Hosts:
             if self.leads:
                 self.publish("chosen", {"problem": problem})
             else:
-                self.answer(problem)
-            self.leave()
+                self._answer(problem)
+            self._wait_for_readers()
 
-    def answer(self, problem: str) -> None:
+    def _answer(self, problem: str) -> None:
         self.publish(f"answer {self.rank}", {"problem": problem})
 
     def publish(self, what: str, content: dict[str, Any]) -> None:
         assert self.store is not None
         self.store.set(what, json.dumps({"host": self.host} | content))
 
-    def receive(self, what: str) -> dict[str, Any]:
+    def _receive(self, what: str) -> dict[str, Any]:
         assert self.store is not None
         try:
             message: dict[str, Any] = json.loads(self.store.get(what))
@@ -129,11 +131,11 @@ class Hosts:
                 "nothing; see the output of the other hosts."
             ) from error
         if what == "chosen" and "problem" in message:
-            self.leave()
+            self._wait_for_readers()
             raise UserError(message["problem"])
         return message
 
-    def leave(self) -> None:
+    def _wait_for_readers(self) -> None:
         """Stay until all have message what this process said: the store may end with it."""
         assert self.store is not None
         self.store.add("leaving", 1)
@@ -141,7 +143,7 @@ class Hosts:
         while self.leads and self.store.add("leaving", 0) < self.size and time.monotonic() < end:
             time.sleep(0.05)
 
-    def explain_loss(self) -> str:
+    def _name_silent_ranks(self) -> str:
         """Name the processes that do not report the loss, as those do that are left."""
         silent = set(range(self.size))
         end = time.monotonic() + PATIENCE

@@ -228,15 +228,10 @@ class CLI(LightningCLI):
         source = self.config[self.subcommand].init_from
         if source and self.subcommand == "fit" and not self.config.fit.ckpt_path:
             if self.hosts.leads:
-                self.model.init_from(self.checkpoint_of(source))
+                path = Path(source)
+                named = path.suffix == ".ckpt"
+                self.model.init_from(path if named else Run.find(path, self.root).checkpoint())
             self.model.has_weights = True  # DDP hands those of the first process to the others
-
-    def checkpoint_of(self, source: str) -> Path:
-        """Return the checkpoint of a run, or the one that is named."""
-        path = Path(source)
-        if path.suffix == ".ckpt":
-            return path
-        return Run.find(path, self.root).checkpoint()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -337,14 +332,13 @@ class CLI(LightningCLI):
         if kinds["*/*.ckpt"] in found:
             self.print_next_command("predict.py" if self.config.fit.test else "train.py test --run")
 
-    def after_validate(self) -> None:
-        self.after_test()
-
     def after_test(self) -> None:
         if self.trainer.is_global_zero:
             if self.shows_metrics:
                 _print_metrics(self.trainer.callback_metrics)
             self.print_next_command("predict.py")
+
+    after_validate = after_test
 
     def print_next_command(self, command: str) -> None:
         """Print the command that comes after this one, if there is something to predict."""

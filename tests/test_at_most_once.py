@@ -123,7 +123,7 @@ def try_orders(count: int, steps: int) -> None:
 
 
 def test_nothing_is_sent_twice() -> None:
-    try_orders(count=12, steps=2)
+    try_orders(count=6, steps=2)
 
 
 @pytest.mark.slow
