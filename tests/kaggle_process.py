@@ -29,8 +29,8 @@ def submit_once(args: Sequence[str], folder: Path, environment: dict[str, str]) 
 
 
 def append_rows(folder: Path, first: int) -> None:
-    """Add 40 rows to the list of submissions, one by one."""
+    """Add 20 rows to the list of submissions, one by one."""
     os.chdir(folder)
     row = Record(*[""] * len(ledger.FIELDS))
-    for ref in range(first, first + 40):
+    for ref in range(first, first + 20):
         ledger.append(replace(row, time="2026-01-02", ref=str(ref)))
