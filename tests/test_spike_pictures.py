@@ -25,7 +25,7 @@ from core.errors import UserError
 from datamodules import TemporalOrderDataModule
 from lit_models.classification import LitClassifier
 from lit_models.networks import LSTM, Recurrent
-from pipeline.seeds_picture import seeds_picture
+from pipeline.comparison import seeds_picture
 from steadyfit.measures import (
     Curves,
     excess_loss,
