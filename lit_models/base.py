@@ -19,7 +19,6 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from core.errors import UserError
 from core.runs import load_checkpoint
-from lit_models.networks.data_dependent import asking_for_data
 from lit_models.own_loaders import first_inputs
 from lit_models.schedules import make_schedule, wants_total_steps
 from lit_models.trained import TrainedModel
@@ -40,9 +39,8 @@ class LitModel(TrainedModel):
     reaches the loggers with its own optimizer step, counted from 0.
 
     Args:
-        network: What is trained. A layer of it that has a method ``init_from_data(inputs)`` is
-            shown a few thousand training inputs before training; it passes on what it makes of
-            them, if there are such layers within it.
+        network: The network to train. A layer of it that has a method ``init_from_data(inputs)`` is
+            shown a few thousand training inputs before training.
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
             an argument ``total_steps`` that is not set is given the length of training.
@@ -132,14 +130,14 @@ class LitModel(TrainedModel):
             self.init_from_data()
 
     def init_from_data(self) -> None:
-        """Show a few thousand training inputs to the layers that ask for them."""
-        asking = list(asking_for_data(self.network))
-        if asking and not self.has_weights:
+        """Show a few thousand training inputs to the layers that begin from data."""
+        layers = [part for part in self.network.modules() if hasattr(part, "init_from_data")]
+        if layers and not self.has_weights:
             device = self.trainer.strategy.root_device  # where the network is not yet
             data = self.datamodule
             inputs = data.training_inputs(5000) if data else first_inputs(self.trainer, 5000)
             inputs = [x.to(device) for x in inputs]
-            for layer in asking:
+            for layer in layers:
                 layer.init_from_data(*inputs)
 
     def try_out(self) -> None:

@@ -94,7 +94,37 @@ SAME = {
     for package in ("steadyfit", "steadyfit.lightning")
     for name in ("GradientSpikeMonitor", "UpdateClipping")
 }
-SETTINGS: tuple[Removed | Renamed, ...] = ()
+# classes that are gone, and what to do, as the end of a sentence
+GONE = {
+    "lit_models.networks.Filtered": "put lit_models.networks.FixedFilters before a network in a "
+    "class of your own.",
+}
+_STACK = {"dropout": 0.0}
+_MODELS: dict[str, dict[str, Any]] = {
+    "LitSeq2Seq": {"label_smoothing": 0.0, "length_penalty": 0.0},
+    "networks.AttentionRNN": _STACK,
+    "networks.GatedRNN": _STACK,
+    "networks.LeNet5": {"padded_size": 32},
+    "networks.Transformer": {
+        "positions": "sinusoidal",
+        "embeddings": "tied",
+        "output_bias": False,
+        "bias": True,
+        "norm": "final",
+    },
+    "networks.VanillaLSTM": _STACK,
+    "networks.VanillaRNN": _STACK,
+    "optimizers.Muon": {"adamw_scale": 0.15, "adamw_betas": [0.9, 0.999], "steps": 5},
+    "optimizers.MuonSGD": {"sgd_momentum": 0.85, "decay": 0.004, "steps": 3},
+}
+_OF_MODELS = tuple(
+    Removed(
+        f"lit_models.{name}", option, default, "0.1.0", "write a class of your own that has it."
+    )
+    for name, options in _MODELS.items()
+    for option, default in options.items()
+)
+SETTINGS: tuple[Removed | Renamed, ...] = (*_OF_MODELS,)
 
 
 def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) -> Any:
@@ -119,7 +149,13 @@ def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) ->
 
 
 def current_path(path: str) -> str:
-    """The import path of a class, which may have been in another module."""
+    """The import path of a class, which may have been in another module.
+
+    Raises:
+        UserError: The class is gone.
+    """
+    if path in GONE:
+        raise UserError(f"{path} is gone since version 0.1.0; {GONE[path]}")
     if path in SAME:
         return SAME[path]
     package, _, rest = path.partition(".")

@@ -22,7 +22,7 @@ from datamodules.text.masked_books import choose
 from datamodules.text.subwords import BEGIN, END, IS_NEXT, MASK, NOT_NEXT, PAD, SPECIAL
 from lit_models import LitSeq2Seq
 from lit_models.networks import MaskedLanguageModel, Transformer, unmask
-from lit_models.seq2seq import take_over
+from lit_models.seq2seq import load_matching_weights
 
 VOCAB = 400
 
@@ -303,7 +303,7 @@ def test_pretrained_weights_are_taken_over_and_the_rest_is_not_touched(run: Path
     network = Transformer(VOCAB, 32, 4, 1, 1, 64, copy=True)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     theirs = network_of(run / "checkpoints" / "best.ckpt")
-    taken = take_over(network, str(run), merges)
+    taken = load_matching_weights(network, str(run), merges)
     tied = {"source_embedding.weight", "target_embedding.weight", "output.weight"}
     shared = theirs.keys() & before.keys() | tied
     assert taken == len(shared) - 1  # the target's embedding is the source's
@@ -407,13 +407,13 @@ def test_network_out_of_range() -> None:
 def test_a_run_that_does_not_fit_is_refused(run: Path) -> None:
     merges = data(Path("data")).subwords.merges
     with pytest.raises(ValueError, match=r"none.ckpt does not exist"):
-        take_over(Transformer(VOCAB, 32, 4), "none.ckpt", merges)
+        load_matching_weights(Transformer(VOCAB, 32, 4), "none.ckpt", merges)
     with pytest.raises(ValueError, match="none is not a run folder"):
-        take_over(Transformer(VOCAB, 32, 4), "none", merges)
+        load_matching_weights(Transformer(VOCAB, 32, 4), "none", merges)
     with pytest.raises(ValueError, match=r"best.ckpt reads other subwords .* same vocab_size"):
-        take_over(Transformer(VOCAB, 32, 4), str(run), merges[:-1])
+        load_matching_weights(Transformer(VOCAB, 32, 4), str(run), merges[:-1])
     with pytest.raises(ValueError, match=r"nothing in .*best.ckpt has the name and the shape"):
-        take_over(Transformer(VOCAB, 16, 4, hidden_size=32), str(run), merges)
+        load_matching_weights(Transformer(VOCAB, 16, 4, hidden_size=32), str(run), merges)
 
 
 def test_only_masked_language_models_fill_gaps() -> None:

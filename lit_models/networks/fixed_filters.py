@@ -1,16 +1,11 @@
-"""Filters that are known beforehand, in front of a network.
+"""Filters that are known beforehand. Dimensions: B batch, C channels, H, W sides, F filters."""
 
-Dimensions: B batch, C channels, H height, W width, F filters, K classes.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from lit_models.networks.data_dependent import asking_for_data
 
 Filter = Literal["identity", "sobel_x", "sobel_y", "laplacian", "sharpen"]
 
@@ -59,43 +54,7 @@ class FixedFilters(nn.Module):
         if images.shape[1] != self.in_channels:
             raise ValueError(
                 f"the filters are made for {self.in_channels} channels, the images have "
-                f"{images.shape[1]}; set --model.network.in_channels={images.shape[1]}."
+                f"{images.shape[1]}; set in_channels={images.shape[1]}."
             )
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
         return F.conv2d(padded, self.weight, groups=self.in_channels)
-
-
-class Filtered(nn.Module):
-    """An image network behind fixed filters.
-
-    Args:
-        network: Makes a network of images. Its own ``in_channels`` is what the filters leave, and
-            its ``num_classes`` that of here, whatever is set for them.
-        filters: What it sees; with ``identity`` among them the image as well.
-        in_channels: Channels C of the images.
-        num_classes: Number of classes K the network is made for.
-
-    Raises:
-        ValueError: The images have another number of channels.
-    """
-
-    def __init__(
-        self,
-        network: Callable[[], nn.Module],
-        filters: Sequence[Filter] = ("identity", "sobel_x", "sobel_y"),
-        in_channels: int = 3,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.filters = FixedFilters(filters, in_channels)
-        facts = {"in_channels": self.filters.out_channels, "num_classes": num_classes}
-        self.network = network(**facts)
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
-        return self.network(self.filters(images))
-
-    def init_from_data(self, images: Tensor) -> None:
-        """Show the layers that ask for images what the filters make of them."""
-        answers = self.filters.to(images.device)(images)  # before training, all may still be apart
-        for layer in asking_for_data(self.network):
-            layer.init_from_data(answers)

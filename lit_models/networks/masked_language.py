@@ -1,4 +1,4 @@
-"""A Transformer that reads a text with gaps and tells what stands in them.
+"""A Transformer that fills the gaps of a text.
 
 Dimensions: B batch, T tokens, D embedding, V vocabulary.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lit_models.networks.attention import Block, check_heads
+from lit_models.networks.attention import check_heads
 from lit_models.networks.recurrent import checked_dropout
 from lit_models.networks.transformer import Encoder, EncoderLayer, sinusoidal_positions
 
@@ -48,11 +48,11 @@ class MaskedLanguageModel(Encoder):
         check_heads(num_heads, embedding_dim)
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
-        block = Block(embedding_dim, num_heads, hidden_size, dropout, bias=True, norm=True)
+        sizes = embedding_dim, num_heads, hidden_size, dropout
         self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
         nn.init.normal_(self.source_embedding.weight, std=embedding_dim**-0.5)
-        self.encoder = nn.ModuleList(EncoderLayer(block) for _ in range(num_layers))
-        self.encoder_norm = block.make_norm()
+        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(num_layers))
+        self.encoder_norm = nn.LayerNorm(embedding_dim)
         self.dropout = checked_dropout(dropout)
         self.output = nn.Linear(embedding_dim, vocab_size, bias=False)
         self.output.weight = self.source_embedding.weight
@@ -61,13 +61,13 @@ class MaskedLanguageModel(Encoder):
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of what stands at each place, seen from all places.
+        """Logits (B, T, V) of the token at each place, seen from all places.
 
         Args:
             tokens: Tokens (B, T), some of them masked.
             lengths: Tokens of each text (B,); without them all have T.
         """
-        x, _ = self.read(tokens, lengths)
+        x, _ = self.encode(tokens, lengths)
         return self.output(x)
 
 
