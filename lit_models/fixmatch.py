@@ -51,8 +51,6 @@ class LitFixMatch(LitClassifier):
             raise UserError(f"threshold must be in [0, 1], got {threshold}.")
         if not unlabelled_weight >= 0:
             raise UserError(f"unlabelled_weight must not be negative, got {unlabelled_weight}.")
-        if self.cutmix:
-            raise UserError("LitFixMatch has no cutmix; leave it out or train a LitClassifier.")
         self.threshold = threshold
         self.unlabelled_weight = unlabelled_weight
 

@@ -32,6 +32,17 @@ class Renamed:
 
 
 @dataclass(frozen=True)
+class OwnClass:
+    """A setting that has become a class; any other value than the default chooses that one."""
+
+    class_path: str
+    option: str
+    default: Any
+    name: str
+    since: str
+
+
+@dataclass(frozen=True)
 class MovedModules:
     """Modules whose classes are named by their package alone."""
 
@@ -124,10 +135,15 @@ _OF_MODELS = tuple(
     for name, options in _MODELS.items()
     for option, default in options.items()
 )
-SETTINGS: tuple[Removed | Renamed, ...] = (*_OF_MODELS,)
+Setting = Removed | Renamed | OwnClass
+SETTINGS: tuple[Setting, ...] = (
+    *_OF_MODELS,
+    OwnClass("lit_models.LitClassifier", "cutmix", 0.0, "lit_models.LitCutMix", "0.1.0"),
+    Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
+)
 
 
-def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) -> Any:
+def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
     """A configuration, or a part of one, as this version writes it.
 
     Raises:
@@ -143,7 +159,11 @@ def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) ->
     options = updated.get("init_args")
     if isinstance(options, dict):
         for setting in settings:
-            if updated["class_path"] == setting.class_path and setting.option in options:
+            if updated["class_path"] != setting.class_path or setting.option not in options:
+                continue
+            if isinstance(setting, OwnClass) and options[setting.option] != setting.default:
+                updated["class_path"] = setting.name
+            else:
                 apply(setting, options)
     return updated
 
@@ -164,14 +184,14 @@ def current_path(path: str) -> str:
     return f"{package}.{name}" if moved and name.isidentifier() else path
 
 
-def apply(setting: Removed | Renamed, options: dict[str, Any]) -> None:
+def apply(setting: Setting, options: dict[str, Any]) -> None:
     value = options.pop(setting.option)
     if isinstance(setting, Renamed):
         *groups, name = setting.name.split(".")
         for group in groups:
             options = options.setdefault(group, {})
         options[name] = value
-    elif value != setting.default:
+    elif isinstance(setting, Removed) and value != setting.default:
         raise UserError(
             f"{setting.class_path} has no {setting.option} since version {setting.since}, and the "
             f"configuration sets it to {value!r}; {setting.instead}"

@@ -81,7 +81,7 @@ def test_what_is_recorded_is_the_mean_over_the_members() -> None:
     inputs, target = torch.randn(9, 8), torch.arange(9) % NUM_CLASSES
     lit = model(network)
     lit.training_step([inputs, target], 0)
-    [(_, record)] = lit._pending
+    [(_, record)] = lit.records.pending
     logits = [member(inputs) for member in network.members]
     losses = [F.cross_entropy(x, target).item() for x in logits]
     hits = [(x.argmax(1) == target).float().mean().item() for x in logits]
