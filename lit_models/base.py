@@ -326,7 +326,7 @@ class LitModel(TrainedModel):
                     "--model.lr_scheduler.mode=max."
                 )
             _say(f"{name} watches {monitor} of each validation, {schedule.mode}imum is best.")
-            # Lightning's turn would come behind last.ckpt, and a resumed run would miss it
+            # Lightning's turn would come after last.ckpt, and a resumed run would miss it
             turn = {"monitor": monitor, "frequency": 10**9}
             return [optimizer], [{"scheduler": schedule, **turn}]
         if not hasattr(schedule, "total_steps") and self.datamodule:

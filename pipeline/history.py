@@ -107,8 +107,8 @@ SAME = {
 }
 # classes that are gone, and what to do, as the end of a sentence
 GONE = {
-    "lit_models.networks.Filtered": "put lit_models.networks.FixedFilters before a network in a "
-    "class of your own.",
+    f"lit_models.networks.{name}": "put them into a network of your own, see benchmarks/edges.py."
+    for name in ("Filtered", "FixedFilters")
 }
 _STACK = {"dropout": 0.0}
 _MODELS: dict[str, dict[str, Any]] = {

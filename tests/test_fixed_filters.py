@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from test_networks import smooth_images
 from torch import Tensor
 
-from lit_models.networks import FixedFilters
-from lit_models.networks.fixed_filters import FILTERS, Filter
+from benchmarks.edges import FILTERS, Filter, FixedFilters
 
 NAMES: tuple[Filter, ...] = get_args(Filter)
 EDGES: tuple[Filter, ...] = ("sobel_x", "sobel_y", "laplacian")

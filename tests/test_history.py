@@ -55,7 +55,7 @@ def test_removed_settings_are_dropped_at_their_default_and_else_refused() -> Non
 
 
 def test_a_class_that_is_gone_is_refused() -> None:
-    with pytest.raises(UserError, match=r"networks\.Filtered is gone .* FixedFilters"):
+    with pytest.raises(UserError, match=r"networks\.Filtered is gone .* benchmarks/edges"):
         update({"class_path": "lit_models.networks.Filtered", "init_args": {}})
 
 

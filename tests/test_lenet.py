@@ -42,10 +42,9 @@ def test_starts_undecided(options: dict[str, Any]) -> None:
     assert loss == pytest.approx(math.log(10), abs=0.6 if larger else 0.3)
 
 
-@KNOBS
-def test_overfits_one_batch(options: dict[str, Any]) -> None:
+def test_overfits_one_batch_with_every_knob_turned() -> None:
     torch.manual_seed(0)
-    network = LeNet5(**options)
+    network = LeNet5(10, 3, 1, (8, 12), 3, 2, "average", 0.2, batch_norm=True, init="kaiming")
     images, targets = smooth_images(20), torch.arange(20) % 10
     optimizer = torch.optim.Adam(network.parameters(), lr=0.005)
     for _ in range(80):

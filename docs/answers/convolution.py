@@ -16,7 +16,7 @@ class ReceptiveField(NamedTuple):
 
     Attributes:
         size: Of that part, its padding included.
-        stride: How far apart those of two neighbouring outputs are.
+        stride: Distance between those of two neighbouring outputs.
     """
 
     size: tuple[int, ...]
@@ -27,8 +27,8 @@ def receptive_field(network: nn.Module, images: Tensor) -> ReceptiveField:
     """Return the part of the images that an output of the last convolution or pooling sees.
 
     A kernel of K with dilation D adds D (K - 1) times the stride up to there, and then multiplies
-    that by its own. Branches that come together count with the largest. What sees all positions
-    anyway adds nothing: means, maxima and linear layers at the end of a network.
+    that by its own. Branches that come together count with the largest. Layers that see all
+    positions anyway add nothing: means, maxima and linear layers at the end of a network.
 
     The convolutions are not looked for among the modules, but in the graph that autograd makes of
     an evaluation: it knows their order, and what branches off.

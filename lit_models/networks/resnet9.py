@@ -1,4 +1,4 @@
-"""David Page's residual network of nine layers, and what he changed about it step by step.
+"""David Page's residual network of nine layers, and his changes of it step by step.
 
 Dimensions: B batch, C channels, H height, W width, K classes, G images of a ghost batch.
 """
@@ -16,7 +16,7 @@ class ResNet9(nn.Module):
     """The network of "How to train your ResNet" (Page, 2018 and 2019), each step a switch.
 
     As it stands it is that of part 4: a first convolution, three that halve the image, residual
-    pairs behind the first and the last of those, and a linear layer on the maxima over what is left
+    pairs after the first and the last of those, and a linear layer on the maxima over what is left
     of height and width. Part 8, "Bag of tricks", adds the switches: in
     ``configs/studies/train_your_resnet.yaml`` one after the other, in
     ``configs/cifar10_resnet9.yaml`` all.
@@ -81,7 +81,7 @@ class ResNet9(nn.Module):
         else:
             first = convolve(in_channels, width)
         self.layers = nn.Sequential(
-            *first,  # (B, width, H, W); H - 2 and W - 2 behind the whitening
+            *first,  # (B, width, H, W); H - 2 and W - 2 after the whitening
             *halve(width, 2 * width),
             residual(2 * width),
             *halve(2 * width, 4 * width),

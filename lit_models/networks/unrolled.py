@@ -2,7 +2,7 @@
 
 Dimensions: B batch, T time, D features, H state.
 
-Each keeps to the interface of :mod:`lit_models.networks.recurrent`. What depends on the inputs
+Each keeps to the interface of :mod:`lit_models.networks.recurrent`. All that depends on the inputs
 alone is computed for all steps together, so that a step costs one matrix product and its
 activation.
 """

@@ -13,7 +13,7 @@ from lit_models.networks.whitening import Whitening
 
 
 class WhitenedCNN(nn.Module):
-    """Three groups of 3 x 3 convolutions behind a fixed layer that whitens 2 x 2 patches.
+    """Three groups of 3 x 3 convolutions after a fixed layer that whitens 2 x 2 patches.
 
     The shape of the airbench networks (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU",
     arXiv:2404.00498, section 3): with two convolutions a group that of airbench94, with three, the

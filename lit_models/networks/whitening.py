@@ -11,7 +11,7 @@ class Whitening(nn.Conv2d):
     """A convolution whose filters are the principal components of patches, scaled to unit variance.
 
     Page, "How to train your ResNet 8: Bag of tricks". With ``mirrored`` the negatives of all
-    filters come behind them, so that what an activation cuts off is not lost (hlb-CIFAR10). The
+    filters come after them, so that nothing is lost that an activation cuts off (hlb-CIFAR10). The
     filters come from images, by :meth:`init_from_data`, and are not trained; a bias is.
 
     Args:

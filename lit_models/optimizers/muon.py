@@ -30,7 +30,7 @@ class Muon(Optimizer):
     Learning rate and weight decay are those of the parameter group, so schedules act on all alike.
 
     Args:
-        params: What is trained, from the inputs to the outputs.
+        params: Parameters to train, from the inputs to the outputs.
         lr: Learning rate of the matrices.
         momentum: Share of the old in the moving average of gradients; Nesterov's look ahead is on.
         weight_decay: Decoupled, that is ``lr * weight_decay`` of every weight is lost.

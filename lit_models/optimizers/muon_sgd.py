@@ -28,7 +28,7 @@ class MuonSGD(Optimizer):
     multiply, as :class:`Triangle` does.
 
     Args:
-        params: What is trained, from the inputs to the outputs; the last matrix is the output
+        params: Parameters to train, from the inputs to the outputs; the last matrix is the output
             layer.
         lr: Learning rate of the filters: the length of an update relative to the filters.
         momentum: Share of the old in the sum of the filters' gradients; Nesterov's look ahead.
