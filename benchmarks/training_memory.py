@@ -29,7 +29,8 @@ def measure(
     """The cost as estimated, and the measured peak in MiB."""
     torch.manual_seed(0)
     network = Transformer(VOCAB, dropout=dropout, max_length=length)
-    network.encoder_norm = network.decoder_norm = nn.Identity()  # the homework has none there
+    for norm in ("encoder_norm", "decoder_norm"):  # the homework has none there
+        setattr(network, norm, nn.Identity())
     # which of the tokens follows each one of the target is a classification at every step
     model = LitClassifier(network, partial(torch.optim.SGD, lr=0.1), VOCAB).to(device)
     optimizer = model.configure_optimizers()

@@ -1,7 +1,7 @@
 """LitModel: metrics, records of each step, optimizer and schedule of any learning problem."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -129,7 +129,8 @@ class LitModel(TrainedModel):
 
     def init_from_data(self) -> None:
         """Show a few thousand training inputs to the layers that begin from data."""
-        layers = [part for part in self.network.modules() if hasattr(part, "init_from_data")]
+        modules: Iterable[Any] = self.network.modules()
+        layers = [layer for layer in modules if hasattr(layer, "init_from_data")]
         if layers and not self.has_weights:
             device = self.trainer.strategy.root_device  # where the network is not yet
             data = self.datamodule

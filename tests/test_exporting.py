@@ -97,5 +97,5 @@ def test_others_than_images_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = Path(__file__).parent / "old_runs" / "running_mean_rnn" / "old"
+    run = Path(__file__).parent / "old_runs" / "temporal_order_lstm" / "old"
     assert "is no classifier of images" in sentence(capsys, str(run), "--export=x.pt2")

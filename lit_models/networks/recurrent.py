@@ -102,7 +102,7 @@ class _Fused(nn.RNNBase):
     ) -> None:
         # the options of nn.LSTM and nn.GRU, before which this class stands
         options: Any = {"batch_first": True, "dropout": dropout}
-        super().__init__(input_size, hidden_size, num_layers, **options)
+        super().__init__(input_size, hidden_size, num_layers, **options)  # type: ignore[arg-type]
 
     @property
     def state_size(self) -> int:
