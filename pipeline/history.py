@@ -116,6 +116,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "networks.AttentionRNN": _STACK,
     "networks.GatedRNN": _STACK,
     "networks.LeNet5": {"padded_size": 32},
+    "networks.ResNet9": {"scale": 0.125},
     "networks.Transformer": {
         "positions": "sinusoidal",
         "embeddings": "tied",
@@ -125,6 +126,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     },
     "networks.VanillaLSTM": _STACK,
     "networks.VanillaRNN": _STACK,
+    "networks.WhitenedCNN": {"scale": 1 / 9},
     "optimizers.Muon": {"adamw_scale": 0.15, "adamw_betas": [0.9, 0.999], "steps": 5},
     "optimizers.MuonSGD": {"sgd_momentum": 0.85, "decay": 0.004, "steps": 3},
 }

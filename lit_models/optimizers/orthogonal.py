@@ -55,7 +55,7 @@ def orthogonal_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
     return updates
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Set the singular values of matrices (N, R, C) to about one, by a quintic Newton-Schulz.
 
     For X = U S V' an iteration gives U p(S) V' with p(s) = a s + b s^3 + c s^5: multiplications
@@ -66,7 +66,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
     x = matrices.to(torch.bfloat16 if native else torch.float32)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT  # the smaller Gram matrix
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values of one at most
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of one at most
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
