@@ -35,7 +35,7 @@ def written(
     tokens: dict[int, list[int]] = {}
     scores = []
     for source, lengths, _, ids, _ in batches:
-        found = model.write(source, lengths, beam_width)
+        found = model.generate(source, lengths, beam_width)
         tokens |= dict(zip(ids.tolist(), found.tokens[:, 0].tolist(), strict=True))
         scores.append(found.scores[:, 0])
     return tokens, torch.cat(scores)

@@ -1,22 +1,77 @@
-"""What fixed filters see in an image of each class: how steep the brightness is, and the Laplacian.
+"""Edges in an image of each class by fixed filters: steepness of the brightness, and the Laplacian.
 
     python -m benchmarks.edges                    # of the demo's digits
     python -m benchmarks.edges data --output docs/edges.png   # of CIFAR-10 in data/
 
-Dimensions: K classes, H height, W width, C channels.
+Dimensions: B batch, K classes, H height, W width, C channels, F filters.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.pictures.sample_sheet import from_each_class, mosaic
 from core.errors import exit_on_user_error
 from core.files import atomic_write
 from datamodules import CIFAR10DataModule, DemoDataModule
-from lit_models.networks import FixedFilters
+
+Filter = Literal["identity", "sobel_x", "sobel_y", "laplacian", "sharpen"]
+
+FILTERS: dict[Filter, list[list[float]]] = {
+    "identity": [[0, 0, 0], [0, 1, 0], [0, 0, 0]],
+    "sobel_x": [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]],  # positive where it gets brighter to the right
+    "sobel_y": [[-1, -2, -1], [0, 0, 0], [1, 2, 1]],  # and downwards
+    "laplacian": [[-1, -1, -1], [-1, 8, -1], [-1, -1, -1]],  # where it is brighter than around
+    "sharpen": [[0, -1, 0], [-1, 5, -1], [0, -1, 0]],
+}
+
+
+class FixedFilters(nn.Module):
+    """3 x 3 filters on each channel of an image, without anything to train.
+
+    As in every convolution layer the filter is not flipped: O[x, y] = sum K[i, j] I[x + i, y + j].
+    Beyond the border the image goes on as at the border, where no edge is seen then.
+
+    Args:
+        filters: Which ones.
+        in_channels: Channels C of the images.
+
+    Raises:
+        ValueError: There is no filter, or it is not known.
+    """
+
+    weight: Tensor  # (C * F, 1, 3, 3)
+
+    def __init__(
+        self, filters: Sequence[Filter] = ("sobel_x", "sobel_y"), in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        known = ", ".join(get_args(Filter))
+        if not filters:
+            raise ValueError(f"filters must name at least one of {known}.")
+        for name in filters:
+            if name not in FILTERS:
+                raise ValueError(f"filters must be among {known}, got {name!r}.")
+        kernels = torch.tensor([FILTERS[name] for name in filters], dtype=torch.float)
+        self.in_channels = in_channels
+        self.out_channels = in_channels * len(filters)
+        self.register_buffer("weight", kernels.repeat(in_channels, 1, 1)[:, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C * F, H, W), all answers of one channel side by side."""
+        if images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"the filters are made for {self.in_channels} channels, the images have "
+                f"{images.shape[1]}; set in_channels={images.shape[1]}."
+            )
+        padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+        return F.conv2d(padded, self.weight, groups=self.in_channels)
 
 
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:

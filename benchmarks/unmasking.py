@@ -1,4 +1,6 @@
-"""What a masked language model writes, from nothing and where half of the words are given.
+"""Texts of a masked language model, from nothing and where half of the words are given.
+
+Dimensions: B batch, T tokens, V vocabulary.
 
     python -m benchmarks.unmasking runs/masked_language/NAME
 
@@ -9,11 +11,11 @@ temperature 0 each gap gets its most probable subword, at temperature 1 one is d
 import argparse
 
 import torch
+from torch import Tensor, nn
 
 from core.errors import UserError, exit_on_user_error
 from datamodules.text.masked_books import MaskedBooksDataModule
 from datamodules.text.subwords import BEGIN, END, MASK, SPECIAL, Subwords, words
-from lit_models.networks import unmask
 from pipeline.loading import LoadedRun
 
 LENGTH = 12  # subwords written from nothing
@@ -24,6 +26,50 @@ SENTENCES = [  # from no book
     "In the morning the whole family went to church, and nobody stayed in the house.",
     "I do not think that you will ever see him again, my dear.",
 ]
+
+
+@torch.no_grad()
+def unmask(
+    network: nn.Module,
+    tokens: Tensor,
+    steps: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill the gaps of texts in some steps, the most certain first.
+
+    Each step predicts all gaps that are left, keeps an equal share of them and forgets the others,
+    which the next step predicts again with what was kept in view. Mask-predict (Ghazvininejad et
+    al., arXiv:1904.09324) also takes back what became doubtful; here what is written stays, so
+    that as many steps as gaps fill one place after the other (as Wang and Cho do in an order of
+    chance, arXiv:1902.04094).
+
+    Args:
+        network: Gives logits (B, T, V) of tokens (B, T); in evaluation mode.
+        tokens: Tokens (B, T) with MASK in the gaps; all others stay as they are.
+        steps: Number of steps. With one, all gaps are filled without a look at each other.
+        temperature: 0 writes the most probable token; else one is drawn from the probabilities
+            p^(1 / temperature), scaled to sum to one.
+        generator: Random numbers of what is drawn, on the device of the tokens.
+
+    Returns:
+        Tokens (B, T) without a gap.
+    """
+    for left in range(steps, 0, -1):
+        gaps = tokens == MASK  # (B, T)
+        logits = network(tokens).float()
+        logits[:, :, : len(SPECIAL)] = -torch.inf
+        probabilities = logits.softmax(2)
+        if temperature:
+            weights = (logits / temperature).softmax(2).flatten(0, 1)
+            written = weights.multinomial(1, generator=generator).view_as(tokens)
+        else:
+            written = logits.argmax(2)
+        certainty = probabilities.gather(2, written[:, :, None])[:, :, 0].masked_fill(~gaps, -1)
+        rank = certainty.argsort(dim=1, descending=True, stable=True).argsort(1)
+        share = (gaps.sum(1, keepdim=True) + left - 1) // left  # ceil: none is left in the end
+        tokens = torch.where(gaps & (rank < share), written, tokens)
+    return tokens
 
 
 class Writer:
@@ -46,10 +92,8 @@ class Writer:
             self.network,
             torch.tensor([[BEGIN, *tokens, END]]),
             steps,
-            mask_id=MASK,
-            forbidden=range(len(SPECIAL)),
-            temperature=temperature,
-            generator=self.generator,
+            temperature,
+            self.generator,
         )
         return self.subwords.decode(filled[0].tolist())
 

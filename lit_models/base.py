@@ -1,7 +1,7 @@
-"""What every learning problem shares: metrics, records of each step, optimizer and schedule."""
+"""LitModel: metrics, records of each step, optimizer and schedule of any learning problem."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -19,14 +19,14 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from core.errors import UserError
 from core.runs import load_checkpoint
-from lit_models.networks.data_dependent import asking_for_data
 from lit_models.own_loaders import first_inputs
+from lit_models.records import StepRecords
 from lit_models.schedules import make_schedule, wants_total_steps
 from lit_models.trained import TrainedModel
 
 SEEDS = 128  # steps whose random seeds are drawn together
 
-say = rank_zero_only(print)
+_say = rank_zero_only(print)
 
 
 class LitModel(TrainedModel):
@@ -35,14 +35,12 @@ class LitModel(TrainedModel):
     A subclass writes ``training_step`` (with :meth:`record` for what the logger should see) and
     ``evaluation_step``.
 
-    Values of a training step wait on the device and are read together every
-    ``trainer.log_every_n_steps``, so the loop never stops for a number, and yet each of them
-    reaches the loggers with its own optimizer step, counted from 0.
+    Values of a training step are written every ``trainer.log_every_n_steps``, each with its own
+    optimizer step, counted from 0; see :class:`~lit_models.records.StepRecords`.
 
     Args:
-        network: What is trained. A layer of it that has a method ``init_from_data(inputs)`` is
-            shown a few thousand training inputs before training; it passes on what it makes of
-            them, if there are such layers within it.
+        network: The network to train. A layer of it that has a method ``init_from_data(inputs)`` is
+            shown a few thousand training inputs before training.
         optimizer: Makes the optimizer from the trainable parameters.
         lr_scheduler: Makes the schedule from the optimizer. It steps with each optimizer step, and
             an argument ``total_steps`` that is not set is given the length of training.
@@ -50,9 +48,9 @@ class LitModel(TrainedModel):
         metrics: Metrics of validation and test, updated with ``(preds, target)``.
 
     Attributes:
-        monitor: The metric of validation, better the higher, that tells the best epoch.
-        outputs: What ``predict_step`` returns beside the ids, if ``predict.py`` can write it. One
-            output alone can be averaged over several models.
+        monitor: The metric of validation, better the higher, that chooses the best epoch.
+        outputs: Names of what ``predict_step`` returns beside the ids, if ``predict.py`` can write
+            it. One output alone can be averaged over several models.
     """
 
     monitor = "val/accuracy"
@@ -80,12 +78,10 @@ class LitModel(TrainedModel):
         self.test_metrics = metrics.clone(prefix="test/")
         self.seed = torch.initial_seed()  # the run's seed, as seed_everything left it
         self.trained_steps = 0  # optimizer steps in the checkpoint this model was read from
-        self.continued = False  # whether training goes on from that checkpoint
+        self.continued = False  # training goes on from that checkpoint
         self.validated: dict[str, float] = {}  # in the training that is continued
         self.has_weights = False  # of another run, see `init_from`
-        self.latest: dict[str, float] = {}  # last values read, for the progress bar
-        self._pending: list[tuple[int, dict[str, Tensor]]] = []
-        self._rows: dict[int, dict[str, float]] = {}  # what callbacks add, by optimizer step
+        self.records = StepRecords()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -113,7 +109,7 @@ class LitModel(TrainedModel):
         self.has_weights = True
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """What torch does.
+        """Load as torch does.
 
         Raises:
             UserError: The weights are those of another network.
@@ -127,23 +123,24 @@ class LitModel(TrainedModel):
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.datamodule:
-            self.try_out()
+            self.check_first_loss()
         elif stage == "fit":
             self.init_from_data()
 
     def init_from_data(self) -> None:
-        """Show a few thousand training inputs to the layers that ask for them."""
-        asking = list(asking_for_data(self.network))
-        if asking and not self.has_weights:
+        """Show a few thousand training inputs to the layers that begin from data."""
+        modules: Iterable[Any] = self.network.modules()
+        layers = [layer for layer in modules if hasattr(layer, "init_from_data")]
+        if layers and not self.has_weights:
             device = self.trainer.strategy.root_device  # where the network is not yet
             data = self.datamodule
             inputs = data.training_inputs(5000) if data else first_inputs(self.trainer, 5000)
             inputs = [x.to(device) for x in inputs]
-            for layer in asking:
+            for layer in layers:
                 layer.init_from_data(*inputs)
 
-    def try_out(self) -> None:
-        """Compute the loss of a few samples, so that a pair that does not fit is told at once.
+    def check_first_loss(self) -> None:
+        """Compute the loss of a few samples before anything is trained.
 
         Raises:
             UserError: The network cannot read what the data module gives.
@@ -166,14 +163,14 @@ class LitModel(TrainedModel):
             ) from error
         finally:
             self.train(trained)
-            self._pending.clear()
+            self.records.pending.clear()
 
     # Training
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
         # Dropout is keyed by the step: a resumed run draws what an uninterrupted one would.
         block, place = divmod(batch_idx, SEEDS)
-        seed = seeds(self.seed, self.current_epoch, self.global_rank, block)[place]
+        seed = _step_seeds(self.seed, self.current_epoch, self.global_rank, block)[place]
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
         else:
@@ -181,15 +178,19 @@ class LitModel(TrainedModel):
 
     def record(self, **values: Tensor) -> None:
         """Keep scalars of this training step for the loggers, as ``train/<name>``."""
-        self._pending.append((self.global_step, values))
+        self.records.pending.append((self.global_step, values))
 
     def add_to_rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Let values of optimizer steps go to the loggers together with the records of these steps.
 
         For callbacks: a row costs a logger about as much as all that is in it.
         """
-        for step, values in rows.items():
-            self._rows.setdefault(step, {}).update(values)
+        self.records.add(rows)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """Values of training that were read last."""
+        return self.records.latest
 
     def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -205,31 +206,7 @@ class LitModel(TrainedModel):
         Args:
             alone: Do not average over the processes, because the others may not be listening.
         """
-        now = self.global_step  # a step whose batches are still being accumulated waits for them
-        pending = [(step, values) for step, values in self._pending if alone or step < now]
-        del self._pending[: len(pending)]
-        rows = {step: row for step, row in self._rows.items() if alone or step < now}
-        self._rows = {step: row for step, row in self._rows.items() if step not in rows}
-        if pending:
-            table = torch.stack([torch.stack(list(v.values())) for _, v in pending]).float()
-            if not alone:
-                table = self.trainer.strategy.reduce(table, reduce_op="mean")
-            means: dict[int, list[list[float]]] = {}  # accumulated batches share an optimizer step
-            for (step, _), row in zip(pending, table.tolist(), strict=True):
-                means.setdefault(step, []).append(row)
-            names = [f"train/{name}" for name in pending[0][1]]
-            for step, parts in means.items():
-                columns = zip(*parts, strict=True)
-                self.latest = {
-                    name: sum(c) / len(c) for name, c in zip(names, columns, strict=True)
-                }
-                rows[step] = {**self.latest, **rows.get(step, {}), "epoch": self.current_epoch}
-        for logger in self.trainer.loggers if rows else []:
-            if log_rows := getattr(logger, "log_rows", None):  # ours to W&B takes all at once
-                log_rows(rows)
-                continue
-            for step, values in sorted(rows.items()):
-                logger.log_metrics(values, step)
+        self.records.flush(self.trainer, alone=alone)
 
     # Validation and test
 
@@ -258,7 +235,7 @@ class LitModel(TrainedModel):
         return outputs
 
     def on_validation_epoch_end(self) -> None:
-        values = self.computed(self.val_metrics)
+        values = self.compute_metrics(self.val_metrics)
         self.log_dict(values, sync_dist=True, reduce_fx="max")  # of equals: a mean might round
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
@@ -267,14 +244,14 @@ class LitModel(TrainedModel):
                 config.scheduler.step(values[config.monitor])
 
     def on_test_epoch_end(self) -> None:
-        values = self.computed(self.test_metrics)
+        values = self.compute_metrics(self.test_metrics)
         # a test has no step of its own: it belongs to the checkpoint's, which rank 0 has read
         if step := self.trainer.strategy.broadcast(self.trained_steps):
             values["step"] = torch.tensor(float(step), device=self.device)
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
-    def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        """Hook: the metrics of an epoch, the same in all processes, which begin anew."""
+    def compute_metrics(self, metrics: MetricCollection) -> dict[str, Tensor]:
+        """Compute the metrics of an epoch, the same in all processes, and reset them."""
         values = metrics.compute()
         metrics.reset()
         return values
@@ -349,12 +326,12 @@ class LitModel(TrainedModel):
                     f"{name} would lower the learning rate while {monitor} gets better; set "
                     "--model.lr_scheduler.mode=max."
                 )
-            say(f"{name} watches {monitor} of each validation, {schedule.mode}imum is best.")
-            # Lightning's turn would come behind last.ckpt, and a resumed run would miss it
+            _say(f"{name} watches {monitor} of each validation, {schedule.mode}imum is best.")
+            # Lightning's turn would come after last.ckpt, and a resumed run would miss it
             turn = {"monitor": monitor, "frequency": 10**9}
             return [optimizer], [{"scheduler": schedule, **turn}]
         if not hasattr(schedule, "total_steps") and self.datamodule:
-            say(f"{name} acts with every optimizer step, {self.steps_of_epoch(0)} in an epoch.")
+            _say(f"{name} acts with every optimizer step, {self.steps_of_epoch(0)} in an epoch.")
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     @property
@@ -395,6 +372,6 @@ class LitModel(TrainedModel):
 
 
 @lru_cache(maxsize=1)  # those of the steps that are being trained
-def seeds(*key: int) -> list[int]:
+def _step_seeds(*key: int) -> list[int]:
     """Seeds of ``SEEDS`` steps: to make one alone takes half as long."""
     return np.random.SeedSequence(key).generate_state(SEEDS).tolist()

@@ -42,9 +42,6 @@ class LitClassifier(LitModel):
         l1_penalty: Factor on the sum of the absolute values of all trained weights of two or more
             dimensions, which is added to the loss that is minimised (Tibshirani, "Regression
             shrinkage and selection via the lasso", 1996). ``train/loss`` is the loss without it.
-        cutmix: Share of the training batches in which a rectangle of every image is another
-            image's, and the target likewise shared (Yun et al., arXiv:1905.04899). ``train/loss``
-            and ``train/accuracy`` are against the first image's label alone, and so look worse.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class LitClassifier(LitModel):
         label_smoothing: float = 0.0,
         tta: TTA = "none",
         l1_penalty: float = 0.0,
-        cutmix: float = 0.0,
     ) -> None:
         # validate_args would read the device in every update
         top_k = min(3, num_classes)
@@ -77,21 +73,12 @@ class LitClassifier(LitModel):
             raise UserError(f"tta must be one of {', '.join(get_args(TTA))}, got {tta!r}.")
         if not l1_penalty >= 0:
             raise UserError(f"l1_penalty must not be negative, got {l1_penalty}; 0 turns it off.")
-        if not 0 <= cutmix <= 1:
-            raise UserError(f"cutmix must be in [0, 1], got {cutmix}; 0 is without.")
         self.label_smoothing = label_smoothing
-        self.cutmix = cutmix
         self.l1_penalty = l1_penalty
         self.tta = tta
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         *inputs, target = batch
-        kept = None
-        if self.cutmix:
-            if len(inputs) != 1 or inputs[0].ndim != 4 or target.ndim != 1:
-                raise UserError("cutmix needs images with one label each; set it to 0 for others.")
-            images, kept = mixed(inputs[0], self.cutmix)
-            inputs = [images]
         logits = self(*inputs)  # (M * B, K) or (B, T, K)
         if aligned := target.ndim == 2:
             logits, target = logits.flatten(0, 1), target.flatten()
@@ -102,13 +89,10 @@ class LitClassifier(LitModel):
         correct = (logits.argmax(1) == target).float()
         accuracy = correct.sum() / (target != IGNORED).sum() if aligned else correct.mean()
         self.record(loss=loss.detach(), accuracy=accuracy)
-        if kept is not None:
-            other = F.cross_entropy(logits, partners(target), label_smoothing=self.label_smoothing)
-            loss = torch.lerp(other, loss, kept)
         return self.objective(loss, members)
 
     def objective(self, loss: Tensor, members: int) -> Tensor:
-        """What is minimised, given the mean loss of all members."""
+        """Objective of the optimizer, given the mean loss of all members."""
         if members > 1:  # by the mean each would get 1 / M of the gradient that it has alone
             loss = loss * members
         if self.l1_penalty:
@@ -140,33 +124,6 @@ class LitClassifier(LitModel):
         (images,) = inputs
         weighted = [weight * self(view).float() for weight, view in views(images, self.tta)]
         return torch.stack(weighted).sum(0)
-
-
-def partners(batch: Tensor) -> Tensor:
-    """For each sample another one; batches are in random order already."""
-    return batch.flip(0)
-
-
-def mixed(images: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """Put the same rectangle of its partner into every image of a batch, or of none (CutMix).
-
-    The rectangle has the image's proportions; the share of the image that is kept is drawn evenly,
-    and so is the centre (arXiv:1905.04899, section 3.1). All is drawn on the device of the images.
-
-    Args:
-        images: Images (B, C, H, W).
-        probability: Of mixing this batch at all.
-
-    Returns:
-        The images and the share () that each of them has kept.
-    """
-    height, width = images.shape[2:]
-    draw, share, y, x = torch.rand(4, device=images.device).unbind()
-    half = (1 - share).sqrt() / 2 * (draw < probability)  # of a side, as a fraction
-    rows = torch.arange(height, device=images.device) + 0.5 - y * height
-    columns = torch.arange(width, device=images.device) + 0.5 - x * width
-    inside = (rows.abs() < half * height)[:, None] & (columns.abs() < half * width)
-    return torch.where(inside, partners(images), images), 1 - inside.float().mean()
 
 
 def views(images: Tensor, tta: TTA) -> list[tuple[float, Tensor]]:

@@ -45,7 +45,7 @@ class ImagesToProbabilities(nn.Module):
 
 
 def export(model: LitModel, path: Path) -> None:
-    """Write the model to a file, if it gives what PyTorch gives on the validation part.
+    """Write the model to a file, if both give the same probabilities on the validation part.
 
     Args:
         model: That of a run, with its data module.
@@ -95,7 +95,7 @@ def held_out(data: ImageDataModule) -> Tensor:
 
 
 def to_onnx(program: ExportedProgram, classes: str) -> tuple[bytes, Runner]:
-    """The file, with the class names as JSON in its metadata, and what runs it."""
+    """The file, with the class names as JSON in its metadata, and a function that runs it."""
     onnx, runtime = (needed(name, "--export FILE.onnx") for name in ("onnx", "onnxruntime"))
     needed("onnxscript", "--export FILE.onnx")
     names = {"input_names": ["images"], "output_names": ["probabilities"]}
@@ -109,7 +109,7 @@ def to_onnx(program: ExportedProgram, classes: str) -> tuple[bytes, Runner]:
 
 
 def to_pt2(program: ExportedProgram, classes: str) -> tuple[bytes, Runner]:
-    """The file, with the class names as the extra file ``classes.json``, and what runs it."""
+    """Return the file, with the extra file ``classes.json``, and a function that runs it."""
     file = BytesIO()
     with warnings.catch_warnings():  # of weights that share memory, as those on a CPU may
         warnings.filterwarnings("ignore", "No complete tensor found in the group")

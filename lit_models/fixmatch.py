@@ -19,8 +19,8 @@ from lit_models.classification import LitClassifier
 class LitFixMatch(LitClassifier):
     """A few labelled images and many without: FixMatch (Sohn et al., arXiv:2001.07685).
 
-    What the network says with confidence of a weakly augmented image is the target for a strongly
-    augmented version of the same image (section 2.2). All images of a step pass the network
+    A confident prediction of a weakly augmented image is the target for a strongly augmented
+    version of the same image (section 2.2). All images of a step pass the network
     together, so that batch normalisation sees both kinds, as in the paper's code. Each member of an
     Ensemble has its own opinions and learns from them alone.
 
@@ -51,8 +51,6 @@ class LitFixMatch(LitClassifier):
             raise UserError(f"threshold must be in [0, 1], got {threshold}.")
         if not unlabelled_weight >= 0:
             raise UserError(f"unlabelled_weight must not be negative, got {unlabelled_weight}.")
-        if self.cutmix:
-            raise UserError("LitFixMatch has no cutmix; leave it out or train a LitClassifier.")
         self.threshold = threshold
         self.unlabelled_weight = unlabelled_weight
 

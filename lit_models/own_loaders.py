@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def first_inputs(trainer: Trainer, count: int) -> list[Tensor]:
-    """The first inputs of a training loader that is the user's own, at least ``count`` of each."""
+    """Return the first inputs of a user's own training loader, at least ``count`` of each."""
     batches: list[list[Tensor]] = []
     with torch.random.fork_rng(devices=[]):  # what the loader draws here, it draws again
         for *inputs, target in trainer.fit_loop._data_source.dataloader():
@@ -20,6 +20,6 @@ def first_inputs(trainer: Trainer, count: int) -> list[Tensor]:
 
 
 def with_ids(batch: Any) -> list[Any]:
-    """A batch to predict as ``[*inputs, ids]``; None takes the place of ids that there are not."""
+    """Return a batch to predict as ``[*inputs, ids]``; None stands for missing ids."""
     parts = [batch] if isinstance(batch, Tensor) else list(batch)
     return parts if len(parts) > 1 else [*parts, None]

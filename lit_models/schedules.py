@@ -1,4 +1,4 @@
-"""Learning rate schedules that multiply the optimizer's own rate, and how any schedule is made."""
+"""Learning rate schedules that multiply the optimizer's own rate; any schedule is made here."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class InverseSquareRoot(LambdaLR):
     of the step from there. It needs no length of training, so a run can be prolonged.
 
     Args:
-        optimizer: What is scheduled.
+        optimizer: The optimizer to schedule.
         warmup_steps: Optimizer steps up to the peak.
 
     Raises:
@@ -41,7 +41,7 @@ class InverseSquareRoot(LambdaLR):
         super().__init__(optimizer, self.share)
 
     def share(self, step: int) -> float:
-        """Of the peak, at a step counted from 0."""
+        """Share of the peak at a step counted from 0."""
         step += 1
         return min(step / self.warmup_steps, (self.warmup_steps / step) ** 0.5)
 
@@ -54,13 +54,13 @@ class OneCycle(LambdaLR):
     is set in one place, the optimizer, and parameter groups keep their proportions.
 
     Args:
-        optimizer: What is scheduled.
+        optimizer: The optimizer to schedule.
         total_steps: Optimizer steps of the whole training.
         peak: Share of training after which the learning rate is at its highest; 0 only falls.
         start: Learning rate of the first step, in units of the highest.
         end: Learning rate of the last step, likewise.
         shape: Of the way up and of the way down.
-        momentum_dip: How much lower the momentum, or Adam's first beta, is at the highest rate.
+        momentum_dip: Decrease of the momentum, or Adam's first beta, at the highest rate.
 
     Raises:
         ValueError: A share is out of range, or the optimizer has no momentum to be lowered.
@@ -107,7 +107,7 @@ class OneCycle(LambdaLR):
         return SHAPES[self.shape](max(0.0, way))
 
     def share(self, step: int) -> float:
-        """Of the highest learning rate, at a step counted from 0."""
+        """Share of the highest learning rate at a step counted from 0."""
         floor = self.start if step < self.top else self.end
         return floor + (1 - floor) * self.height(step)
 
@@ -125,11 +125,11 @@ class OneCycle(LambdaLR):
 class Triangle(OneCycle):
     """A learning rate that rises in a line to the optimizer's own and falls in a line from there.
 
-    Its turning points lie a step behind those of OneCycle: the rate would be ``end`` after the last
+    Its turning points come a step after those of OneCycle: the rate would be ``end`` after the last
     step.
 
     Args:
-        optimizer: What is scheduled.
+        optimizer: The optimizer to schedule.
         total_steps: Optimizer steps of the whole training.
         peak: Share of training after which the learning rate is at its highest; 0 only falls.
         start: Learning rate of the first step, in units of the highest.
@@ -158,18 +158,18 @@ class Triangle(OneCycle):
 
 
 def momentum_of(group: dict[str, Any]) -> float:
-    """Of a parameter group: its momentum or Adam's first beta; 0 if it has neither."""
+    """Momentum of a parameter group, or Adam's first beta; 0 if it has neither."""
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
 
 def make_schedule(
     make: LRSchedulerCallable, optimizer: Optimizer, total_steps: int, *, recorded: bool = False
 ) -> LRScheduler:
-    """The schedule of an optimizer.
+    """Make the schedule of an optimizer.
 
     Args:
         make: Makes it; an argument ``total_steps`` that it leaves open is given.
-        optimizer: What is scheduled.
+        optimizer: The optimizer to schedule.
         total_steps: Optimizer steps of the whole training; -1 if it has no end.
         recorded: A run goes on with it, even if the learning rate that its optimizer was given is
             not used.
@@ -220,7 +220,7 @@ def make_schedule(
 
 
 def wants_total_steps(make: LRSchedulerCallable) -> bool:
-    """Whether a schedule has an argument ``total_steps`` that is still open."""
+    """Return True if a schedule has an argument ``total_steps`` that is still open."""
     bound = make.keywords if isinstance(make, partial) else {}
     if bound.get("epochs") and bound.get("steps_per_epoch"):  # of OneCycleLR, their product
         return False

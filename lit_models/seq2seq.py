@@ -16,7 +16,7 @@ from core.runs import Run, load_checkpoint
 from datamodules.base import IGNORED
 from datamodules.text.subwords import BEGIN, END
 from lit_models.base import LitModel
-from lit_models.networks import Hypotheses, beam_search, keeping_source
+from lit_models.networks import Hypotheses, beam_search, with_copy_bias
 
 
 class LitSeq2Seq(LitModel):
@@ -31,13 +31,11 @@ class LitSeq2Seq(LitModel):
         optimizer: Makes the optimizer from the trainable parameters.
         vocab_size: Number of tokens V.
         lr_scheduler: Makes the schedule from the optimizer.
-        label_smoothing: Share of the target probability spread over all tokens, in training.
-        change_weight: How much more a token counts in the loss that does not follow its predecessor
+        change_weight: Factor in the loss on each token that does not follow its predecessor
             anywhere in the source; ``train/loss`` is the loss without it.
         beam_width: Hypotheses kept while a target is written; 1 is greedy.
-        length_penalty: See :func:`~lit_models.networks.beam_search.beam_search`.
-        change_penalty: What each changed token costs in log probability, see
-            :func:`~lit_models.networks.beam_search.keeping_source`.
+        change_penalty: Cost of each changed token in log probability, see
+            :func:`~lit_models.networks.beam_search.with_copy_bias`.
         n_best: Hypotheses of a prediction.
         pretrained: Run folder or checkpoint, such as that of a masked language model, whose weights
             the network starts from where names and shapes are the same. A run that is continued or
@@ -53,10 +51,8 @@ class LitSeq2Seq(LitModel):
         optimizer: OptimizerCallable,
         vocab_size: int,
         lr_scheduler: LRSchedulerCallable | None = None,
-        label_smoothing: float = 0.0,
         change_weight: float = 1.0,
         beam_width: int = 4,
-        length_penalty: float = 0.0,
         change_penalty: float = 0.0,
         n_best: int = 1,
         pretrained: str | None = None,
@@ -64,8 +60,6 @@ class LitSeq2Seq(LitModel):
         accuracy = MulticlassAccuracy(vocab_size, average="micro", validate_args=False)
         metrics = MetricCollection({"token_accuracy": accuracy})
         super().__init__(network, optimizer, lr_scheduler, metrics)
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
         if not change_weight > 0:
             raise UserError(f"change_weight must be positive, got {change_weight}.")
         if change_penalty < 0:
@@ -73,23 +67,19 @@ class LitSeq2Seq(LitModel):
         for name, value in (("beam_width", beam_width), ("n_best", n_best)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
-        if length_penalty < 0:
-            raise UserError(f"length_penalty must not be negative, got {length_penalty}.")
-        self.label_smoothing = label_smoothing
         self.change_weight = change_weight
         self.beam_width = beam_width
-        self.length_penalty = length_penalty
         self.change_penalty = change_penalty
         self.n_best = n_best
         self.pretrained = pretrained
-        self._written: list[tuple[Tensor, Tensor]] = []  # ids (B,) and tokens (B, T) of an epoch
+        self._generated: list[tuple[Tensor, Tensor]] = []  # ids (B,) and tokens (B, T) of an epoch
 
     def on_fit_start(self) -> None:
         if self.pretrained and not self.trainer.ckpt_path:  # a resumed run has its own by now
             merges = self.data.state_dict().get("merges")
-            taken = take_over(self.network, self.pretrained, merges)
+            loaded = load_matching_weights(self.network, self.pretrained, merges)
             total = len(self.network.state_dict())
-            rank_zero_only(print)(f"{taken} of {total} weights are those of {self.pretrained}")
+            rank_zero_only(print)(f"{loaded} of {total} weights are those of {self.pretrained}")
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         source, lengths, target_in, target = batch
@@ -98,11 +88,10 @@ class LitSeq2Seq(LitModel):
             logits.flatten(0, 1),
             target.flatten(),
             ignore_index=IGNORED,
-            label_smoothing=self.label_smoothing,
             reduction="none",
         ).view_as(target)
         counted = target != IGNORED
-        changes = changed(source, target_in, target) & counted
+        changes = _changes(source, target_in, target) & counted
         right = logits.argmax(2) == target
         count = counted.sum().clamp_min(1)
         loss = losses.sum() / count
@@ -122,61 +111,59 @@ class LitSeq2Seq(LitModel):
         counted = target != IGNORED
         logits = self(source, target_in, lengths).float()[counted]
         target = target[counted]
-        written = self.write(source, lengths, 1 if self.fitting else self.beam_width)
-        self._written.append((ids, written.tokens[:, 0]))
+        generated = self.generate(source, lengths, 1 if self.fitting else self.beam_width)
+        self._generated.append((ids, generated.tokens[:, 0]))
         return {
             "loss": F.cross_entropy(logits, target),
             "preds": logits.argmax(1),
             "target": target,
         }
 
-    def computed(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        written = [
+    def compute_metrics(self, metrics: MetricCollection) -> dict[str, Tensor]:
+        generated = [
             (i, tokens)
-            for ids, rows in self._written
+            for ids, rows in self._generated
             for i, tokens in zip(ids.tolist(), rows.tolist(), strict=True)
         ]
-        self._written.clear()
+        self._generated.clear()
         data: Any = self.datamodule
-        scores = data.score(dict(of_all_ranks(written))) if data else {}  # they need the texts
-        return super().computed(metrics) | {
+        scores = data.score(dict(_gather(generated))) if data else {}  # they need the texts
+        return super().compute_metrics(metrics) | {
             f"{metrics.prefix}{name}": torch.tensor(value) for name, value in scores.items()
         }
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B,), the n best hypotheses (B, n_best, max_length) of tokens, scores (B, n_best)."""
         source, lengths, ids = batch
-        found = self.write(source, lengths, max(self.beam_width, self.n_best), self.n_best)
+        found = self.generate(source, lengths, max(self.beam_width, self.n_best), self.n_best)
         network: Any = self.network
         space = network.max_length - found.tokens.shape[2]  # batches are put together
         return ids, F.pad(found.tokens, (0, space), value=END).int(), found.scores
 
-    def write(
+    def generate(
         self, source: Tensor, lengths: Tensor, beam_width: int, n_best: int = 1
     ) -> Hypotheses:
-        """The best targets of sources (B, S)."""
+        """Search the best targets of sources (B, S)."""
         begin = torch.full_like(lengths, BEGIN)
         network: Any = self.network
         state, step = network.start(source, lengths), network.step
         if self.change_penalty:
-            step = keeping_source(step, self.change_penalty)
+            step = with_copy_bias(step, self.change_penalty)
             state = state, torch.cat([begin[:, None], source], 1)
         longest = min(source.shape[1] * 3 // 2 + 8, network.max_length)
-        return beam_search(
-            step, state, begin, END, beam_width, longest, self.length_penalty, n_best
-        )
+        return beam_search(step, state, begin, END, beam_width, longest, n_best)
 
 
-def take_over(network: nn.Module, source: str, merges: str | None) -> int:
-    """Give a network the weights of another run that have the same names and shapes.
+def load_matching_weights(network: nn.Module, source: str, merges: str | None) -> int:
+    """Load the weights of another run that have the same names and shapes.
 
     Args:
-        network: What gets them.
+        network: The network that gets them.
         source: Run folder or checkpoint.
-        merges: The subwords the network will read, as ``datamodules.text.subwords`` makes them.
+        merges: Subwords of the network, as ``datamodules.text.subwords`` makes them.
 
     Returns:
-        How many they are.
+        Number of tensors loaded.
 
     Raises:
         UserError: There is no such run or checkpoint, it reads other subwords, or nothing fits.
@@ -204,12 +191,12 @@ def take_over(network: nn.Module, source: str, merges: str | None) -> int:
     return len(fitting)
 
 
-def changed(source: Tensor, target_in: Tensor, target: Tensor) -> Tensor:
-    """Which tokens of the target (B, T) do not follow their predecessor anywhere in the source.
+def _changes(source: Tensor, target_in: Tensor, target: Tensor) -> Tensor:
+    """Mask (B, T) of the target's tokens that never follow their predecessor in the source.
 
     Args:
         source: (B, S), with its end.
-        target_in: (B, T), what stands before each token of the target.
+        target_in: (B, T), the predecessor of each token of the target.
         target: (B, T).
     """
     before = torch.cat([target_in[:, :1], source[:, :-1]], 1)  # both begin alike
@@ -217,8 +204,8 @@ def changed(source: Tensor, target_in: Tensor, target: Tensor) -> Tensor:
     return ~pairs.any(2)
 
 
-def of_all_ranks(items: list[Any]) -> list[Any]:
-    """The items of all processes together."""
+def _gather(items: list[Any]) -> list[Any]:
+    """Gather the items of all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return items
     parts: list[Any] = [None] * torch.distributed.get_world_size()

@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 class Prediction(NamedTuple):
-    """What ``predict.py`` writes of N samples."""
+    """Answers of ``predict.py`` for N samples."""
 
     labels: list[str]  # N; of lines of text what they are corrected to
     probabilities: np.ndarray  # (N, K); of lines their scores (N,), log probabilities
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
 def load(
     source: str | Path, checkpoint: str = "best", *, trust: bool = False, **settings: Any
 ) -> "LitModel":
-    """The model of a run, in evaluation mode, from any folder.
+    """Load the model of a run, in evaluation mode, from any folder.
 
     Args:
         source: Path or name of a run, or a checkpoint; below the folder one is in or, if nothing is
@@ -48,11 +48,11 @@ def load(
     """
     places = [Path(source), ROOT / source, CHECKOUT / source, CHECKOUT / ROOT / source]
     found = [place for place in places if is_file(place) or is_file(place / "config.yaml")]
-    return rebuild(found[0] if found else Path(source), checkpoint, trust, settings).eval()
+    return _rebuild(found[0] if found else Path(source), checkpoint, trust, settings).eval()
 
 
-def rebuild(source: Path, which: str, trust: bool, settings: dict[str, Any]) -> "LitModel":
-    """What ``predict.py`` builds of a run or a checkpoint, its settings as on the command line."""
+def _rebuild(source: Path, which: str, trust: bool, settings: dict[str, Any]) -> "LitModel":
+    """Build the model of a run or a checkpoint as ``predict.py`` does."""
     from pipeline.loading import LoadedRun  # of a room above, which imports this one
 
     for name, value in settings.items():
@@ -64,11 +64,11 @@ def rebuild(source: Path, which: str, trust: bool, settings: dict[str, Any]) -> 
     typed = {n: v if isinstance(v, str) else json.dumps(v) for n, v in settings.items()}
     overrides = [f"--model.{name}={value}" for name, value in typed.items()]
     model = LoadedRun.load(str(source), which, overrides, trust=trust).model
-    model.optimizer = no_optimizer
+    model.optimizer = _no_optimizer
     return model
 
 
-def no_optimizer(parameters: Any) -> Any:
+def _no_optimizer(parameters: Any) -> Any:
     raise UserError(
         "a model that was loaded has no optimizer; set model.optimizer to a function of its "
         "parameters, such as functools.partial(torch.optim.AdamW, lr=1e-3)."
@@ -76,7 +76,7 @@ def no_optimizer(parameters: Any) -> Any:
 
 
 class TrainedModel(LightningModule):
-    """What a model can do once it is trained.
+    """A model with what it needs after training.
 
     Attributes:
         run_data: The data module of the run that the model was loaded from, if it was.
@@ -96,7 +96,7 @@ class TrainedModel(LightningModule):
         trust: bool = False,
         **settings: Any,
     ) -> Self:
-        """The model of a checkpoint, rebuilt from the configuration in it, in training mode.
+        """Rebuild the model of a checkpoint from the configuration in it, in training mode.
 
         One that a Trainer of the user's own has written has none: given its ``network``, all
         arguments are the user's, as Lightning has it.
@@ -112,7 +112,7 @@ class TrainedModel(LightningModule):
         """
         if "network" in settings:
             return super().load_from_checkpoint(checkpoint_path, map_location, **settings)
-        model = rebuild(Path(checkpoint_path), "last", trust, settings)
+        model = _rebuild(Path(checkpoint_path), "last", trust, settings)
         if not isinstance(model, cls):
             raise UserError(
                 f"{checkpoint_path} holds a {type(model).__name__}, no {cls.__name__}; use "
@@ -149,11 +149,11 @@ class TrainedModel(LightningModule):
         return self.data.class_names
 
     def predict(self, inputs: Any, accelerator: str = "auto") -> Prediction:
-        """Labels and probabilities of inputs, in their order, as ``predict.py`` gives them.
+        """Predict labels and probabilities of inputs, in their order, as ``predict.py`` does.
 
         Args:
-            inputs: What the data module of the run reads, see its ``read_given``: images, paths of
-                images, names, lines of text, or the tensors that its network reads.
+            inputs: Inputs that the data module of the run reads, see its ``read_given``: images,
+                paths of images, names, lines of text, or the tensors that its network reads.
             accelerator: As for Lightning's Trainer.
 
         Raises:
@@ -166,7 +166,7 @@ class TrainedModel(LightningModule):
         loader = data.make_loader(data.read_given(inputs), "predict")
         device, former = self.device, self._trainer
         try:
-            with quiet():
+            with _quiet():
                 trainer = make_predictor(accelerator, 1, self.run_precision)
                 batches: Any = trainer.predict(self, loader)
         finally:
@@ -177,7 +177,7 @@ class TrainedModel(LightningModule):
 
 
 def make_predictor(accelerator: str, devices: str | int, precision: Any, **options: Any) -> Trainer:
-    """The Trainer of a prediction, which leaves nothing behind."""
+    """Make the Trainer of a prediction, which writes nothing."""
     return Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -190,8 +190,8 @@ def make_predictor(accelerator: str, devices: str | int, precision: Any, **optio
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without what Lightning says of every Trainer."""
+def _quiet() -> Iterator[None]:
+    """Suppress the messages of Lightning about every Trainer."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)

@@ -32,16 +32,64 @@ class Renamed:
     since: str
 
 
+@dataclass(frozen=True)
+class OwnClass:
+    """A setting that has become a class; any other value than the default chooses that one."""
+
+    class_path: str
+    option: str
+    default: Any
+    name: str
+    since: str
+
+
 # one class, one name: a run goes on under the name that its config had
 SAME = {
     f"{package}.{name}": f"callbacks.{name}"
     for package in ("steadyfit", "steadyfit.lightning")
     for name in ("GradientSpikeMonitor", "UpdateClipping")
 }
-SETTINGS: tuple[Removed | Renamed, ...] = ()
+# classes that are gone, and what to do, as the end of a sentence
+GONE = {
+    f"lit_models.networks.{name}": "put them into a network of your own, see benchmarks/edges.py."
+    for name in ("Filtered", "FixedFilters")
+}
+_STACK = {"dropout": 0.0}
+_MODELS: dict[str, dict[str, Any]] = {
+    "LitSeq2Seq": {"label_smoothing": 0.0, "length_penalty": 0.0},
+    "networks.AttentionRNN": _STACK,
+    "networks.GatedRNN": _STACK,
+    "networks.LeNet5": {"padded_size": 32},
+    "networks.ResNet9": {"scale": 0.125},
+    "networks.Transformer": {
+        "positions": "sinusoidal",
+        "embeddings": "tied",
+        "output_bias": False,
+        "bias": True,
+        "norm": "final",
+    },
+    "networks.VanillaLSTM": _STACK,
+    "networks.VanillaRNN": _STACK,
+    "networks.WhitenedCNN": {"scale": 1 / 9},
+    "optimizers.Muon": {"adamw_scale": 0.15, "adamw_betas": [0.9, 0.999], "steps": 5},
+    "optimizers.MuonSGD": {"sgd_momentum": 0.85, "decay": 0.004, "steps": 3},
+}
+_OF_MODELS = tuple(
+    Removed(
+        f"lit_models.{name}", option, default, "0.1.0", "write a class of your own that has it."
+    )
+    for name, options in _MODELS.items()
+    for option, default in options.items()
+)
+Setting = Removed | Renamed | OwnClass
+SETTINGS: tuple[Setting, ...] = (
+    *_OF_MODELS,
+    OwnClass("lit_models.LitClassifier", "cutmix", 0.0, "lit_models.LitCutMix", "0.1.0"),
+    Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
+)
 
 
-def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) -> Any:
+def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
     """Return a configuration, or a part of one, as this version writes it.
 
     Raises:
@@ -57,13 +105,23 @@ def update(recorded: Any, settings: tuple[Removed | Renamed, ...] = SETTINGS) ->
     options = updated.get("init_args")
     if isinstance(options, dict):
         for setting in settings:
-            if updated["class_path"] == setting.class_path and setting.option in options:
+            if updated["class_path"] != setting.class_path or setting.option not in options:
+                continue
+            if isinstance(setting, OwnClass) and options[setting.option] != setting.default:
+                updated["class_path"] = setting.name
+            else:
                 _apply(setting, options)
     return updated
 
 
 def current_path(path: str) -> str:
-    """Return the import path of a class, which may have been in another module."""
+    """Return the import path of a class, which may have been in another module.
+
+    Raises:
+        UserError: The class is gone.
+    """
+    if path in GONE:
+        raise UserError(f"{path} is gone since version 0.1.0; {GONE[path]}")
     if path in SAME:
         return SAME[path]
     package, _, rest = path.partition(".")
@@ -74,14 +132,14 @@ def current_path(path: str) -> str:
     return current if moved else path
 
 
-def _apply(setting: Removed | Renamed, options: dict[str, Any]) -> None:
+def _apply(setting: Setting, options: dict[str, Any]) -> None:
     value = options.pop(setting.option)
     if isinstance(setting, Renamed):
         *groups, name = setting.name.split(".")
         for group in groups:
             options = options.setdefault(group, {})
         options[name] = value
-    elif value != setting.default:
+    elif isinstance(setting, Removed) and value != setting.default:
         raise UserError(
             f"{setting.class_path} has no {setting.option} since version {setting.since}, and the "
             f"configuration sets it to {value!r}; {setting.instead}"

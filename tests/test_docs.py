@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDEX = ROOT / "docs" / "README.md"
 
 # The questions of the five documents, in their order. The other two documents answer the second
 # and the last of these; their statements are in mistakes.md.
@@ -67,9 +68,19 @@ def test_every_question_is_answered_in_its_order() -> None:
     assert answered == QUESTIONS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def links(page: Path) -> list[tuple[str, str]]:
+    """Label and target of each link and picture."""
+    return re.findall(r"\[([^]]*)\]\(([^)\s]+)\)", without_code(page))
+
+
+def test_the_index_names_every_page() -> None:
+    named = {(INDEX.parent / target).resolve() for _, target in links(INDEX)}
+    assert named >= set(PAGES) - {INDEX}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for label, target in re.findall(r"\[([^]]*)\]\(([^)\s]+)\)", without_code(page)):
+    for label, target in links(page):
         if target.startswith(("http://", "https://")):
             continue
         name, _, place = target.partition("#")
@@ -91,7 +102,5 @@ def test_every_mistake_has_its_test_and_every_test_its_mistake() -> None:
 def test_pictures_are_all_shown() -> None:
     files = {path.name for path in (ROOT / "docs").iterdir() if path.is_file()}
     pictures = files - {page.name for page in PAGES}
-    shown = {
-        Path(name).name for page in PAGES for name in re.findall(r"\]\(([^)]+)\)", page.read_text())
-    }
+    shown = {Path(target).name for page in PAGES for _, target in links(page)}
     assert pictures <= shown

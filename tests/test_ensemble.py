@@ -81,7 +81,7 @@ def test_what_is_recorded_is_the_mean_over_the_members() -> None:
     inputs, target = torch.randn(9, 8), torch.arange(9) % NUM_CLASSES
     lit = model(network)
     lit.training_step([inputs, target], 0)
-    [(_, record)] = lit._pending
+    [(_, record)] = lit.records.pending
     logits = [member(inputs) for member in network.members]
     losses = [F.cross_entropy(x, target).item() for x in logits]
     hits = [(x.argmax(1) == target).float().mean().item() for x in logits]
@@ -168,14 +168,3 @@ def test_the_data_tells_each_member_the_number_of_classes(flags: list[str]) -> N
     assert built.data.num_classes != 10
     for member in built.model.network.members:
         assert member.fc3.out_features == built.data.num_classes
-
-
-def test_print_config_shows_the_member(
-    flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        train.main(["fit", *flags, "--print_config"])
-    settings = yaml.safe_load(capsys.readouterr().out)
-    member = settings["model"]["init_args"]["network"]["init_args"]["member"]
-    assert member["class_path"] == "lit_models.networks.LeNet5"
-    assert member["init_args"]["channels"] == [2, 4]

@@ -1,24 +1,15 @@
-"""Fixed filters answer where they should, are never trained, and stand before any network."""
+"""Fixed filters answer where they should."""
 
 import re
-from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import CONFIGS, fit_quietly
 from test_networks import smooth_images
-from torch import Tensor, nn
+from torch import Tensor
 
-import train
-from benchmarks.step_overhead import RandomImages
-from lit_models import LitClassifier
-from lit_models.networks import Ensemble, Filtered, FixedFilters, LeNet5, ResNet, WhitenedCNN
-from lit_models.networks.fixed_filters import FILTERS, Filter
-from pipeline import loading
+from benchmarks.edges import FILTERS, Filter, FixedFilters
 
 NAMES: tuple[Filter, ...] = get_args(Filter)
 EDGES: tuple[Filter, ...] = ("sobel_x", "sobel_y", "laplacian")
@@ -76,45 +67,6 @@ def test_gradient_by_the_image_is_that_of_the_midterm(name: Filter) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [partial(LeNet5, channels=(2, 4)), ResNet, WhitenedCNN], ids=["lenet", "resnet", "cnn"]
-)
-def test_any_network_sees_the_filters_and_the_classes(make: Any) -> None:
-    filtered = Filtered(make, EDGES, num_classes=7)
-    assert filtered(smooth_images(2)).shape == (2, 7)
-
-
-def lit(network: nn.Module) -> LitClassifier:
-    return LitClassifier(network, partial(torch.optim.SGD, lr=0.1, weight_decay=0.1))
-
-
-def test_nothing_of_the_filters_is_trained() -> None:
-    torch.manual_seed(0)
-    network = Filtered(LeNet5)
-    model = lit(network)
-    trained = [p for group in model.configure_optimizers().param_groups for p in group["params"]]
-    assert len(trained) == len(list(network.network.parameters()))
-    fit_quietly(model, RandomImages(samples=64, batch_size=16, val_size=16), max_steps=2)
-    weight = network.filters.weight
-    assert torch.equal(weight, FixedFilters(("identity", "sobel_x", "sobel_y")).weight)
-    assert not weight.requires_grad
-    assert not list(network.filters.parameters())
-    assert torch.equal(model.state_dict()["network.filters.weight"], weight)
-
-
-def test_whitening_behind_the_filters_is_shown_what_comes_out_of_them() -> None:
-    torch.manual_seed(0)
-    member = partial(Filtered, partial(WhitenedCNN, widths=(4, 4, 4)), ["sobel_x", "sharpen"])
-    for network in (member(), Ensemble(member, members=2)):
-        model, data = lit(network), RandomImages(samples=96, batch_size=16, val_size=16)
-        fit_quietly(model, data, max_steps=1)
-        for part in network.modules():
-            if isinstance(part, Filtered):
-                expected = WhitenedCNN(in_channels=6).whiten
-                expected.init_from_data(part.filters(data.training_inputs(5000)[0]))
-                assert torch.equal(part.network.get_parameter("whiten.weight"), expected.weight)
-
-
-@pytest.mark.parametrize(
     ("filters", "message"),
     [
         ([], "filters must name at least one of identity, sobel_x, sobel_y, laplacian, sharpen."),
@@ -130,49 +82,6 @@ def test_filters_that_are_not_there_are_refused(filters: Any, message: str) -> N
         FixedFilters(filters)
 
 
-# From the command line
-
-
-FLAGS = [
-    f"--config={CONFIGS / 'demo.yaml'}",
-    "--model.network=lit_models.networks.Filtered",
-    "--model.network.network=lit_models.networks.LeNet5",
-    "--model.network.network.stride=2",
-    "--model.network.filters=[sobel_x,laplacian]",
-    "--trainer.accelerator=cpu",
-    "--trainer.precision=32-true",
-]
-
-
-def test_print_config_shows_the_filters(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        train.main(["fit", *FLAGS, "--print_config"])
-    network = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["network"]
-    assert network["init_args"]["filters"] == ["sobel_x", "laplacian"]
-    inner = network["init_args"]["network"]
-    assert inner["class_path"] == "lit_models.networks.LeNet5"
-    assert inner["init_args"]["stride"] == 2
-
-
-@pytest.mark.slow
-def test_checkpoint_keeps_the_filters(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    data = ["--data=CIFAR10DataModule", f"--data.data_dir={data_dir}", "--data.verify=false"]
-    small = ["--data.val_size=40", "--data.batch_size=64", "--trainer.max_epochs=1"]
-    train.main(["fit", *FLAGS, *data, *small, "--run=edges"])
-    folder = tmp_path / "runs" / "demo" / "edges"
-    saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
-    expected = FixedFilters(["sobel_x", "laplacian"]).weight
-    assert torch.equal(saved["network.filters.weight"], expected)
-    network = loading.LoadedRun.load(str(folder), "best", []).model.network
-    assert isinstance(network, Filtered)
-    assert isinstance(network.network, LeNet5)
-    assert network.network.conv1.in_channels == 6
-    assert torch.equal(network.network.conv1.weight, saved["network.network.conv1.weight"])
-
-
 def test_images_with_other_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="made for 3 channels, the images have 1; set --model"):
+    with pytest.raises(ValueError, match="made for 3 channels, the images have 1; set in_channels"):
         FixedFilters()(torch.zeros(2, 1, 8, 8))

@@ -53,7 +53,7 @@ def test_the_loss_is_that_of_the_paper(threshold: float) -> None:
     lit = fixmatch(nn.Identity(), threshold=threshold, unlabelled_weight=0.5)
     loss = lit.training_step(parts, 0)
     assert loss.item() == pytest.approx(supervised + 0.5 * consistency)
-    [(_, record)] = lit._pending
+    [(_, record)] = lit.records.pending
     assert {name: value.item() for name, value in record.items()} == pytest.approx(
         {
             "loss": supervised,
@@ -121,7 +121,7 @@ def test_starts_undecided_and_overfits_one_batch() -> None:
         optimizer.zero_grad()
         lit.training_step(parts, 0).backward()
         optimizer.step()
-    records = [record for _, record in lit._pending]
+    records = [record for _, record in lit.records.pending]
     assert records[0]["loss"].item() == pytest.approx(math.log(NUM_CLASSES), abs=0.1)
     assert records[0]["confident"] == 0
     assert records[-1]["loss"] < 0.1
@@ -193,9 +193,3 @@ def test_its_options_are_known_to_the_command_line(
     assert settings["class_path"].endswith("LitFixMatch")
     expected = {"threshold": 0.9, "l1_penalty": 0.1, "tta": "mirror_translate"}
     assert expected.items() <= settings["init_args"].items()
-
-
-def test_cutmix_is_refused() -> None:
-    optimizer = partial(torch.optim.SGD, lr=0.1)
-    with pytest.raises(UserError, match="LitFixMatch has no cutmix"):
-        LitFixMatch(nn.Linear(2, 2), optimizer, num_classes=2, cutmix=0.5)

@@ -1,5 +1,6 @@
 """Recorded configurations are read by later versions."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,12 @@ SETTINGS = (
 )
 def test_what_has_not_moved_is_left_as_it_is(path: Path) -> None:
     recorded = yaml.safe_load(path.read_text())
-    assert update(recorded) == recorded
+    network = recorded["model"]["init_args"]["network"]["init_args"]
+    gone = {"padded_size": network.pop("padded_size")} if "padded_size" in network else {}
+    recorded["model"]["init_args"].pop("cutmix", None)
+    expected = deepcopy(recorded)
+    network.update(gone)  # defaults are dropped, all else stays
+    assert update(recorded) == expected
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,19 @@ def test_removed_settings_are_dropped_at_their_default_and_else_refused() -> Non
     recorded["model"]["init_args"] = {"tta": "mirror"}
     with pytest.raises(UserError, match=r"has no tta since version 9\.9.*sets it to 'mirror'"):
         update(recorded, SETTINGS)
+
+
+def test_a_class_that_is_gone_is_refused() -> None:
+    with pytest.raises(UserError, match=r"networks\.Filtered is gone .* benchmarks/edges"):
+        update({"class_path": "lit_models.networks.Filtered", "init_args": {}})
+
+
+def test_a_setting_that_has_become_a_class() -> None:
+    options = {"cutmix": 0.5, "tta": "mirror"}
+    recorded = {"class_path": "lit_models.LitClassifier", "init_args": options}
+    assert update(recorded) == {"class_path": "lit_models.LitCutMix", "init_args": options}
+    recorded["init_args"] = {"cutmix": 0.0}
+    assert update(recorded) == {"class_path": "lit_models.LitClassifier", "init_args": {}}
 
 
 def test_renamed_settings_go_on_by_their_new_name() -> None:

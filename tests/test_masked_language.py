@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 import train
 from benchmarks import unmasking
+from benchmarks.unmasking import unmask
 from core.runs import load_checkpoint
 from datamodules import GrammarDataModule, MaskedBooksDataModule
 from datamodules.base import IGNORED
 from datamodules.text.masked_books import choose
 from datamodules.text.subwords import BEGIN, END, IS_NEXT, MASK, NOT_NEXT, PAD, SPECIAL
 from lit_models import LitSeq2Seq
-from lit_models.networks import MaskedLanguageModel, Transformer, unmask
-from lit_models.seq2seq import take_over
+from lit_models.networks import MaskedLanguageModel, Transformer
+from lit_models.seq2seq import load_matching_weights
 
 VOCAB = 400
 
@@ -226,11 +227,11 @@ def test_one_at_a_time_fills_in_the_order_of_certainty() -> None:
         logits[place, token] = certainty
     network = Preferences(logits)
     _ = MASK
-    filled = unmask(network, torch.full((1, 4), MASK), 4, MASK)
+    filled = unmask(network, torch.full((1, 4), MASK), 4)
     assert network.seen == [[_, _, _, _], [_, 7, _, _], [_, 7, 8, _], [_, 7, 8, 6]]
     assert filled.tolist() == [[6, 7, 8, 6]]
     network.seen.clear()
-    assert torch.equal(unmask(network, torch.full((1, 4), MASK), 2, MASK), filled)
+    assert torch.equal(unmask(network, torch.full((1, 4), MASK), 2), filled)
     assert network.seen == [[_, _, _, _], [_, 7, 8, _]]
 
 
@@ -241,12 +242,11 @@ def test_gaps_are_filled_and_what_was_given_stays(steps: int, temperature: float
     tokens = torch.randint(len(SPECIAL), VOCAB, (5, 12), generator=generator())
     tokens[torch.rand(5, 12, generator=generator()) < 0.6] = MASK
     tokens[4] = 9  # no gap
-    lengths, given = torch.tensor([12, 12, 9, 7, 12]), tokens != MASK
+    given = tokens != MASK
     before = tokens.clone()
 
     def fill() -> Tensor:
-        every = range(len(SPECIAL))
-        return unmask(network, tokens, steps, MASK, every, temperature, lengths, generator(3))
+        return unmask(network, tokens, steps, temperature, generator(3))
 
     filled = fill()
     assert torch.equal(tokens, before)
@@ -257,9 +257,9 @@ def test_gaps_are_filled_and_what_was_given_stays(steps: int, temperature: float
 
 def test_low_temperatures_write_what_is_most_probable() -> None:
     network, tokens = small().eval(), torch.full((3, 8), MASK)
-    best = unmask(network, tokens, 2, MASK)
-    assert torch.equal(unmask(network, tokens, 2, MASK, temperature=1e-4), best)
-    drawn = unmask(network, tokens, 2, MASK, temperature=5.0, generator=generator())
+    best = unmask(network, tokens, 2)
+    assert torch.equal(unmask(network, tokens, 2, temperature=1e-4), best)
+    drawn = unmask(network, tokens, 2, temperature=5.0, generator=generator())
     assert not torch.equal(drawn, best)
 
 
@@ -303,7 +303,7 @@ def test_pretrained_weights_are_taken_over_and_the_rest_is_not_touched(run: Path
     network = Transformer(VOCAB, 32, 4, 1, 1, 64, copy=True)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     theirs = network_of(run / "checkpoints" / "best.ckpt")
-    taken = take_over(network, str(run), merges)
+    taken = load_matching_weights(network, str(run), merges)
     tied = {"source_embedding.weight", "target_embedding.weight", "output.weight"}
     shared = theirs.keys() & before.keys() | tied
     assert taken == len(shared) - 1  # the target's embedding is the source's
@@ -397,23 +397,18 @@ def test_network_out_of_range() -> None:
         small(num_layers=0)
     with pytest.raises(ValueError, match="embedding_dim must be even and a multiple of num_heads"):
         small(num_heads=3)
-    tokens = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        unmask(small(), tokens, 0, MASK)
-    with pytest.raises(ValueError, match=r"temperature must not be negative, got -1; 0 takes"):
-        unmask(small(), tokens, 1, MASK, temperature=-1)
 
 
 def test_a_run_that_does_not_fit_is_refused(run: Path) -> None:
     merges = data(Path("data")).subwords.merges
     with pytest.raises(ValueError, match=r"none.ckpt does not exist"):
-        take_over(Transformer(VOCAB, 32, 4), "none.ckpt", merges)
+        load_matching_weights(Transformer(VOCAB, 32, 4), "none.ckpt", merges)
     with pytest.raises(ValueError, match="none is not a run folder"):
-        take_over(Transformer(VOCAB, 32, 4), "none", merges)
+        load_matching_weights(Transformer(VOCAB, 32, 4), "none", merges)
     with pytest.raises(ValueError, match=r"best.ckpt reads other subwords .* same vocab_size"):
-        take_over(Transformer(VOCAB, 32, 4), str(run), merges[:-1])
+        load_matching_weights(Transformer(VOCAB, 32, 4), str(run), merges[:-1])
     with pytest.raises(ValueError, match=r"nothing in .*best.ckpt has the name and the shape"):
-        take_over(Transformer(VOCAB, 16, 4, hidden_size=32), str(run), merges)
+        load_matching_weights(Transformer(VOCAB, 16, 4, hidden_size=32), str(run), merges)
 
 
 def test_only_masked_language_models_fill_gaps() -> None:

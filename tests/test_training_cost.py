@@ -189,7 +189,7 @@ def test_asking_changes_nothing(dropout: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert not optimizer.state
-    assert not model._pending
+    assert not model.records.pending
 
 
 class UnseededDropout(LitClassifier):

@@ -111,16 +111,6 @@ def test_vanilla_networks_are_those_of_torch_with_one_bias() -> None:
         torch.testing.assert_close(ours(x), other(x)[0])
 
 
-def test_states_below_the_top_reach_the_next_layer_through_dropout() -> None:
-    torch.manual_seed(0)
-    core, x = VanillaRNN(2, 64, num_layers=2, dropout=0.5), torch.randn(3, 6, 2)
-    below = [states_of(core, x)[0] for _ in range(2)]
-    assert all(map(torch.equal, *below))  # what enters the first layer is whole
-    assert not torch.equal(core(x), core(x))
-    core.eval()
-    assert torch.equal(core(x), core(x))
-
-
 # The equations, in float64, at random sizes
 
 SIZES = st.integers(1, 5)

@@ -149,7 +149,7 @@ def three_step_gradients(w: float) -> Unrolled:
 
 
 def three_step_edges(w: float, u: Sequence[float]) -> tuple[float, float, float]:
-    """What reaches w through q, s and y: dy/dq p, dy/ds r, t; together dy/dw. Question 1d."""
+    """Contributions to dy/dw through q, s and y: dy/dq p, dy/ds r, t. Question 1d."""
     node, by = three_step_nodes(w, u), three_step_gradients(w)
     return by.q * node.p, by.s * node.r, node.t
 

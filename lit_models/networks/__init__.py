@@ -1,12 +1,11 @@
 """Networks in plain PyTorch; nothing here knows Lightning or a data set."""
 
 from lit_models.networks.attention_rnn import AttentionRNN
-from lit_models.networks.beam_search import Hypotheses, beam_search, keeping_source
+from lit_models.networks.beam_search import Hypotheses, beam_search, with_copy_bias
 from lit_models.networks.conv_stack import ConvStack
 from lit_models.networks.ensemble import Ensemble
-from lit_models.networks.fixed_filters import Filtered, FixedFilters
 from lit_models.networks.lenet import LeNet5
-from lit_models.networks.masked_language import MaskedLanguageModel, unmask
+from lit_models.networks.masked_language import MaskedLanguageModel
 from lit_models.networks.recurrent import GRU, LSTM, RNN, BidirectionalLSTM, Recurrent
 from lit_models.networks.resnet import ResNet
 from lit_models.networks.resnet9 import ResNet9
@@ -23,8 +22,6 @@ __all__ = [
     "BidirectionalLSTM",
     "ConvStack",
     "Ensemble",
-    "Filtered",
-    "FixedFilters",
     "GatedRNN",
     "Hypotheses",
     "LeNet5",
@@ -38,6 +35,5 @@ __all__ = [
     "WhitenedCNN",
     "WideResNet",
     "beam_search",
-    "keeping_source",
-    "unmask",
+    "with_copy_bias",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class KeysValues(NamedTuple):
-    """What an attention reads: keys and values (N, heads, tokens, D / heads)."""
+    """Keys and values of tokens, (N, heads, tokens, D / heads) each."""
 
     keys: Tensor
     values: Tensor
@@ -26,37 +26,16 @@ class KeysValues(NamedTuple):
         )
 
 
-class Block(NamedTuple):
-    """The measures all layers share."""
-
-    dim: int
-    num_heads: int
-    hidden_size: int
-    dropout: float
-    bias: bool
-    norm: bool
-
-    def make_norm(self) -> nn.Module:
-        return nn.LayerNorm(self.dim, bias=self.bias) if self.norm else nn.Identity()
-
-    def make_feed_forward(self) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Linear(self.dim, self.hidden_size, bias=self.bias),
-            nn.ReLU(),
-            nn.Linear(self.hidden_size, self.dim, bias=self.bias),
-        )
-
-
 class Attention(nn.Module):
     """Multi-head attention, softmax(Q K^T / sqrt(D / heads)) V in each head (section 3.2)."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads = block.num_heads
-        self.dropout = block.dropout
-        self.query = nn.Linear(block.dim, block.dim, bias=block.bias)
-        self.key_value = nn.Linear(block.dim, 2 * block.dim, bias=block.bias)
-        self.output = nn.Linear(block.dim, block.dim, bias=block.bias)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
 
     def forward(
         self,
@@ -65,13 +44,13 @@ class Attention(nn.Module):
         visible: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """What x (N, T, D) finds, (N, T, D).
+        """Attend from x (N, T, D) to keys and values, (N, T, D).
 
         Args:
-            x: The tokens that ask.
-            keys_values: What they ask.
-            visible: Which keys take part, (N, 1, 1, S), or None for all.
-            causal: Whether a token sees only those up to itself.
+            x: Tokens that the queries are made of.
+            keys_values: Keys and values of S tokens.
+            visible: Mask (N, 1, 1, S) of the keys that take part, or None for all.
+            causal: Let a token see only those up to itself.
         """
         heads = F.scaled_dot_product_attention(
             self.split(self.query(x)),
@@ -91,7 +70,7 @@ class Attention(nn.Module):
 
 
 def of_one_source(x: Tensor, source: Tensor) -> Tensor:
-    """(N, T, ...) -> (B, N / B T, ...): what is written for a source (B, ...) asks it together."""
+    """Put all rows of a source (B, ...) together: (N, T, ...) -> (B, N / B T, ...)."""
     return x.reshape(len(source), -1, *x.shape[2:])
 
 

@@ -31,9 +31,8 @@ class AttentionRNN(Stack):
     Args:
         input_size: Features D of a step.
         hidden_size: Units H of a layer.
-        past: How many past states k are looked back on; "inf" for all of them.
+        past: Number k of past states that are attended to; "inf" for all of them.
         num_layers: Layers, each reading the states of the one below.
-        dropout: Share of the states that is set to zero between two layers, in training.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class AttentionRNN(Stack):
         hidden_size: int,
         past: int | Literal["inf"] = 2,
         num_layers: int = 1,
-        dropout: float = 0.0,
     ) -> None:
         if past != "inf" and (isinstance(past, str) or past < 1):
             raise ValueError(f"past must be at least 1, or inf for all past states, got {past!r}.")
@@ -52,7 +50,7 @@ class AttentionRNN(Stack):
                 return WholePastLayer(size, hidden_size)
             return Window(size, hidden_size, past)
 
-        super().__init__(make_layer, input_size, hidden_size, num_layers, dropout)
+        super().__init__(make_layer, input_size, hidden_size, num_layers)
 
 
 class AttentionLayer(Layer):

@@ -1,4 +1,4 @@
-"""Beam search, for any network that says step by step how probable each next token is.
+"""Beam search, for any network that gives log probabilities of the next token step by step.
 
 Dimensions: B sentences, k hypotheses of each, N = B k rows, T tokens, V vocabulary.
 """
@@ -17,10 +17,10 @@ class Hypotheses(NamedTuple):
     """The best hypotheses of each sentence, best first.
 
     Attributes:
-        tokens: (B, n_best, T) without the token that began them; behind the end they repeat it.
+        tokens: (B, n_best, T) without the token that began them; after the end they repeat it.
         lengths: Number of tokens (B, n_best), the end included.
-        scores: (B, n_best), sum of log probabilities / length ** length_penalty. Where there are
-            not as many sequences as were asked for, the places left have the score -inf.
+        scores: (B, n_best), sum of log probabilities. Where there are not as many sequences as were
+            asked for, the places left have the score -inf.
     """
 
     tokens: Tensor
@@ -36,10 +36,9 @@ def beam_search(
     end: int | None,
     beam_width: int,
     max_length: int,
-    length_penalty: float = 0.0,
     n_best: int = 1,
 ) -> Hypotheses:
-    """Write the most probable sequences, going on from the best ``beam_width`` after each token.
+    """Search the most probable sequences, keeping the best ``beam_width`` after each token.
 
     A hypothesis that has ended stays among them as long as its score is good enough. The search
     stops as soon as no unfinished hypothesis can come among the ``n_best``, or at ``max_length``,
@@ -54,16 +53,14 @@ def beam_search(
             returns the state of the rows ``index`` (N,).
         begin: The token each sentence begins with (B,); the search runs on its device.
         end: The token that ends a sequence, or None where all have ``max_length`` tokens.
-        beam_width: How many hypotheses k are kept.
+        beam_width: Number k of hypotheses that are kept.
         max_length: The most tokens of a hypothesis, the end included.
-        length_penalty: 0 ranks by the sum of log probabilities, 1 by their mean; more favours
-            longer sequences.
-        n_best: How many hypotheses are returned.
+        n_best: Number of hypotheses that are returned.
 
     Raises:
         ValueError: If an argument is out of range.
     """
-    check_arguments(begin, beam_width, max_length, length_penalty, n_best)
+    _check_arguments(begin, beam_width, max_length, n_best)
     sentences = torch.arange(len(begin), device=begin.device)[:, None]  # (B, 1)
     token = begin[:, None]  # (B, k), and k = 1 at first
     tokens = token[:, :, None][:, :, :0]  # (B, k, T)
@@ -75,30 +72,28 @@ def beam_search(
         log_probabilities, state = step(token.flatten(), state)
         log_probabilities = log_probabilities.unflatten(0, token.shape)  # (B, k, V)
         k, vocab_size = log_probabilities.shape[1:]
-        if end is not None:  # behind its end a hypothesis has one continuation, which is certain
+        if end is not None:  # after its end a hypothesis has one continuation, which is certain
             stay = torch.full_like(log_probabilities[0, 0], -torch.inf)
             stay[end].zero_()  # to assign 0.0 would copy it from the host
             log_probabilities = torch.where(ended[:, :, None], stay, log_probabilities)
         all_sums = sums[:, :, None] + log_probabilities
         lengths = lengths + ~ended
-        all_scores = all_sums / lengths[:, :, None] ** length_penalty
 
         width = min(beam_width, k * vocab_size)
-        scores, best = all_scores.flatten(1).topk(width)  # (B, k) from here on, of the new k
+        sums, best = all_sums.flatten(1).topk(width)  # (B, k) from here on, of the new k
         parent, token = best // vocab_size, best % vocab_size
-        sums = all_sums.flatten(1).gather(1, best)
         lengths = lengths.gather(1, parent)
         tokens = torch.cat([tokens[sentences, parent], token[:, :, None]], 2)
         if end is not None:
             ended = ended.gather(1, parent) | (token == end)
-            if settled(sums, scores, ended, max_length**length_penalty, n_best):
+            if _is_final(sums, ended, n_best):
                 break
-        state = reorder(state, (sentences * k + parent).flatten())
-    return Hypotheses(tokens[:, :n_best], lengths[:, :n_best], scores[:, :n_best])
+        state = _reorder(state, (sentences * k + parent).flatten())
+    return Hypotheses(tokens[:, :n_best], lengths[:, :n_best], sums[:, :n_best])
 
 
-def keeping_source(step: Step, change_penalty: float) -> Step:
-    """A step that changes the source only where it is sure: precision before recall.
+def with_copy_bias(step: Step, change_penalty: float) -> Step:
+    """Bias a step towards copying its source: precision before recall.
 
     It takes ``change_penalty`` from the log probability of each token that does not follow its
     predecessor somewhere in the source. Its state is a pair: that of ``step``, and the source
@@ -115,31 +110,24 @@ def keeping_source(step: Step, change_penalty: float) -> Step:
     return biased
 
 
-def settled(
-    sums: Tensor, scores: Tensor, ended: Tensor, most_divided_by: float, n_best: int
-) -> bool:
-    """Whether no unfinished hypothesis can still come among the n best of its sentence.
-
-    Its sum can only fall, so the best it can reach is that sum as if it had the full length.
-    """
-    finished = scores.masked_fill(~ended, -torch.inf)
-    worst = finished.topk(min(n_best, scores.shape[1])).values[:, -1]
-    hope = sums.masked_fill(ended, -torch.inf).amax(1) / most_divided_by
+def _is_final(sums: Tensor, ended: Tensor, n_best: int) -> bool:
+    """Return True once no unfinished hypothesis, whose sum can only fall, can reach the n best."""
+    finished = sums.masked_fill(~ended, -torch.inf)
+    worst = finished.topk(min(n_best, sums.shape[1])).values[:, -1]
+    hope = sums.masked_fill(ended, -torch.inf).amax(1)
     return bool((worst >= hope).all())
 
 
-def reorder(state: Any, index: Tensor) -> Any:
+def _reorder(state: Any, index: Tensor) -> Any:
     """The rows ``index`` of a state of any of the kinds ``beam_search`` takes."""
     if isinstance(state, Tensor):
         return state[index]
     if hasattr(state, "reorder"):
         return state.reorder(index)
-    return tuple(reorder(part, index) for part in state)
+    return tuple(_reorder(part, index) for part in state)
 
 
-def check_arguments(
-    begin: Tensor, beam_width: int, max_length: int, length_penalty: float, n_best: int
-) -> None:
+def _check_arguments(begin: Tensor, beam_width: int, max_length: int, n_best: int) -> None:
     if begin.dim() != 1:
         raise ValueError(
             f"begin must be one token for each sentence, (B,), got the shape {tuple(begin.shape)}."
@@ -150,7 +138,5 @@ def check_arguments(
         )
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}.")
-    if length_penalty < 0:
-        raise ValueError(f"length_penalty must be at least 0, got {length_penalty}.")
     if not 1 <= n_best <= beam_width:
         raise ValueError(f"n_best must be from 1 to beam_width, {beam_width}, got {n_best}.")

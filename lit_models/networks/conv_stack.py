@@ -26,7 +26,7 @@ class ConvStack(nn.Module):
 
     Args:
         depth: Number of layers L, that of the patches not counted.
-        residual: Whether a layer adds its input.
+        residual: Let each layer add its input.
         width: Channels C of every layer.
         num_classes: Number of classes K.
         in_channels: Channels of the images.

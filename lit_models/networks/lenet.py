@@ -10,6 +10,8 @@ from lit_models.networks.recurrent import check_choice
 Pooling = Literal["max", "average", "none"]
 Init = Literal["torch", "kaiming"]
 
+PADDED_SIZE = 32  # pixels of a side, padding included
+
 
 class LeNet5(nn.Module):
     """Two convolutions and three linear layers, with ReLU and max-pooling.
@@ -21,13 +23,12 @@ class LeNet5(nn.Module):
     Args:
         num_classes: Number of classes K.
         in_channels: Channels C of the images.
-        padding: Zeros around the image before the first convolution.
-        padded_size: Side of the square images, their padding on both sides included, in pixels.
+        padding: Zeros around the square images, whose side is then 32 pixels.
         channels: Filters of the first and of the second convolution.
         kernel_size: Side of the filters of both convolutions.
         stride: Step of both convolutions. It comes on top of pooling: 2 with ``pooling="none"``
             leaves as many pixels as 1 with pooling.
-        pooling: How 2 x 2 pixels become one behind each convolution; none leaves them as they are.
+        pooling: Reduction of 2 x 2 pixels to one after each convolution; none leaves all of them.
         dropout: Share of the outputs of both hidden linear layers that is set to zero in training.
         batch_norm: Normalise over the batch between each hidden layer, the convolutions included,
             and its activation (Ioffe and Szegedy, arXiv:1502.03167).
@@ -45,7 +46,6 @@ class LeNet5(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         padding: int = 0,
-        padded_size: int = 32,
         channels: tuple[int, int] = (6, 16),
         kernel_size: int = 5,
         stride: int = 1,
@@ -62,16 +62,16 @@ class LeNet5(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         check_choice("pooling", pooling, get_args(Pooling))
         check_choice("init", init, get_args(Init))
-        self.size = padded_size - 2 * padding  # of the images
-        size = padded_size
+        self.image_size = PADDED_SIZE - 2 * padding
+        size = PADDED_SIZE
         for _ in channels:
             size = (size - kernel_size) // stride + 1
             size = size if pooling == "none" else size // 2
         if size < 1:
             raise ValueError(
-                f"no pixel of {padded_size} x {padded_size} is left behind the convolutions with "
+                f"no pixel of {PADDED_SIZE} x {PADDED_SIZE} is left after the convolutions with "
                 f"kernel_size {kernel_size}, stride {stride} and pooling {pooling}; lower "
-                "kernel_size or stride, or raise padding and padded_size."
+                "kernel_size or stride."
             )
 
         first, second = channels
@@ -98,7 +98,13 @@ class LeNet5(nn.Module):
                     nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, H) -> (B, K)
-        self.check(images)
+        height, width = images.shape[2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"this LeNet5 takes images of {self.image_size} x {self.image_size} pixels, got "
+                f"{height} x {width}; choose padding so that both sides are {PADDED_SIZE} with it, "
+                "or a ResNet, which takes any size."
+            )
         x = self.activate(self.norm1(self.conv1(images)))  # (B, 6, 14, 14)
         x = self.activate(self.norm2(self.conv2(x)))  # (B, 16, 5, 5)
         x = self.dropout(F.relu(self.norm3(self.fc1(x.flatten(1)))))
@@ -110,11 +116,3 @@ class LeNet5(nn.Module):
         if isinstance(self.pool, nn.MaxPool2d):
             return F.relu(self.pool(x))
         return self.pool(F.relu(x))
-
-    def check(self, images: Tensor) -> None:
-        height, width = images.shape[2:]
-        if (height, width) != (self.size, self.size):
-            raise ValueError(
-                f"this LeNet5 takes images of {self.size} x {self.size} pixels, got {height} x "
-                f"{width}; padded_size has to be their side with its padding on both sides."
-            )

@@ -1,14 +1,11 @@
-"""A Transformer that reads a text with gaps and tells what stands in them.
+"""A Transformer that fills the gaps of a text.
 
 Dimensions: B batch, T tokens, D embedding, V vocabulary.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 
-from lit_models.networks.attention import Block, check_heads
+from lit_models.networks.attention import check_heads
 from lit_models.networks.recurrent import checked_dropout
 from lit_models.networks.transformer import Encoder, EncoderLayer, sinusoidal_positions
 
@@ -48,11 +45,11 @@ class MaskedLanguageModel(Encoder):
         check_heads(num_heads, embedding_dim)
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
-        block = Block(embedding_dim, num_heads, hidden_size, dropout, bias=True, norm=True)
+        sizes = embedding_dim, num_heads, hidden_size, dropout
         self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
         nn.init.normal_(self.source_embedding.weight, std=embedding_dim**-0.5)
-        self.encoder = nn.ModuleList(EncoderLayer(block) for _ in range(num_layers))
-        self.encoder_norm = block.make_norm()
+        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(num_layers))
+        self.encoder_norm = nn.LayerNorm(embedding_dim)
         self.dropout = checked_dropout(dropout)
         self.output = nn.Linear(embedding_dim, vocab_size, bias=False)
         self.output.weight = self.source_embedding.weight
@@ -61,70 +58,11 @@ class MaskedLanguageModel(Encoder):
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of what stands at each place, seen from all places.
+        """Logits (B, T, V) of the token at each place, seen from all places.
 
         Args:
             tokens: Tokens (B, T), some of them masked.
             lengths: Tokens of each text (B,); without them all have T.
         """
-        x, _ = self.read(tokens, lengths)
+        x, _ = self.encode(tokens, lengths)
         return self.output(x)
-
-
-@torch.no_grad()
-def unmask(
-    network: nn.Module,
-    tokens: Tensor,
-    steps: int,
-    mask_id: int,
-    forbidden: Sequence[int] = (),
-    temperature: float = 0.0,
-    lengths: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Fill the gaps of texts in some steps, the most certain first.
-
-    Each step predicts all gaps that are left, keeps an equal share of them and forgets the others,
-    which the next step predicts again with what was kept in view. Mask-predict (Ghazvininejad et
-    al., arXiv:1904.09324) also takes back what became doubtful; here what is written stays, so
-    that as many steps as gaps fill one place after the other (as Wang and Cho do in an order of
-    chance, arXiv:1902.04094).
-
-    Args:
-        network: Gives logits (B, T, V) of tokens (B, T) and lengths (B,); in evaluation mode.
-        tokens: Tokens (B, T) with ``mask_id`` in the gaps; all others stay as they are.
-        steps: Number of steps. With one, all gaps are filled without a look at each other.
-        mask_id: The token of a gap.
-        forbidden: Other tokens that are never written.
-        temperature: 0 writes the most probable token; else one is drawn from the probabilities
-            p^(1 / temperature), scaled to sum to one.
-        lengths: Tokens of each text (B,); without them all have T.
-        generator: Random numbers of what is drawn, on the device of the tokens.
-
-    Returns:
-        Tokens (B, T) without a gap.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    if not temperature >= 0:
-        raise ValueError(
-            f"temperature must not be negative, got {temperature}; 0 takes the most probable token."
-        )
-    for left in range(steps, 0, -1):
-        gaps = tokens == mask_id  # (B, T)
-        logits = network(tokens, lengths).float()
-        logits[:, :, [mask_id, *forbidden]] = -torch.inf
-        probabilities = logits.softmax(2)
-        if temperature:
-            weights = (logits / temperature).softmax(2).flatten(0, 1)
-            written = weights.multinomial(1, generator=generator).view_as(tokens)
-        else:
-            written = logits.argmax(2)
-        certainty = probabilities.gather(2, written[:, :, None])[:, :, 0].masked_fill(~gaps, -1)
-        rank = certainty.argsort(dim=1, descending=True, stable=True).argsort(1)
-        share = (gaps.sum(1, keepdim=True) + left - 1) // left  # ceil: none is left in the end
-        tokens = torch.where(gaps & (rank < share), written, tokens)
-    return tokens

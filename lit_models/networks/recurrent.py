@@ -1,11 +1,11 @@
 """A network that reads sequences. Dimensions: B batch, T time, D features, H state, K outputs.
 
 A core maps a sequence (B, T, D) to the states of its top layer (B, T, H), one for each step.
-Sequences of different length are padded behind their end to a common T, and ``lengths`` (B,) says
-where each one ends; what is behind never changes a state before it.
+Sequences of different length are padded after their end to a common T, and ``lengths`` (B,) says
+where each one ends; padding never changes a state before it.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Recurrent(nn.Module):
         rnn: The core, called with (B, T, D) and lengths (B,) or None.
         num_classes: Number of outputs K: classes, or 1 for a number.
         embedding: Maps tokens (B, T) to (B, T, D); without one the input is (B, T, D) itself.
-        read: Which states the linear layer reads: the ``last`` one of each sequence, ``every`` one,
+        read: States that the linear layer reads: the ``last`` one of each sequence, ``every`` one,
             or of each unit the ``max`` over time.
         dropout: Share of the state that is set to zero before the linear layer, in training.
 
@@ -56,8 +56,8 @@ class Recurrent(nn.Module):
         states = self.rnn(self.embedding(x), lengths)  # (B, T, H)
         if self.read == "max":
             if lengths is not None:
-                behind = torch.arange(states.shape[1], device=x.device) >= lengths[:, None]
-                states = states.masked_fill(behind[:, :, None], -torch.inf)
+                padding_mask = torch.arange(states.shape[1], device=x.device) >= lengths[:, None]
+                states = states.masked_fill(padding_mask[:, :, None], -torch.inf)
             return self.output(self.dropout(states.amax(1)))
         # Reading all steps for the sake of one rounds as NYU's notebook on temporal order does. Its
         # spikes come at other steps, some hundred updates on, if the last bit of a sum differs.
@@ -94,8 +94,15 @@ def checked_dropout(dropout: float) -> nn.Dropout:
     return nn.Dropout(dropout)
 
 
-class Fused(nn.RNNBase):
+class _Fused(nn.RNNBase):
     """A recurrent network of PyTorch as a core; it runs from left to right and needs no lengths."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
+    ) -> None:
+        # the options of nn.LSTM and nn.GRU, before which this class stands
+        options: Any = {"batch_first": True, "dropout": dropout}
+        super().__init__(input_size, hidden_size, num_layers, **options)  # type: ignore[arg-type]
 
     @property
     def state_size(self) -> int:
@@ -107,7 +114,7 @@ class Fused(nn.RNNBase):
         return states
 
 
-class RNN(Fused, nn.RNN):  # type: ignore[misc]  # as said above
+class RNN(_Fused, nn.RNN):  # type: ignore[misc]  # as said above
     """The simple recurrent network of Elman ("Finding structure in time", 1990).
 
     Args:
@@ -126,53 +133,30 @@ class RNN(Fused, nn.RNN):  # type: ignore[misc]  # as said above
         nonlinearity: Literal["tanh", "relu"] = "tanh",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            nonlinearity=nonlinearity,
-            batch_first=True,
-            dropout=dropout,
-        )
+        options: Any = {"batch_first": True, "dropout": dropout, "nonlinearity": nonlinearity}
+        nn.RNN.__init__(self, input_size, hidden_size, num_layers, **options)
 
 
-class LSTM(Fused, nn.LSTM):  # type: ignore[misc]  # as said above
+class LSTM(_Fused, nn.LSTM):  # type: ignore[misc]  # as said above
     """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate of Gers et al., 2000).
 
-    Args:
-        input_size: Features D of a step.
-        hidden_size: Units H of a layer.
-        num_layers: Layers, each reading the states of the one below.
-        dropout: Share of the states that is set to zero between two layers, in training.
+    Arguments are those of :class:`RNN` without ``nonlinearity``.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
-    ) -> None:
-        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
 
-
-class GRU(Fused, nn.GRU):  # type: ignore[misc]  # as said above
+class GRU(_Fused, nn.GRU):  # type: ignore[misc]  # as said above
     """Gated recurrent units (Cho et al., arXiv:1406.1078).
 
-    Args:
-        input_size: Features D of a step.
-        hidden_size: Units H of a layer.
-        num_layers: Layers, each reading the states of the one below.
-        dropout: Share of the states that is set to zero between two layers, in training.
+    Arguments are those of :class:`RNN` without ``nonlinearity``.
     """
-
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
-    ) -> None:
-        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
 
 
 class BidirectionalLSTM(nn.Module):
     """Layers of two LSTMs, one of which reads each sequence from its last step to its first.
 
-    The reversed sequences are made by their lengths, so that padding stays behind: packing them, as
-    PyTorch's own bidirectional networks want it, would need the lengths on the CPU in each step.
+    The reversed sequences are made by their lengths, so that padding stays at the end: packing
+    them, as PyTorch's own bidirectional networks want it, would need the lengths on the CPU in each
+    step.
 
     Args:
         input_size: Features D of a step.
@@ -195,12 +179,12 @@ class BidirectionalLSTM(nn.Module):
         for number, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
             if number:
                 x = self.dropout(x)
-            x = torch.cat([ahead(x), reverse(back(reverse(x, lengths)), lengths)], 2)
+            x = torch.cat([ahead(x), _reverse(back(_reverse(x, lengths)), lengths)], 2)
         return x
 
 
-def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Sequences (B, T, D) from their last step to their first; the padding stays behind."""
+def _reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Sequences (B, T, D) from their last step to their first; the padding stays at the end."""
     if lengths is None:
         return x.flip(1)
     steps = torch.arange(x.shape[1], device=x.device)

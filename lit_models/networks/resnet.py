@@ -1,6 +1,6 @@
 """Residual networks. Dimensions: B batch, C channels, H height, W width, K classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv(in_channels, widths[0]), nn.ReLU(), nn.MaxPool2d(2))
-        stages = [stage(widths[0], widths[0], 1, blocks)]
-        stages += [stage(*pair, 2, blocks) for pair in pairwise(widths)]
+        self.stem = nn.Sequential(conv_norm(in_channels, widths[0]), nn.ReLU(), nn.MaxPool2d(2))
+        stages = [stage(ResidualBlock, widths[0], widths[0], 1, blocks)]
+        stages += [stage(ResidualBlock, *pair, 2, blocks) for pair in pairwise(widths)]
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(widths[-1], num_classes)
 
@@ -49,32 +49,38 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, outputs, stride=stride)
-        self.conv2 = conv(outputs, outputs, scale=0.0)
+        self.conv1 = conv_norm(inputs, outputs, stride=stride)
+        self.conv2 = conv_norm(outputs, outputs, scale=0.0)
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, stride)
+        self.shortcut = nn.Identity() if same else conv_norm(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, inputs, H, W) -> (B, outputs, H / s, W / s)
         residual = self.conv2(self.conv1(x).relu())
         return (self.shortcut(x) + residual).relu()
 
 
-def stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
-    """Residual blocks, of which the first may change the shape."""
-    rest = [ResidualBlock(outputs, outputs) for _ in range(blocks - 1)]
-    return nn.Sequential(ResidualBlock(inputs, outputs, stride), *rest)
-
-
-def conv(
-    inputs: int, outputs: int, size: int = 3, stride: int = 1, scale: float = 1.0
+def stage(
+    block: Callable[..., nn.Module], inputs: int, outputs: int, stride: int, blocks: int
 ) -> nn.Sequential:
-    """A convolution that divides the image's sides by the stride, and its batch normalisation.
+    """Residual blocks, of which the first may change the shape."""
+    rest = [block(outputs, outputs) for _ in range(blocks - 1)]
+    return nn.Sequential(block(inputs, outputs, stride), *rest)
 
-    The weights start as He et al. (arXiv:1502.01852) draw them for ReLU, the normalisation starts
-    with the factor ``scale``.
+
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that divides the image's sides by the stride.
+
+    The weights start as He et al. (arXiv:1502.01852) draw them for ReLU.
     """
     convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
+
+def conv_norm(
+    inputs: int, outputs: int, size: int = 3, stride: int = 1, scale: float = 1.0
+) -> nn.Sequential:
+    """A convolution and its batch normalisation, which starts with the factor ``scale``."""
     norm = nn.BatchNorm2d(outputs)
     nn.init.constant_(norm.weight, scale)
-    return nn.Sequential(convolution, norm)
+    return nn.Sequential(conv(inputs, outputs, size, stride), norm)

@@ -1,4 +1,4 @@
-"""David Page's residual network of nine layers, and what he changed about it step by step.
+"""David Page's residual network of nine layers, and his changes of it step by step.
 
 Dimensions: B batch, C channels, H height, W width, K classes, G images of a ghost batch.
 """
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from lit_models.networks.whitened_cnn import Residual
 from lit_models.networks.whitening import Whitening
 
+SCALE = 0.125  # of the logits
+
 
 class ResNet9(nn.Module):
     """The network of "How to train your ResNet" (Page, 2018 and 2019), each step a switch.
 
     As it stands it is that of part 4: a first convolution, three that halve the image, residual
-    pairs behind the first and the last of those, and a linear layer on the maxima over what is left
+    pairs after the first and the last of those, and a linear layer on the maxima over what is left
     of height and width. Part 8, "Bag of tricks", adds the switches: in
     ``configs/studies/train_your_resnet.yaml`` one after the other, in
     ``configs/cifar10_resnet9.yaml`` all.
@@ -33,7 +35,6 @@ class ResNet9(nn.Module):
         train_scales: Train the factor of each normalised channel. Frozen, the next layer's filters
             do its work, and the biases bear a far larger learning rate.
         whiten: Begin with fixed filters that whiten 3 x 3 patches, and a 1 x 1 convolution of them.
-        scale: Factor on the logits.
 
     Raises:
         ValueError: ``ghost`` is negative.
@@ -49,7 +50,6 @@ class ResNet9(nn.Module):
         ghost: int = 0,
         train_scales: bool = True,
         whiten: bool = False,
-        scale: float = 0.125,
     ) -> None:
         super().__init__()
         if ghost < 0:
@@ -81,7 +81,7 @@ class ResNet9(nn.Module):
         else:
             first = convolve(in_channels, width)
         self.layers = nn.Sequential(
-            *first,  # (B, width, H, W); H - 2 and W - 2 behind the whitening
+            *first,  # (B, width, H, W); H - 2 and W - 2 after the whitening
             *halve(width, 2 * width),
             residual(2 * width),
             *halve(2 * width, 4 * width),
@@ -89,11 +89,10 @@ class ResNet9(nn.Module):
             residual(8 * width),
         )
         self.head = nn.Linear(8 * width, num_classes, bias=False)
-        self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, K)
         x = self.layers(images)  # (B, 8 * width, H / 8, W / 8)
-        return self.head(x.amax((2, 3))) * self.scale
+        return self.head(x.amax((2, 3))) * SCALE
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
@@ -102,14 +101,13 @@ class GhostBatchNorm(nn.BatchNorm2d):
     The running averages weigh all groups nearly alike, and a batch nearly as they would otherwise.
     """
 
-    def __init__(self, channels: int, size: int, batch_momentum: float = 0.1) -> None:
+    def __init__(self, channels: int, size: int) -> None:
         super().__init__(channels)
         self.size = size
-        self.batch_momentum = batch_momentum
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         parts = x.split(self.size)
-        self.momentum = self.batch_momentum / len(parts)
+        self.momentum = 0.1 / len(parts)  # torch's default for the whole batch
         return torch.cat([super(GhostBatchNorm, self).forward(part) for part in parts])

@@ -6,27 +6,23 @@ several hypotheses of each), D embedding, V vocabulary.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lit_models.networks.attention import Attention, Block, KeysValues, check_heads, of_one_source
-from lit_models.networks.recurrent import check_choice, check_lengths, checked_dropout
-
-Positions = Literal["sinusoidal", "learned"]
-Embeddings = Literal["tied", "shared", "separate"]
-Norm = Literal["final", "inner", "none"]
+from lit_models.networks.attention import Attention, KeysValues, check_heads, of_one_source
+from lit_models.networks.recurrent import check_lengths, checked_dropout
 
 
 class Source(NamedTuple):
-    """What was read.
+    """An encoded source.
 
     Attributes:
-        memory: Of each layer of the decoder, the keys and values of the source.
-        visible: Which tokens are no padding, (B, 1, 1, S), or None for all.
+        memory: Keys and values of the source, for each layer of the decoder.
+        visible: Mask (B, 1, 1, S) of the tokens that are no padding, or None for all.
         tokens: The tokens (B, S).
-        keys: By which they are copied, (B, S, D), or None where they cannot be.
+        keys: Keys (B, S, D) of the pointer, or None without one.
     """
 
     memory: list[KeysValues]
@@ -45,12 +41,12 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What has been read and written so far; a step makes a new one and changes none.
+    """Source and prefix of the target; a step makes a new one and changes none.
 
     Args:
-        source: What was read, once for all hypotheses of it.
-        past: Of each layer, the keys and values of the tokens written; empty before the first.
-        written: Number of these tokens.
+        source: The encoded source, once for all its hypotheses.
+        past: Keys and values of the prefix, for each layer; empty before the first token.
+        written: Number of tokens of the prefix.
     """
 
     source: Source
@@ -69,7 +65,7 @@ class DecoderState:
 
 
 class Encoder(nn.Module):
-    """Reads a sequence; networks that do it alike can take over each other's weights.
+    """Encoder of a sequence; networks with the same one can load each other's weights.
 
     It makes no parameters; a subclass does, under these names.
     """
@@ -81,12 +77,13 @@ class Encoder(nn.Module):
     dropout: nn.Dropout
     max_length: int
 
-    def read(self, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is known of each token (B, S), (B, S, D), and which are no padding (B, 1, 1, S)."""
+    def encode(self, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Encode tokens (B, S) to (B, S, D), with the mask (B, 1, 1, S) of those not padding."""
         visible = None
         if lengths is not None:
             check_lengths(lengths, tokens)
-            visible = ~padding_mask(lengths, tokens.shape[1])[:, None, None]
+            places = torch.arange(tokens.shape[1], device=lengths.device)
+            visible = (places < lengths[:, None])[:, None, None]
         x = self.embed(tokens, self.source_embedding)  # (B, S, D)
         for layer in self.encoder:
             x = layer(x, visible)
@@ -107,9 +104,9 @@ class Encoder(nn.Module):
 class Transformer(Encoder):
     """Encoder and decoder of Vaswani et al. (arXiv:1706.03762), with LayerNorm before each block.
 
-    Source and target share one vocabulary. Sources of different length are padded behind their end,
-    and ``lengths`` (B,) says where each one ends. A padded target needs no lengths: no output
-    depends on a later token.
+    Source, target and output layer share one vocabulary and one embedding. Sources of different
+    length are padded after their end, and ``lengths`` (B,) says where each one ends. A padded
+    target needs no lengths: no output depends on a later token.
 
     Args:
         vocab_size: Number of tokens V.
@@ -121,14 +118,7 @@ class Transformer(Encoder):
         dropout: Share set to zero, in training, of the embedded tokens, of the attention's weights
             and of what each block adds.
         max_length: The most tokens of a source or a target.
-        positions: What is added to tell one place from another, ``sinusoidal`` or ``learned``.
-        embeddings: ``tied``: source, target and output layer share one matrix; ``shared``: source
-            and target do; ``separate``: none do.
-        output_bias: Whether the output layer has a bias.
-        bias: Whether all other layers have one.
-        norm: Where LayerNorm stands: before each block and behind the last one of encoder and
-            decoder (``final``), before each block alone (``inner``), or nowhere (``none``).
-        copy: Whether a token may also be copied from the source: the decoder points at one, and a
+        copy: Also copy tokens of the source: the decoder points at one, and a
             gate g says how probable that is, p = g p_copy + (1 - g) p_vocabulary (See et al.,
             arXiv:1704.04368; for correction Zhao et al., arXiv:1903.00138). Logits are log p then.
 
@@ -146,49 +136,34 @@ class Transformer(Encoder):
         hidden_size: int = 256,
         dropout: float = 0.1,
         max_length: int = 512,
-        positions: Positions = "sinusoidal",
-        embeddings: Embeddings = "tied",
-        output_bias: bool = False,
-        bias: bool = True,
-        norm: Norm = "final",
         copy: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("positions", positions, get_args(Positions))
-        check_choice("embeddings", embeddings, get_args(Embeddings))
-        check_choice("norm", norm, get_args(Norm))
         if min(num_encoder_layers, num_decoder_layers) < 1:
             raise ValueError(
                 "num_encoder_layers and num_decoder_layers must be at least 1, got "
                 f"{num_encoder_layers} and {num_decoder_layers}."
             )
         check_heads(num_heads, embedding_dim)
-        block = Block(embedding_dim, num_heads, hidden_size, dropout, bias, norm != "none")
-        self.encoder = nn.ModuleList(EncoderLayer(block) for _ in range(num_encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(block) for _ in range(num_decoder_layers))
-        final = block._replace(norm=norm == "final")
-        self.encoder_norm, self.decoder_norm = final.make_norm(), final.make_norm()
+        sizes = embedding_dim, num_heads, hidden_size, dropout
+        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(num_encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(num_decoder_layers))
+        self.encoder_norm, self.decoder_norm = (
+            nn.LayerNorm(embedding_dim),
+            nn.LayerNorm(embedding_dim),
+        )
         self.dropout = checked_dropout(dropout)
         self.max_length = max_length
 
-        self.source_embedding = nn.Embedding(vocab_size, embedding_dim)
-        self.target_embedding = self.source_embedding
-        if embeddings == "separate":
-            self.target_embedding = nn.Embedding(vocab_size, embedding_dim)
-        for embedding in (self.source_embedding, self.target_embedding):
-            nn.init.normal_(embedding.weight, std=embedding_dim**-0.5)
-        self.output = nn.Linear(embedding_dim, vocab_size, bias=output_bias)
-        if embeddings == "tied":
-            self.output.weight = self.source_embedding.weight
+        self.source_embedding = self.target_embedding = nn.Embedding(vocab_size, embedding_dim)
+        for _ in range(2):  # once would draw other weights than the same seed gave before
+            nn.init.normal_(self.source_embedding.weight, std=embedding_dim**-0.5)
+        self.output = nn.Linear(embedding_dim, vocab_size, bias=False)
+        self.output.weight = self.source_embedding.weight
 
         self.pointer = Pointer(embedding_dim) if copy else None
-
-        if positions == "learned":
-            self.positions = nn.Parameter(torch.empty(max_length, embedding_dim))
-            nn.init.normal_(self.positions, std=embedding_dim**-0.5)
-        else:
-            table = sinusoidal_positions(max_length, embedding_dim)
-            self.register_buffer("positions", table, persistent=False)
+        table = sinusoidal_positions(max_length, embedding_dim)
+        self.register_buffer("positions", table, persistent=False)
 
     def forward(self, source: Tensor, target_in: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the token that follows each one of the target.
@@ -202,14 +177,14 @@ class Transformer(Encoder):
         return logits
 
     def start(self, source: Tensor, lengths: Tensor | None = None) -> DecoderState:
-        """Read the source (B, S): the state before anything is written."""
-        x, visible = self.read(source, lengths)
+        """Encode the source (B, S): the state before the first token of the target."""
+        x, visible = self.encode(source, lengths)
         memory = [layer.cross_attention.keys_values(x) for layer in self.decoder]  # type: ignore[operator, union-attr]
         keys = self.pointer.key(x) if self.pointer else None
         return DecoderState(Source(memory, visible, source, keys), past=[])
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Write one token (N,) more; returns log probabilities (N, V) of the next, and the state.
+        """Append one token (N,); return log probabilities (N, V) of the next, and the state.
 
         Only the new token is computed: the keys and values of those before are in the state.
         """
@@ -217,7 +192,7 @@ class Transformer(Encoder):
         return logits[:, 0].log_softmax(1), state
 
     def decode(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Write tokens (N, T), all at once into an empty state or one by one."""
+        """Append tokens (N, T), all at once to an empty state or one by one: logits (N, T, V)."""
         x = self.embed(tokens, self.target_embedding, state.written)  # (N, T, D)
         pasts: list[KeysValues | None] = [*state.past] or [None] * len(self.decoder)
         now = []
@@ -232,7 +207,7 @@ class Transformer(Encoder):
 
 
 class Pointer(nn.Module):
-    """Copies tokens of the source where that is more probable than a token of the vocabulary."""
+    """Mixture of the vocabulary and of copying a token of the source."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -244,9 +219,9 @@ class Pointer(nn.Module):
         """Log probabilities (N, T, V) of the tokens, copied or not.
 
         Args:
-            x: What the decoder knows of each place, (N, T, D).
+            x: States of the decoder, (N, T, D).
             logits: Of the vocabulary, (N, T, V).
-            source: What can be copied, of B sources.
+            source: B sources, from which is copied.
         """
         assert source.keys is not None
         asking = of_one_source(x, source.tokens)  # (B, N / B T, D)
@@ -261,11 +236,6 @@ class Pointer(nn.Module):
         return p.clamp_min(torch.finfo(p.dtype).tiny).log().view_as(logits)
 
 
-def padding_mask(lengths: Tensor, size: int) -> Tensor:
-    """Mask (B, size), True where padding."""
-    return torch.arange(size, device=lengths.device) >= lengths[:, None]
-
-
 def sinusoidal_positions(length: int, dim: int) -> Tensor:
     """Positions (length, dim): p_t = [..., sin(w_k t), cos(w_k t), ...], w_k = 1 / 10000^(2k/dim).
 
@@ -277,13 +247,15 @@ def sinusoidal_positions(length: int, dim: int) -> Tensor:
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, block: Block) -> None:
+    def __init__(self, dim: int, num_heads: int, hidden_size: int, dropout: float) -> None:
         super().__init__()
-        self.attention_norm = block.make_norm()
-        self.attention = Attention(block)
-        self.feed_forward_norm = block.make_norm()
-        self.feed_forward = block.make_feed_forward()
-        self.dropout = nn.Dropout(block.dropout)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, dropout)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, hidden_size), nn.ReLU(), nn.Linear(hidden_size, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
         normed = self.attention_norm(x)
@@ -292,10 +264,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(EncoderLayer):
-    def __init__(self, block: Block) -> None:
-        super().__init__(block)
-        self.cross_attention_norm = block.make_norm()
-        self.cross_attention = Attention(block)
+    def __init__(self, dim: int, num_heads: int, hidden_size: int, dropout: float) -> None:
+        super().__init__(dim, num_heads, hidden_size, dropout)
+        self.cross_attention_norm = nn.LayerNorm(dim)
+        self.cross_attention = Attention(dim, num_heads, dropout)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, past: KeysValues | None, memory: KeysValues, visible: Tensor | None

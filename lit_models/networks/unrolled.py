@@ -2,7 +2,7 @@
 
 Dimensions: B batch, T time, D features, H state.
 
-Each keeps to the interface of :mod:`lit_models.networks.recurrent`. What depends on the inputs
+Each keeps to the interface of :mod:`lit_models.networks.recurrent`. All that depends on the inputs
 alone is computed for all steps together, so that a step costs one matrix product and its
 activation.
 """
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_models.networks.recurrent import check_choice, checked_dropout
+from lit_models.networks.recurrent import check_choice
 
 Nonlinearity = Literal["identity", "relu", "tanh"]
 Init = Literal["torch", "orthogonal", "identity"]
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[Nonlinearity, Callable[[Tensor], Tensor]] = {
 
 
 class State(nn.Identity):
-    """The place in a layer through which each of its states passes, (B, H): one to hook."""
+    """Place of a layer that each of its states (B, H) passes: one to hook."""
 
 
 class Layer(nn.Module):
@@ -56,10 +56,10 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers above each other, with dropout between them.
+    """Layers above each other.
 
     Args:
-        make_layer: Makes a layer of H units that reads so many features.
+        make_layer: Makes a layer of H units from the number of features that it reads.
     """
 
     def __init__(
@@ -68,20 +68,16 @@ class Stack(nn.Module):
         input_size: int,
         hidden_size: int,
         num_layers: int,
-        dropout: float,
     ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}.")
         sizes = [input_size, *[hidden_size] * (num_layers - 1)]
-        self.layers = nn.ModuleList(make_layer(size) for size in sizes)
-        self.dropout = checked_dropout(dropout)
+        self.layers = nn.Sequential(*map(make_layer, sizes))
         self.state_size = hidden_size
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            x = layer(self.dropout(x) if number else x)
-        return x
+        return self.layers(x)
 
 
 class VanillaRNN(Stack):
@@ -94,8 +90,7 @@ class VanillaRNN(Stack):
         hidden_size: Units H of a layer.
         num_layers: Layers, each reading the states of the one below.
         nonlinearity: The activation sigma.
-        bias: Whether there is b.
-        dropout: Share of the states that is set to zero between two layers, in training.
+        bias: Add b.
         weight_scale: Factor on W_h as it is drawn, whose largest |eigenvalue| is about 0.58 of it.
         init: ``torch`` draws W_h as the other weights. All |eigenvalues| of an ``orthogonal`` one
             (Saxe et al., arXiv:1312.6120) and of the ``identity`` (Le et al., arXiv:1504.00941)
@@ -110,7 +105,6 @@ class VanillaRNN(Stack):
         num_layers: int = 1,
         nonlinearity: Nonlinearity = "tanh",
         bias: bool = True,
-        dropout: float = 0.0,
         weight_scale: float = 1.0,
         init: Init = "torch",
         truncation: int | None = None,
@@ -126,7 +120,6 @@ class VanillaRNN(Stack):
             input_size,
             hidden_size,
             num_layers,
-            dropout,
         )
 
 
@@ -178,18 +171,14 @@ class VanillaLSTM(Stack):
         input_size: Features D of a step.
         hidden_size: Units H of a layer.
         num_layers: Layers, each reading the states of the one below.
-        dropout: Share of the states that is set to zero between two layers, in training.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1) -> None:
         super().__init__(
             lambda size: VanillaLSTMLayer(size, hidden_size),
             input_size,
             hidden_size,
             num_layers,
-            dropout,
         )
 
 
@@ -220,14 +209,11 @@ class GatedRNN(Stack):
         input_size: Features D of a step.
         hidden_size: Units H of a layer.
         num_layers: Layers, each reading the states of the one below.
-        dropout: Share of the states that is set to zero between two layers, in training.
     """
 
-    def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1) -> None:
         super().__init__(
-            lambda size: GatedLayer(size, hidden_size), input_size, hidden_size, num_layers, dropout
+            lambda size: GatedLayer(size, hidden_size), input_size, hidden_size, num_layers
         )
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lit_models.networks.whitening import Whitening
 
+SCALE = 1 / 9  # of the logits; small ones at the start suit a large learning rate
+
 
 class WhitenedCNN(nn.Module):
-    """Three groups of 3 x 3 convolutions behind a fixed layer that whitens 2 x 2 patches.
+    """Three groups of 3 x 3 convolutions after a fixed layer that whitens 2 x 2 patches.
 
     The shape of the airbench networks (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU",
     arXiv:2404.00498, section 3): with two convolutions a group that of airbench94, with three, the
@@ -24,7 +26,6 @@ class WhitenedCNN(nn.Module):
         num_classes: Number of classes K.
         widths: Channels of the three groups.
         in_channels: Channels C of the images.
-        scale: Factor on the logits; small logits at the start suit a large learning rate.
         convolutions: Convolutions of a group.
     """
 
@@ -33,7 +34,6 @@ class WhitenedCNN(nn.Module):
         num_classes: int = 10,
         widths: Sequence[int] = (32, 128, 128),
         in_channels: int = 3,
-        scale: float = 1 / 9,
         convolutions: Literal[2, 3] = 2,
     ) -> None:
         super().__init__()
@@ -43,12 +43,11 @@ class WhitenedCNN(nn.Module):
             *(group(*pair, residual=convolutions == 3) for pair in pairwise(sizes))
         )
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
-        self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, 32, 32) -> (B, K)
         x = nn.functional.gelu(self.whiten(images))  # (B, 24, 31, 31)
         x = self.groups(x)  # (B, widths[-1], 3, 3)
-        return self.head(x.amax((2, 3))) * self.scale
+        return self.head(x.amax((2, 3))) * SCALE
 
 
 class Residual(nn.Sequential):

@@ -11,7 +11,7 @@ class Whitening(nn.Conv2d):
     """A convolution whose filters are the principal components of patches, scaled to unit variance.
 
     Page, "How to train your ResNet 8: Bag of tricks". With ``mirrored`` the negatives of all
-    filters come behind them, so that what an activation cuts off is not lost (hlb-CIFAR10). The
+    filters come after them, so that nothing is lost that an activation cuts off (hlb-CIFAR10). The
     filters come from images, by :meth:`init_from_data`, and are not trained; a bias is.
 
     Args:
@@ -32,17 +32,17 @@ class Whitening(nn.Conv2d):
         self.mirrored = mirrored
 
     @torch.no_grad()
-    def init_from_data(self, images: Tensor, eps: float = 5e-4) -> None:
+    def init_from_data(self, images: Tensor) -> None:
         """Set the filters so that their outputs over ``images`` (B, C, H, W) are decorrelated.
 
         Args:
             images: Normalised training images without augmentation; a few thousand are enough.
-            eps: Added to the eigenvalues, so that flat directions are not blown up.
         """
         patches = nn.functional.unfold(images, self.kernel_size)  # (B, C * K * K, P)
         patches = patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + eps).sqrt()).T.flip(0)  # strongest direction first
+        # the constant keeps flat directions from being blown up
+        filters = (directions / (variances + 5e-4).sqrt()).T.flip(0)  # strongest direction first
         # an eigenvector's sign is arbitrary: fix it, so that every machine gets the same filters
         filters *= filters.gather(1, filters.abs().argmax(1, keepdim=True)).sign()
         filters = filters.reshape(-1, *self.weight.shape[1:])

@@ -4,6 +4,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from lit_models.networks.resnet import conv, stage
+
 
 class WideResNet(nn.Module):
     """A wide residual network, WRN-``depth``-``widen`` (Zagoruyko, Komodakis, arXiv:1605.07146).
@@ -33,7 +35,7 @@ class WideResNet(nn.Module):
         self.stem = conv(in_channels, widths[0])
         self.stages = nn.Sequential(
             *(
-                stage(*pair, stride, blocks)
+                stage(PreActivationBlock, *pair, stride, blocks)
                 for pair, stride in zip(pairwise(widths), (1, 2, 2), strict=True)
             )
         )
@@ -61,16 +63,3 @@ class PreActivationBlock(nn.Module):
         active = self.norm1(x).relu()
         kept = x if self.shortcut is None else self.shortcut(active)
         return kept + self.conv2(self.norm2(self.conv1(active)).relu())
-
-
-def stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
-    """Residual blocks, of which the first may change the shape."""
-    rest = [PreActivationBlock(outputs, outputs) for _ in range(blocks - 1)]
-    return nn.Sequential(PreActivationBlock(inputs, outputs, stride), *rest)
-
-
-def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that divides the image's sides by the stride."""
-    convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution

@@ -12,12 +12,12 @@ from lit_models.optimizers.orthogonal import by_dimension
 class BiasScaledSGD(torch.optim.SGD):
     """Nesterov's SGD with a larger learning rate for biases and gains.
 
-    Behind batch normalisation a bias decides which share of its channel is let through, and that
+    After batch normalisation a bias decides which share of its channel is let through, and that
     can change fast without harm: 64 times the learning rate is usual (Page, "How to train your
     ResNet 5"; arXiv:2404.00498, section 3.4). The decay per step is that of the other weights.
 
     Args:
-        params: What is trained.
+        params: Parameters to train.
         lr: Learning rate of matrices and filters.
         bias_scale: Learning rate of vectors in units of ``lr``.
         momentum: Share of the old in the sum of gradients.

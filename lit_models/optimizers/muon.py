@@ -11,6 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from lit_models.optimizers.orthogonal import evaluate, muon_updates, states
 
+ADAMW_SCALE = 0.15  # learning rate of AdamW, in units of lr
+
 
 class Muon(Optimizer):
     """MomentUm Orthogonalized by Newton-Schulz (https://kellerjordan.github.io/posts/muon/).
@@ -28,13 +30,10 @@ class Muon(Optimizer):
     Learning rate and weight decay are those of the parameter group, so schedules act on all alike.
 
     Args:
-        params: What is trained, from the inputs to the outputs.
+        params: Parameters to train, from the inputs to the outputs.
         lr: Learning rate of the matrices.
         momentum: Share of the old in the moving average of gradients; Nesterov's look ahead is on.
         weight_decay: Decoupled, that is ``lr * weight_decay`` of every weight is lost.
-        adamw_scale: Learning rate of AdamW, in units of ``lr``.
-        adamw_betas: Shares of the old in AdamW's two averages.
-        steps: Iterations of Newton-Schulz.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -46,27 +45,17 @@ class Muon(Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        adamw_scale: float = 0.15,
-        adamw_betas: tuple[float, float] = (0.9, 0.999),
-        steps: int = 5,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"lr must not be negative, got {lr}.")
-        for share in (momentum, *adamw_betas):
-            if not 0 <= share < 1:
-                raise ValueError(f"momentum and adamw_betas must be in [0, 1), got {share}.")
-        for name, value in (("weight_decay", weight_decay), ("adamw_scale", adamw_scale)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}; 0 turns it off.")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}; 5 are usual.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "adamw_scale": adamw_scale,
-            "adamw_betas": adamw_betas,
-            "steps": steps,
             "decoupled_weight_decay": True,  # torch's word for it, also for our callbacks
         }
         super().__init__(params, defaults)
@@ -91,7 +80,7 @@ class Muon(Optimizer):
         averages = states(self, params, "momentum_buffer")
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov
-        updates = muon_updates(list(ahead), group["steps"])
+        updates = muon_updates(list(ahead))
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def _step_by_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -107,9 +96,9 @@ class Muon(Optimizer):
             [],
             [self.state[p]["step"] for p in params],
             amsgrad=False,
-            beta1=group["adamw_betas"][0],
-            beta2=group["adamw_betas"][1],
-            lr=group["adamw_scale"] * group["lr"],
+            beta1=0.9,
+            beta2=0.999,
+            lr=ADAMW_SCALE * group["lr"],
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,

@@ -10,6 +10,10 @@ from torch.optim.sgd import sgd
 
 from lit_models.optimizers.orthogonal import by_dimension, evaluate, orthogonal_updates, states
 
+SGD_MOMENTUM = 0.85  # of biases and output layer
+DECAY = 0.004  # share of these that a step at the full learning rate takes away without momentum
+STEPS = 3  # iterations of Newton-Schulz
+
 
 class MuonSGD(Optimizer):
     """Muon on filters of fixed norm, Nesterov's SGD on biases and output layer.
@@ -24,16 +28,12 @@ class MuonSGD(Optimizer):
     multiply, as :class:`Triangle` does.
 
     Args:
-        params: What is trained, from the inputs to the outputs; the last matrix is the output
+        params: Parameters to train, from the inputs to the outputs; the last matrix is the output
             layer.
         lr: Learning rate of the filters: the length of an update relative to the filters.
         momentum: Share of the old in the sum of the filters' gradients; Nesterov's look ahead.
         bias_lr: Learning rate of vectors.
         head_lr: Learning rate of the output layer.
-        sgd_momentum: Momentum of these two.
-        decay: Share of them that is added to the gradient, times the inverse of the learning rate:
-            what a step at the full rate would take away without momentum.
-        steps: Iterations of Newton-Schulz.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -46,33 +46,22 @@ class MuonSGD(Optimizer):
         momentum: float = 0.6,
         bias_lr: float = 106.0,
         head_lr: float = 1.75,
-        sgd_momentum: float = 0.85,
-        decay: float = 0.004,
-        steps: int = 3,
     ) -> None:
         for name, rate in (("lr", lr), ("bias_lr", bias_lr), ("head_lr", head_lr)):
             if not rate > 0:
                 raise ValueError(f"{name} must be positive, got {rate}.")
-        for name, share in (
-            ("momentum", momentum),
-            ("sgd_momentum", sgd_momentum),
-            ("decay", decay),
-        ):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {share}.")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}; 3 to 5 are usual.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
         matrices, vectors = by_dimension(params)
         filters, head = matrices[:-1], matrices[-1:]
-        by_sgd = {"momentum": sgd_momentum, "steps": 0}
         groups: list[dict[str, Any]] = [
             {"name": "filters", "params": filters, "lr": lr, "momentum": momentum},
-            {"name": "biases", "params": vectors, "lr": bias_lr, **by_sgd},
-            {"name": "head", "params": head, "lr": head_lr, **by_sgd},
+            {"name": "biases", "params": vectors, "lr": bias_lr, "momentum": SGD_MOMENTUM},
+            {"name": "head", "params": head, "lr": head_lr, "momentum": SGD_MOMENTUM},
         ]
         for group in groups:
-            group["weight_decay"] = 0.0 if group["name"] == "filters" else decay / group["lr"]
-        super().__init__([group for group in groups if group["params"]], {"steps": steps})
+            group["weight_decay"] = 0.0 if group["name"] == "filters" else DECAY / group["lr"]
+        super().__init__([group for group in groups if group["params"]], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,15 +71,15 @@ class MuonSGD(Optimizer):
             gradients = [p.grad for p in params]
             if not params:
                 continue
-            if group["steps"]:
-                normalize_filters([p for p in params if not self.state[p]])  # at the first step
+            if group["name"] == "filters":
+                _normalize([p for p in params if not self.state[p]])  # at the first step
                 sums = states(self, params, "momentum_buffer")
                 torch._foreach_mul_(sums, group["momentum"])
                 torch._foreach_add_(sums, gradients)
                 ahead = torch._foreach_add(gradients, sums, alpha=group["momentum"])
-                updates = orthogonal_updates(list(ahead), group["steps"])
+                updates = orthogonal_updates(list(ahead), STEPS)
                 torch._foreach_add_(params, updates, alpha=-group["lr"])
-                normalize_filters(params)
+                _normalize(params)
                 continue
             sgd(
                 params,
@@ -101,14 +90,14 @@ class MuonSGD(Optimizer):
                 momentum=group["momentum"],
                 lr=group["lr"],
                 dampening=0.0,
-                nesterov=group["momentum"] > 0,
+                nesterov=True,
                 maximize=False,
                 foreach=True,
             )
         return loss
 
 
-def normalize_filters(filters: list[Tensor]) -> None:
+def _normalize(filters: list[Tensor]) -> None:
     """Scale each layer's filters (R, ...) to a root mean square norm of one, in place."""
     if filters:
         norms = torch._foreach_norm(filters)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero, and near one in [0.7, 1.2]
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero, and near one in [0.7, 1.2]
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:
@@ -33,19 +33,16 @@ def states(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor
     return [optimizer.state[p][name] for p in params]
 
 
-def muon_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
+def muon_updates(momenta: list[Tensor]) -> list[Tensor]:
     """Orthogonalised momenta, each (R, ...) as a matrix (R, C), with a root mean square of 0.2."""
-    updates = orthogonal_updates(momenta, steps)
+    updates = orthogonal_updates(momenta)
     for momentum, update in zip(momenta, updates, strict=True):
         update.mul_(0.2 * max(momentum.flatten(1).shape) ** 0.5)
     return updates
 
 
 def orthogonal_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
-    """Momenta, each (R, ...) as a matrix (R, C), with singular values of about one.
-
-    Those of one shape are worked on together.
-    """
+    """Momenta, each (R, ...) as a matrix (R, C), with singular values of about one."""
     by_shape: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, momentum in enumerate(momenta):
         by_shape[(momentum.device, momentum.dtype, *momentum.flatten(1).shape)].append(i)
@@ -58,18 +55,18 @@ def orthogonal_updates(momenta: list[Tensor], steps: int = 5) -> list[Tensor]:
     return updates
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Set the singular values of matrices (N, R, C) to about one, by a quintic Newton-Schulz.
 
     For X = U S V' an iteration gives U p(S) V' with p(s) = a s + b s^3 + c s^5: multiplications
     alone, in bfloat16 on a GPU that multiplies it natively and in float32 elsewhere.
     """
-    a, b, c = QUINTIC
+    a, b, c = _QUINTIC
     native = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     x = matrices.to(torch.bfloat16 if native else torch.float32)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT  # the smaller Gram matrix
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values of one at most
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of one at most
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
