@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import UserError
-from datamodules.text.error_synthesis import GRAMMAR_WORDS, inflection
+from datamodules.text.english import GRAMMAR_WORDS, inflection
 
 MAX_EDITS = 2
 MIN_COUNT = 2  # of a word or a pair in the books; what stands there once may be a slip
