@@ -137,11 +137,30 @@ _OF_MODELS = tuple(
     for name, options in _MODELS.items()
     for option, default in options.items()
 )
+_NOVELS = ("austen-emma", "austen-sense", "bryant-stories", "chesterton-ball", "chesterton-brown",
+           "edgeworth-parents", "melville-moby_dick")  # fmt: skip
+_OF_BOOKS = {
+    "books": [*_NOVELS],
+    "val_books": ["burgess-busterbrown", "carroll-alice"],
+    "test_books": ["austen-persuasion", "chesterton-thursday"],
+    "max_tokens": 80,
+}
+_OF_MASKS = {"mask_fraction": 0.15, "random_fraction": 0.1, "kept_fraction": 0.1}
+_TEXT = tuple(
+    Removed(f"datamodules.{name}", option, default, "0.1.0", f"derive a class that sets {option}.")
+    for name, options in {
+        "GrammarDataModule": _OF_BOOKS,
+        "MaskedBooksDataModule": _OF_BOOKS | _OF_MASKS,
+    }.items()
+    for option, default in options.items()
+)
 Setting = Removed | Renamed | OwnClass
 SETTINGS: tuple[Setting, ...] = (
     *_OF_MODELS,
     OwnClass("lit_models.LitClassifier", "cutmix", 0.0, "lit_models.LitCutMix", "0.1.0"),
     Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
+    *_TEXT,
+    Removed("callbacks.CorrectionTable", "shown", 100, "0.1.0", "corrections.csv has all rows."),
 )
 
 

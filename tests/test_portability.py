@@ -111,7 +111,7 @@ from pathlib import Path
 import datamodules
 from core.telling import told_in_one_sentence
 from datamodules.image_files.archives import unpack
-from datamodules.text.error_synthesis import lookup
+from datamodules.text.english import lookup
 from datamodules.text.subwords import Subwords
 for use in (
     lambda: unpack(Path("train.7z"), Path("train")),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"train", "predict", "submit", "study", "spikes"}
-LONG = {"datamodules/text/error_synthesis.py", "callbacks/training/training_cost.py"}
+LONG = {"callbacks/training/training_cost.py"}
 ROOMS = ("core", "pipeline", "callbacks", "lit_models", "datamodules", "metrics", "steadyfit")
 
 

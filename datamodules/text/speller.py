@@ -28,7 +28,7 @@ AN = re.compile(r"(?!eu|ewe|uni[^mn]|us[aeu]|ut[ei]|ubi|one|once)[aeiou]|hour|ho
 
 
 class Weights(NamedTuple):
-    """Costs in nats, fitted on made misspellings by ``python -m benchmarks.speller_weights``.
+    """Costs in nats, fitted on made misspellings of the validation books (docs/grammar.md).
 
     Made ones leave the first letter and the blanks alone: ``first`` and ``split`` are set by hand.
     """
@@ -75,15 +75,15 @@ class Speller:
         self.total = sum(count for words, count in self.number.items() if " " not in words)
 
     @classmethod
-    def learn(cls, sentences: Iterable[str], weights: Weights = Weights()) -> "Speller":  # noqa: B008
-        """The speller that knows the words of sentences, which stand between blanks."""
+    def learn(cls, sentences: Iterable[str]) -> "Speller":
+        """Learn the words of sentences, which stand between blanks."""
         found = Counter[str]()
         for sentence in sentences:
             tokens = sentence.split(" ")
             found.update(tokens)  # with their capitals, so that names are known
             found.update(" ".join(pair).lower() for pair in pairwise(tokens))
         counts = (f"{n} {words}" for words, n in found.items() if n >= MIN_COUNT)
-        return cls("\n".join((" ".join(map(str, weights)), *counts)))
+        return cls("\n".join((" ".join(map(str, Weights())), *counts)))
 
     @cached_property
     def words(self) -> frozenset[str]:
