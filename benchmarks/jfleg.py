@@ -5,9 +5,9 @@
     python -m benchmarks.jfleg data/jfleg/dev corrected.txt    # a line for each of dev.src
 
 JFLEG is split once, by a hash of the sentence: rates of errors come from the first half
-(``configs/grammar_learners.yaml``), results are those of the second; the whole stands beside them for
-comparison with the figures of others. A person is scored against the other three, all else against
-all four. F0.5, precision and recall are MaxMatch's. In brackets are 95 % intervals of the
+(``configs/grammar_learners.yaml``), results are those of the second; the whole stands beside them
+for comparison with the figures of others. A person is scored against the other three, all else
+against all four. F0.5, precision and recall are MaxMatch's. In brackets are 95 % intervals of the
 difference to doing nothing and to rules + speller, by 1,000 paired resamples of the sentences
 (seed 0).
 """

@@ -484,7 +484,8 @@ def test_real_samples_are_found_again(name: str, real_data: Path) -> None:
 
 
 @pytest.mark.real_data
-def test_real_corrections_are_found_again(real_data: Path) -> None:
+def test_real_corrections_are_found_again(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GrammarDataModule, "max_tokens", 1000)
     source = real_data / "jfleg" / "dev" / "dev.src"
-    data = begun(GrammarDataModule, real_data, train=str(source), vocab_size=300, max_tokens=1000)
+    data = begun(GrammarDataModule, real_data, train=str(source), vocab_size=300)
     check_names(data, line_of, sources_in, epoch=1, batches=2)
