@@ -73,7 +73,7 @@ def correctors(data: GrammarDataModule, run: str | None) -> dict[str, Corrector]
 
 @cache
 def resamples(size: int) -> np.ndarray:
-    """How often each sentence is drawn, (1 + RESAMPLES, N); the first time each once."""
+    """Counts of each sentence in each draw, (1 + RESAMPLES, N); the first draw has each once."""
     drawn = np.random.default_rng(0).multinomial(size, [1 / size] * size, RESAMPLES)
     return np.concatenate([np.ones((1, size), int), drawn])
 
@@ -91,7 +91,7 @@ def gleu_samples(gold: list[M2Sentence], lines: list[str]) -> np.ndarray:
 
 
 def best_scores(of_people: list[list[EditScore]]) -> list[EditScore]:
-    """Of each sentence, with the annotator who is best for the whole."""
+    """Scores of each sentence, with the annotator who is best for the whole."""
     total, chosen = EditScore(), []
     for people in of_people:
         after = best_sum([[total], people])
@@ -212,8 +212,8 @@ def examples(made: list[M2Sentence], lines: list[str]) -> str:
         changes = extract_edits(sentence.source, written)
         if changes and len(shown[written == right]) < SHOWN:
             text = marked(Line.of_words(sentence.source), changes, styled=False).plain
-            told = "" if written == right else f"\n  right: {right}"
-            shown[written == right].append(f"- {text}{told}")
+            expected = "" if written == right else f"\n  right: {right}"
+            shown[written == right].append(f"- {text}{expected}")
     return "\n".join(["Right:", "", *shown[True], "", "Wrong:", "", *shown[False], ""])
 
 

@@ -357,9 +357,9 @@ def test_corrects_lines_of_any_kind(
 def test_a_speller_before_a_network_that_has_none(run: Path) -> None:
     lines = ["My sistr walked to the the house every day .", "the old man ."]
     found = jfleg.correctors(GrammarDataModule(), str(run))
-    alone, behind = found["network"](lines), found["network + speller"](lines)
+    alone, together = found["network"](lines), found["network + speller"](lines)
     assert "sister" not in alone[0]
-    assert behind[0] == "My sister walked to the house every day ."
+    assert together[0] == "My sister walked to the house every day ."
     assert found["rules + speller"](lines)[1] == "The old man ."
 
 

@@ -155,9 +155,9 @@ def test_corrects_without_a_run(books: Path, capsys: pytest.CaptureFixture[str])
     assert Path("out.txt").read_text() == "My  sister walked to the garden.\n\nThe old man.\n"
     assert "[-my-]{+My+}  [-sistr-]{+sister+}" in capsys.readouterr().out
     predict.main(["--speller", "--json", "--text", "a old man"])
-    told = json.loads(capsys.readouterr().out)
-    assert told["output"] == "An old man"
-    assert told["edits"] == [{"start": 0, "end": 1, "source": "a", "correction": "An"}]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["output"] == "An old man"
+    assert printed["edits"] == [{"start": 0, "end": 1, "source": "a", "correction": "An"}]
     assert sorted(path.name for path in books.iterdir()) == ["data", "in.txt", "out.txt"]
 
 

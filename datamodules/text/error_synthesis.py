@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ErrorSynthesis:
-    """Puts errors into clean sentences, and knows the edits that take them out again.
+    """Put errors into clean sentences, and know the edits that take them out again.
 
     The number of errors in a sentence is geometric, at least 1 and at most a quarter of its tokens.
     A sentence's errors depend on nothing but the seed, the epoch and its index.
@@ -84,7 +84,7 @@ class ErrorSynthesis:
     def corrupt(
         self, tokens: Sequence[str], epoch: int, index: int
     ) -> tuple[list[str], list[Edit]]:
-        """A sentence with errors, and the edits of it that restore the clean one.
+        """Put errors into a sentence; with it come the edits that restore the clean one.
 
         Args:
             tokens: The clean sentence; no token is empty or has white space in it.
@@ -101,7 +101,7 @@ class ErrorSynthesis:
         return _rewrite(tokens, self.draw(tokens, number, rng))
 
     def draw(self, tokens: Sequence[str], number: int, rng: Random) -> list[Error]:
-        """Up to ``number`` errors, with a token at least between any two of them."""
+        """Draw up to ``number`` errors, with a token at least between any two of them."""
         lowered = _lower_start(tokens)
         kinds = {kind: weight for kind, weight in (KINDS | dict(self.weights)).items() if weight}
         rules: dict[str, dict[Rule, float]] = {}  # those that may still find a place
@@ -137,7 +137,10 @@ def _find(
     errors: Sequence[Error],
     rng: Random,
 ) -> Error | None:
-    """An error at a random one of the places where the rule applies; None if there is none."""
+    """Put an error at a random one of the places where the rule applies; None if there is none.
+
+    Rules see the start of a sentence in lower case, except for those of capitalisation.
+    """
     places = list(range(len(tokens)))
     capitals = kind == "capitalisation"
     while places:
@@ -169,7 +172,7 @@ def _rewrite(tokens: Sequence[str], errors: Sequence[Error]) -> tuple[list[str],
 
 
 def _lower_start(tokens: Sequence[str]) -> list[str]:
-    """The tokens; a word at the start that is no name is in lower case."""
+    """Copy the tokens; a word at the start that is no name is in lower case."""
     lowered = list(tokens)
     for i, token in enumerate(tokens[:3]):
         if token[0].isalnum():
@@ -181,7 +184,7 @@ def _lower_start(tokens: Sequence[str]) -> list[str]:
 
 
 def _restore_capital(error: Error, tokens: Sequence[str], lowered: Sequence[str]) -> Error:
-    """The error of a lowered sentence as one of the sentence; a capital stays at the start."""
+    """Turn the error of a lowered sentence into one of the sentence; its capital stays in front."""
     start, end, wrong, _ = error
     if start >= len(tokens) or tokens[start] == lowered[start]:
         return error
