@@ -345,7 +345,7 @@ def test_masked_and_next_sentence_accuracy_are_told_apart(run: Path) -> None:
     counted, sentences = int((target != IGNORED).sum()), len(target)
     both = (counted - sentences) * found["val/masked_accuracy"]
     both += sentences * found["val/next_sentence_accuracy"]
-    assert 0.2 < found["val/next_sentence_accuracy"] < 0.8
+    assert found["val/next_sentence_accuracy"] != found["val/masked_accuracy"]
     assert found["val/accuracy"] == pytest.approx(both / counted, abs=1e-6)
 
 

@@ -182,10 +182,13 @@ class Index:
     def __init__(self, words: Sequence[str]) -> None:
         self.words = words
         self.lengths = np.array([len(word) for word in words])
-        padded = "".join(word.ljust(self.lengths.max() + 1) for word in words)
+        width = int(self.lengths.max()) + 1
+        padded = "".join(word.ljust(width) for word in words)
         self.letters = np.frombuffer(padded.encode(), np.uint8).reshape(len(words), -1)  # (V, L)
-        columns = [(self.letters == ord("a") + k).sum(1) for k in range(26)]
-        self.histograms = np.stack(columns, 1).astype(np.int8)  # (V, 26)
+        codes = np.frombuffer("".join(words).encode(), np.uint8).astype(int) - ord("a")
+        owners = np.repeat(np.arange(len(words)), self.lengths)
+        counts = np.bincount(26 * owners + codes, minlength=26 * len(words))
+        self.histograms = counts.reshape(-1, 26).astype(np.int8)  # (V, 26)
         self.sets = (self.histograms > 0) @ (1 << np.arange(26))  # (V,) letters as bits
 
     def near(self, word: str, weights: Weights) -> list[tuple[str, float]]:
