@@ -307,7 +307,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(home)
         patch.setattr(GrammarDataModule, "test_size", 40)
         config = f"--config={CONFIGS / 'grammar.yaml'}"
-        flags = ["--trainer.max_epochs=10", "--trainer.check_val_every_n_epoch=5", "--test=true"]
+        flags = ["--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=4", "--test=true"]
         train.main(["fit", config, *SMALL, "--run=x", *flags])
         end_wandb()
     return home
