@@ -58,7 +58,7 @@ class Results:
         self.study = Study.load(path)
         self.record = RunRecord(RECORDS / f"{path.stem}.jsonl")
         self.flags = [*flags, f"--trainer.default_root_dir={scratch}"]
-        self.jobs = [runner.make_job(self.study, p, self.flags) for p in self.study.points]
+        self.jobs = [runner.Job.of(self.study, p, self.flags) for p in self.study.points]
 
     def complete(self, where: Point, minutes: float | None) -> int:
         """Run what is missing at points with these values, see :meth:`RunRecord.complete`."""
