@@ -1,4 +1,4 @@
-"""The page of a run: what it says, what it cannot say, and that nothing of it is code."""
+"""The page of a run: its content, what is missing, and that nothing of it is code."""
 
 import csv
 import json
@@ -22,7 +22,6 @@ from pipeline.kaggle.prediction_file import wilson_interval
 from pipeline.page.facts import Facts
 from pipeline.page.settings import unusual
 from pipeline.page.several import compared, differing, grouped
-from pipeline.studies import report
 from pipeline.studies.metrics import difference
 
 SCRIPT = "<script>alert(1)</script>"
@@ -465,7 +464,7 @@ def test_runs_of_different_data_are_told_so(tmp_path: Path) -> None:
 
 
 def test_a_study_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "keep_on_wandb", lambda *args: None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     parameters = {"model.rate": {"values": [0.1, 0.2]}, "seed_everything": {"values": [0, 1, 2]}}
     command = ["fit", "--config=x.yaml", "--study=small.yaml", "${args}"]
     content = {"program": "train.py", "method": "grid", "metric": {"name": "val/accuracy"}}
