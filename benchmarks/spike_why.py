@@ -177,10 +177,10 @@ def answered(setting: Setting, folder: str) -> dict[str, Any]:
         return {"planted": CAUSES[plant], "step": step, "cause": "not flagged"}
     report = ask(run, seen[0])
     named = None
-    if report.case and plant == "sample x 100":
-        at = config["trainer"]["callbacks"][1]["init_args"]
-        slot = at["epoch"], at["batch_idx"] * report.case.batch_size + at["number"]
-        named = describe(report.case, [slot], step) in str(report.verdict)
+    if report.trials and plant == "sample x 100":
+        case, at = report.trials.case, config["trainer"]["callbacks"][1]["init_args"]
+        slot = at["epoch"], at["batch_idx"] * case.batch_size + at["number"]
+        named = describe(case, [slot], step) in str(report.verdict)
     return {
         "named": named,
         "planted": CAUSES[plant],

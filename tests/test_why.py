@@ -19,8 +19,8 @@ from benchmarks.spike_plants import ONCE
 from benchmarks.spike_why import configuration
 from callbacks.run.run_folder import MetricsCSV
 from core.runs import Run, load_checkpoint
-from pipeline.why.again import Again, Course, Follow
-from pipeline.why.changes import Noise, OtherSamples, Rate
+from pipeline.why.again import Again, Course, Rows
+from pipeline.why.changes import Noise, OtherSamples, StepChange, scaled_rate
 from pipeline.why.control import Control, compare, repeat
 from pipeline.why.experiments import SHORT, Case
 from pipeline.why.report import Report
@@ -60,8 +60,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("from_start", [False, True], ids=["from a checkpoint", "from the start"])
-@pytest.mark.parametrize("task", ["cnn", "lstm"])
+@pytest.mark.parametrize(
+    ("task", "from_start"), [("cnn", True), ("lstm", False)], ids=["from the start", "checkpoint"]
+)
 def test_a_run_is_repeated_bit_for_bit(
     trained: Trained, tmp_path: Path, task: str, from_start: bool
 ) -> None:
@@ -80,7 +81,7 @@ def test_a_run_is_repeated_bit_for_bit(
     assert (control.since is None) == from_start
 
     def fork(*changes: Any) -> Course:
-        return again.train(tmp_path / "state.ckpt", Follow(Course(), spike.end + 1), changes)
+        return again.train(tmp_path / "state.ckpt", Course(spike.end + 1), changes)
 
     first, second = fork(), fork()
     assert first.rows == second.rows
@@ -88,7 +89,7 @@ def test_a_run_is_repeated_bit_for_bit(
     changed = fork(Noise(spike.start, 1e-6, 0))
     assert compare(changed.rows, rows)[1] is not None
     assert compare(fork().rows, rows)[1] is None  # a change leaves nothing in the next fork
-    slower = fork(Rate(spike.start, 0.5))
+    slower = fork(StepChange(scaled_rate(0.5), spike.start))
     assert slower.rates == first.rates  # the schedule goes on as it was
     assert slower.rows[spike.start]["train/loss"] == first.rows[spike.start]["train/loss"]
     assert slower.rows[spike.start + 1]["train/loss"] != first.rows[spike.start + 1]["train/loss"]
@@ -242,6 +243,12 @@ def rows_of(losses: list[float]) -> dict[int, dict[str, float]]:
     return {step: {"train/loss": loss} for step, loss in enumerate(losses)}
 
 
+def course_of(rows: Rows, *spikes: dict[str, Any]) -> Course:
+    course = Course(stop=0)
+    course.rows, course.spikes = rows, [*spikes]
+    return course
+
+
 def record_of(step: int, *signals: str) -> dict[str, Any]:
     return {"step": step, "spiked": list(signals), "by_share": [{"name": "w"}]}
 
@@ -251,12 +258,12 @@ def test_a_spike_is_gone_below_half_its_height_on_the_logarithmic_scale() -> Non
     spike = Spike.of([record_of(40, "gradient"), record_of(41, "loss")], rows)
     assert (spike.first, spike.peak, spike.usual, spike.height) == (40, 41, 1.0, 9.0)
     assert spike.limit == pytest.approx(3.0)
-    assert spike.is_in(Course(rows), spike.onset, spike.end)
+    assert spike.is_in(course_of(rows), spike.onset, spike.end)
     calm = rows_of([1.0] * 40 + [2.0, 2.9, 2.0] + [1.0] * 20)
-    assert not spike.is_in(Course(calm), spike.first, spike.end)
+    assert not spike.is_in(course_of(calm), spike.first, spike.end)
     broken = rows_of([1.0] * 40 + [2.0, float("nan"), 2.0] + [1.0] * 20)
-    assert spike.is_in(Course(broken), spike.first, spike.end)
-    assert not Spike.of([record_of(40, "loss")], broken).is_in(Course(calm), 40, 46)
+    assert spike.is_in(course_of(broken), spike.first, spike.end)
+    assert not Spike.of([record_of(40, "loss")], broken).is_in(course_of(calm), 40, 46)
 
 
 def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
@@ -266,7 +273,7 @@ def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
     assert not spike.is_own
     assert spike.onset == 41
     calm = rows_of([0.003] * 40 + [0.16, 0.003] + [0.003] * 20)
-    assert not spike.is_in(Course(calm), spike.onset, spike.end)
+    assert not spike.is_in(course_of(calm), spike.onset, spike.end)
     bad = rows_of([0.003] * 40 + [4.2, 0.3] + [0.003] * 20)
     assert Spike.of([record_of(40, "loss")], bad).is_own
 
@@ -274,9 +281,9 @@ def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
 def test_a_spike_without_a_loss_is_what_the_monitor_sees() -> None:
     rows = rows_of([1.0] * 80)
     spike = Spike.of([record_of(40, "buffer")], rows)
-    assert spike.is_in(Course(rows, spikes=[record_of(40, "buffer")]), 40, 50)
-    assert not spike.is_in(Course(rows, spikes=[record_of(40, "gradient")]), 40, 50)
-    assert not spike.is_in(Course(rows, spikes=[record_of(39, "buffer")]), 40, 50)
+    assert spike.is_in(course_of(rows, record_of(40, "buffer")), 40, 50)
+    assert not spike.is_in(course_of(rows, record_of(40, "gradient")), 40, 50)
+    assert not spike.is_in(course_of(rows, record_of(39, "buffer")), 40, 50)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +300,9 @@ def test_a_warm_up_is_no_jump_of_the_rate(
     rates: list[float], expected: tuple[int, float] | None
 ) -> None:
     spike = Spike.of([record_of(15, "loss")], rows_of([1.0] * 15 + [9.0] * 10))
-    case = Case(spike, None, Course(rates=dict(enumerate(rates))), set())  # type: ignore[arg-type]
+    course = Course(stop=0)
+    course.rates = dict(enumerate(rates))
+    case = Case(spike, None, course, set())  # type: ignore[arg-type]
     assert case.jump() == (expected and (expected[0], pytest.approx(expected[1])))
 
 
@@ -349,7 +358,8 @@ def test_a_shorter_memory_is_the_remedy_where_there_is_no_other(tmp_path: Path) 
     tallies = [Tally(name, lines=[{"gone": gone}] * 3) for name, gone in lost.items()]
     report = Report(Run(tmp_path), spike, {}, Control("checkpoints/best.ckpt", 10))
     report.verdict = Verdict("moment", "it is.")
-    report.trials = SimpleNamespace(tallies=tallies)  # type: ignore[assignment]
+    case = SimpleNamespace(states=set())
+    report.trials = SimpleNamespace(tallies=tallies, case=case)  # type: ignore[assignment]
     said = report.remedy()
     assert "train it again from the start" in said  # a state holds the memory that it had
     assert said.endswith("--model.optimizer.betas=[0.8,0.9]")

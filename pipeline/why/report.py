@@ -1,12 +1,12 @@
-"""What is shown of a verdict: a table, ``why.json``, a picture, and what to do."""
+"""The report of a verdict: a table, ``why.json``, a picture, and a remedy."""
 
 import json
 import math
 import os
 import shlex
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -21,21 +21,21 @@ from pipeline.continuing import named
 from pipeline.why.again import Rows
 from pipeline.why.changes import MEMORY, MOMENTA
 from pipeline.why.control import Control
-from pipeline.why.experiments import CLIPPED, SHORT, Case
+from pipeline.why.experiments import CLIPPED, SHORT
 from pipeline.why.spike import Spike
 from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
 from steadyfit.panels import count_axis
 from steadyfit.watching.records import json_safe
 
-IMAGES = 8  # of samples that are shown
-WIDTH = 80  # columns of a terminal
-GREY, RED, BLUE = "0.7", "tab:red", "tab:blue"
+_IMAGES = 8  # of samples that are shown
+_WIDTH = 80  # columns of a terminal
+_GREY, _RED, _BLUE = "0.7", "tab:red", "tab:blue"
 
 
 @dataclass
 class Report:
-    """A verdict and all that it rests on."""
+    """A verdict with its evidence."""
 
     run: Run
     spike: Spike
@@ -43,7 +43,6 @@ class Report:
     control: Control
     verdict: Verdict = field(default_factory=lambda: Verdict("unknown", "nothing was tried."))
     trials: Trials | None = None
-    case: Case | None = None
 
     @property
     def tallies(self) -> list[Tally]:
@@ -76,31 +75,31 @@ class Report:
         }
         with atomic_write(self.run.folder / "why.json", "w") as file:
             json.dump(json_safe(facts), file, indent=2)
-        figure = self.picture()
+        figure = self._picture()
         with atomic_write(self.run.folder / "why.png") as file:
             figure.savefig(file, format="png", dpi=120)
-        self.show(remedy)
-        self.to_wandb(figure)
+        self._show(remedy)
+        self._to_wandb(figure)
 
-    def show(self, remedy: str) -> None:
+    def _show(self, remedy: str) -> None:
         spike = self.spike
         print(
             f"Spike at step {spike.first}: loss {spike.height:.3g} at step {spike.peak}, usual "
             f"{spike.usual:.3g}"
         )
-        print(wrapped(f"Control: {self.control}."))
+        print(_wrapped(f"Control: {self.control}."))
         if self.tallies:
             print(f"\n{'change':<62}{'spike gone':>18}")
             print(f"{'-' * 62:<62}{'-' * 12:>18}")
         for tally in self.tallies:
-            print(f"{shortened(tally.name, 62):<62}{tally!s:>18}")
+            print(f"{_cut(tally.name, 62):<62}{tally!s:>18}")
         print()
-        print(wrapped(f"Why: {self.verdict}"))
-        print(wrapped(remedy))
+        print(_wrapped(f"Why: {self.verdict}"))
+        print(_wrapped(remedy))
         print(f"why.json and why.png are in {self.run.folder}")
 
     def remedy(self) -> str:
-        """What to do, with the command that trains the run with it, and what its fork has shown."""
+        """A remedy whose forks have lost the spike, with the command that trains it so."""
         flags, cause = "", self.verdict.cause
         if cause == "samples" and self.verdict.samples:
             path = self.run.folder / "why_exclude.txt"
@@ -112,7 +111,7 @@ class Report:
             if self.settings["trainer"]["precision"] is None:  # but a plugin, which is left out
                 flags += " --trainer.plugins=callbacks.AtomicCheckpointIO"
         elif cause in ("moment", "rate"):
-            flags = self.calmer()
+            flags = self._calmer()
         if flags:
             folder, state = self.run.folder.resolve(), self.control.since
             config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
@@ -137,12 +136,12 @@ class Report:
             "dropout": "Try less dropout.",
         }.get(cause, "Another spike of the run may tell more: --step N.")
 
-    def calmer(self) -> str:
+    def _calmer(self) -> str:
         """The first remedy, of those that suit the optimizer, whose forks mostly lose the spike."""
         helps = {tally.name: tally for tally in self.tallies if tally.mostly}
         settings = dict(named(self.settings))
         rate, betas = (settings.get(f"model.optimizer.{name}") for name in ("lr", "betas"))
-        moved = bool(self.case and self.case.states.intersection(MOMENTA))
+        moved = bool(self.trials and self.trials.case.states.intersection(MOMENTA))
         moved = moved and not (betas and betas[0] == 0)
         if "update clipping" in helps and not moved:  # with momentum it does harm: docs/spikes.md
             return "--trainer.callbacks+=callbacks.UpdateClipping"
@@ -156,7 +155,7 @@ class Report:
             return f"--model.optimizer.alpha={1 - 1 / MEMORY:g}"
         return ""
 
-    def picture(self) -> Figure:
+    def _picture(self) -> Figure:
         """The recorded loss around the spike with all forks, and images that are the cause."""
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         spike, images = self.spike, self.verdict.images
@@ -165,7 +164,7 @@ class Report:
         else:
             above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1])[:, 0]
             axes = above.subplots()
-            show_images(below, images[:IMAGES], self.verdict.samples)
+            _show_images(below, images[:_IMAGES], self.verdict.samples)
         told: set[str] = set()
 
         def draw(losses: list[Any], label: str, color: str, **style: Any) -> None:
@@ -178,16 +177,16 @@ class Report:
         for tally in self.tallies:
             for line in tally.lines:
                 if tally.name.startswith(("neutral", "noise")):
-                    draw(line["losses"], "neutral changes", GREY, lw=0.8, zorder=1)
+                    draw(line["losses"], "neutral changes", _GREY, lw=0.8, zorder=1)
                 elif tally is best:
-                    draw(line["losses"], tally.name, RED, lw=1, zorder=3)
+                    draw(line["losses"], tally.name, _RED, lw=1, zorder=3)
         steps = range(spike.start - 2 * (spike.end - spike.start), spike.end + 1)
         shown = [s for s in steps if s in self.rows]
         recorded = [self.rows[s].get("train/loss", math.nan) for s in shown]
         axes.plot(shown, recorded, color="black", lw=1.2, ls="--", label="recorded", zorder=2)
         if math.isfinite(spike.limit):
-            axes.axhline(spike.limit, color=BLUE, lw=0.8, ls=":", label="half the height")
-        axes.axvline(spike.start, color=GREY, lw=0.8, ls=":")
+            axes.axhline(spike.limit, color=_BLUE, lw=0.8, ls=":", label="half the height")
+        axes.axvline(spike.start, color=_GREY, lw=0.8, ls=":")
         axes.set(ylabel="training loss", yscale="log")
         count_axis([axes], "optimizer step")
         low, high = axes.get_ylim()
@@ -198,7 +197,7 @@ class Report:
         axes.legend(loc="upper left", fontsize=8)
         return figure
 
-    def to_wandb(self, figure: Figure) -> None:
+    def _to_wandb(self, figure: Figure) -> None:
         """Add the verdict to the run's W&B run, if it has one."""
         if (id := self.run.wandb_id) is None:
             return
@@ -211,20 +210,20 @@ class Report:
         logger.experiment.finish()
 
 
-def show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
+def _show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
     """Images (N, H, W, C) uint8 in a row, each below its id."""
-    row = figure.subplots(1, IMAGES, squeeze=False)[0]
+    row = figure.subplots(1, _IMAGES, squeeze=False)[0]
     for axes in row:
         axes.axis("off")
     for axes, image, id in zip(row, images, [*ids, *[""] * len(images)], strict=False):
         axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(shortened(str(id), 12), fontsize=8)
+        axes.set_title(_cut(str(id), 12), fontsize=8)
 
 
-def shortened(text: str, width: int) -> str:
+def _cut(text: str, width: int) -> str:
     return text if len(text) < width else f"{text[: width - 2]}…"
 
 
-def wrapped(text: str) -> str:
+def _wrapped(text: str) -> str:
     """Lines of a terminal's width; words such as commands are never cut."""
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)

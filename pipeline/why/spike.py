@@ -1,4 +1,4 @@
-"""Which spike it is, and when a training is said to be without it."""
+"""The spike of a run that is asked about, and the test that a training is without it."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from steadyfit.watching.black_box import LEAD
 from steadyfit.watching.records import FOLLOW, last_step, read_records
 from steadyfit.watching.spike_log import CONFIRM
 
-USUAL = 32  # steps before a spike, whose median loss is the usual one
+_USUAL = 32  # steps before a spike, whose median loss is the usual one
 
 Record = dict[str, Any]
 
@@ -43,9 +43,9 @@ class Spike:
     @classmethod
     def of(cls, records: Sequence[Record], rows: Rows) -> "Spike":
         first = int(records[0]["step"])
-        losses = {s: loss_at(rows, s) for s in range(first, first + FOLLOW + 1) if s in rows}
+        losses = {s: _loss_at(rows, s) for s in range(first, first + FOLLOW + 1) if s in rows}
         peak = max(losses, key=lambda step: losses[step], default=first)
-        before = [loss_at(rows, s) for s in range(first - USUAL, first) if s in rows]
+        before = [_loss_at(rows, s) for s in range(first - _USUAL, first) if s in rows]
         finite = [loss for loss in before if math.isfinite(loss)] or [math.nan]
         upto = [r for r in records if r["step"] <= peak] or records[:1]
         signals = frozenset(signal for r in upto for signal in r["spiked"])
@@ -54,7 +54,7 @@ class Spike:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is in the loss of its first batch already, not made by an update with it."""
+        """True if it is in the loss of its first batch already, not made by an update with it."""
         return "loss" not in self.signals or not self.own < self.height / 2
 
     @property
@@ -80,7 +80,7 @@ class Spike:
         return math.sqrt(max(self.usual, 0.0) * max(self.height, 0.0))
 
     def is_in(self, course: Course, first: int, last: int) -> bool:
-        """Whether it shows in these steps: as a loss above the limit, or as the monitor saw it."""
+        """Look for it in these steps: a loss above the limit, or a record of the monitor."""
         if "loss" in self.signals or not math.isfinite(self.height):
             losses = course.losses(first, last)
             return any(not loss < self.limit for loss in losses) if losses else True
@@ -88,7 +88,7 @@ class Spike:
         return any(self.signals.intersection(r["spiked"]) for r in seen)
 
 
-def loss_at(rows: Rows, step: int) -> float:
+def _loss_at(rows: Rows, step: int) -> float:
     loss = rows[step].get("train/loss", math.nan)
     return math.inf if math.isnan(loss) else loss  # NaN has no order
 
