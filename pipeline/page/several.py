@@ -241,9 +241,10 @@ def page_of_study(
     rows = [[key, ", ".join(map(str, values))] for key, values in study.parameters.items()]
     picture = Picture.of(figure, title, f"{title}; the means are in the table above.")
     count = f"{len(runs)} of {len(study.points)} runs of {study.path} are in this report."
+    command = f"Command: train.py fit {' '.join(study.template)}"
     grid = Table("Parameters of the grid", ["parameter", "values"], rows)
     sections = [
         Section("The difference", [*told, picture]),
-        Section("What was trained", [count, grid, f"Command: {' '.join(study.template)}"]),
+        Section("What was trained", [count, grid, command]),
     ]
     return Page(result, f"Study {study.name}: {title}", sections)
