@@ -167,7 +167,7 @@ def measure(setting: Setting, *, shown: bool = False) -> dict[str, Any]:
 
 
 def answered(setting: Setting, folder: str) -> dict[str, Any]:
-    """What is answered where something was planted."""
+    """Answer where something was planted."""
     plant = setting["plant"]
     config, step = configuration(setting["task"], plant, setting["seed"])
     run = trained(config, folder)
@@ -195,7 +195,7 @@ def answered(setting: Setting, folder: str) -> dict[str, Any]:
 
 
 def quiet(setting: Setting, folder: str) -> dict[str, Any]:
-    """What is answered of random steps where nothing was planted."""
+    """Answers about random steps where nothing was planted."""
     config, last = configuration(setting["task"], NOTHING, setting["seed"])
     run = trained(config, folder)
     causes = {}

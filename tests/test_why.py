@@ -1,4 +1,4 @@
-"""Why a run spiked: a run is trained again, forked before the spike, and changed.
+"""``spikes.py why``: a run is trained again, forked before the spike, and changed.
 
 Real trainings of a few seconds each; what is planted is that of `benchmarks/spike_plants.py`.
 """
@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_data import draw, labels_of, write_batch, write_books, write_cifar10
+from fake_data import write_books
 
 import spikes
 from benchmarks.spike_plants import ONCE
 from benchmarks.spike_why import configuration
 from callbacks.run.run_folder import MetricsCSV
+from core.errors import UserError
 from core.runs import Run, load_checkpoint
 from pipeline.why.again import Again, Course, Rows
 from pipeline.why.changes import Noise, OtherSamples, StepChange, scaled_rate
@@ -29,11 +30,11 @@ from pipeline.why.trials import Tally
 from pipeline.why.verdict import Verdict
 from train import main
 
-Trained = Callable[..., tuple[Path, int]]
+Planted = Callable[..., tuple[Path, int]]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """A run with something planted, trained once for all tests."""
     known: dict[str, tuple[Path, int]] = {}
 
@@ -54,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What is in a run folder beside ``why*``."""
+    """Files of a run folder but ``why*``."""
     files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("why")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
@@ -64,9 +65,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("task", "from_start"), [("cnn", True), ("lstm", False)], ids=["from the start", "checkpoint"]
 )
 def test_a_run_is_repeated_bit_for_bit(
-    trained: Trained, tmp_path: Path, task: str, from_start: bool
+    planted: Planted, tmp_path: Path, task: str, from_start: bool
 ) -> None:
-    folder, _ = trained(task, "rate jump")  # which its best checkpoint comes before
+    folder, _ = planted(task, "rate jump")  # which its best checkpoint comes before
     copy = tmp_path / "planted" / "x"
     shutil.copytree(folder, copy)
     if from_start:
@@ -102,8 +103,8 @@ def test_a_run_is_repeated_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["cnn", "lstm"])
-def test_a_sample_is_named(trained: Trained, task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, step = trained(task, "sample x 100")
+def test_a_sample_is_named(planted: Planted, task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, step = planted(task, "sample x 100")
     before = contents(folder)
     spikes.main(["why", str(folder), f"--step={step}", "--trust"])
     said = capsys.readouterr().out
@@ -127,9 +128,9 @@ def test_a_sample_is_named(trained: Trained, task: str, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_the_printed_command_goes_on_from_before_the_spike(
-    trained: Trained, capsys: pytest.CaptureFixture[str]
+    planted: Planted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, step = trained("lstm", "calm stretch")
+    folder, step = planted("lstm", "calm stretch")
     spikes.main(["why", str(folder), f"--step={step}", "--trust"])
     facts = json.loads((folder / "why.json").read_text())
     assert facts["cause"] == "moment"
@@ -201,9 +202,9 @@ def test_other_kinds_of_training_are_explained(
 
 @pytest.mark.slow
 def test_what_does_not_come_again_is_the_machine(
-    trained: Trained, capsys: pytest.CaptureFixture[str]
+    planted: Planted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, step = trained("lstm", "flipped bit")
+    folder, step = planted("lstm", "flipped bit")
     spikes.main(["why", str(folder), f"--step={step}", "--trust"])
     facts = json.loads((folder / "why.json").read_text())
     assert facts["cause"] == "irreproducible"
@@ -213,9 +214,9 @@ def test_what_does_not_come_again_is_the_machine(
 
 @pytest.mark.slow
 def test_one_that_is_interrupted_goes_on(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    planted: Planted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = trained("lstm", "rate jump")
+    folder, _ = planted("lstm", "rate jump")
     command = ["why", str(folder), "--trust"]
     usual, trainings = Again.train, 0
 
@@ -367,26 +368,12 @@ def test_a_shorter_memory_is_the_remedy_where_there_is_no_other(tmp_path: Path) 
     assert report.remedy().endswith("--model.optimizer.lr=0.005")
 
 
-def test_data_that_have_changed_since_are_refused(
-    small: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    batches = write_cifar10(tmp_path / "data")
-    flags = ["--data.data_dir=data", "--model.lr_scheduler=null", "--trainer.logger=MetricsCSV"]
-    fit = ["fit", *small, *flags, "--run=x"]
-    main([*fit, "--trainer.max_epochs=1"])
-    folder = Path("runs/cifar10_cpu/x")
-    write_batch(batches / "data_batch_1", draw(labels_of(40, 9), 9), labels_of(40, 9))
-    with pytest.warns(UserWarning, match="the data are others"):  # who wants to train on may
-        main([*fit, "--trainer.max_epochs=2"])
-    last = max(MetricsCSV(str(folder)).rows)
-    (folder / "spikes.jsonl").write_text(f"{json.dumps(record_of(last, 'loss'))}\n")
-    with pytest.raises(SystemExit):
-        spikes.main(["why", str(folder)])
-    assert "the data have changed since" in capsys.readouterr().err
+def test_data_that_have_changed_since_are_refused(trained: Path, tmp_path: Path) -> None:
+    rows = MetricsCSV(str(trained)).rows
+    spike = Spike.of([record_of(max(rows), "loss")], rows)
+    other: Any = SimpleNamespace(datamodule=SimpleNamespace(digest="0" * 64))
+    with pytest.raises(UserError, match="the data have changed since"):
+        repeat(Run(trained), other, spike, rows, tmp_path / "state.ckpt")
 
 
 def test_noise_is_relative_and_of_the_seed() -> None:

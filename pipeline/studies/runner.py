@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def run(study: Study, jobs: int | None, flags: list[str], where: Point) -> None:
     print(f"Next: python study.py report {study.path}{elsewhere}")
 
 
-def _train(waiting: list[Job], jobs: int | None) -> Iterator[tuple[Job, int, float]]:
+def _train(waiting: list[Job], jobs: int | None) -> Generator[tuple[Job, int, float], None, None]:
     """Run jobs; yield each that has ended, with its exit code and seconds.
 
     An interruption ends those that are running.
