@@ -85,7 +85,6 @@ def _add_page(commands: Any) -> None:
         allow_abbrev=False,
     )
     pager.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    pager.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
     pager.add_argument(
         "--output",
         type=Path,

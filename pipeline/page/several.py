@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -37,7 +36,7 @@ def page(options: argparse.Namespace) -> None:
     Raises:
         UserError: A run is not there, or the file cannot be written.
     """
-    runs = [Facts.find(name, Path(options.root)) for name in options.runs]
+    runs = [Facts.find(name) for name in options.runs]
     if len(runs) == 1:
         page_of_run(runs[0]).write(options.output or runs[0].folder / "page.html")
     else:

@@ -58,7 +58,8 @@ def last_value(folder: Path, name: str) -> float | None:
 
 def steps_until(reached: pd.Series) -> float:
     """Optimizer steps until the first that is true, of truth values by step; NaN if none is."""
-    return float(reached.idxmax()) + 1 if reached.any() else float("nan")
+    steps = reached.index[reached]
+    return float(steps[0]) + 1 if len(steps) else float("nan")
 
 
 Found = Iterator[tuple[Point, pd.Series]]  # finished runs, each metric by optimizer step

@@ -160,7 +160,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def _groups(
     runs: pd.DataFrame, table: pd.DataFrame, hue: str | None
-) -> Iterator[tuple[str | None, pd.DataFrame, pd.DataFrame, dict[str, Any]]]:
+) -> Iterator[tuple[Any, pd.DataFrame, pd.DataFrame, dict[str, Any]]]:
     """Of each value of ``hue`` its name, means, runs, and how they are drawn."""
     groups = [(None, table)] if hue is None else table.groupby(hue, sort=False)
     for number, (label, means) in enumerate(groups):

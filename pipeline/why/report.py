@@ -31,6 +31,14 @@ from steadyfit.watching.records import json_safe
 _IMAGES = 8  # of samples that are shown
 _WIDTH = 80  # columns of a terminal
 _GREY, _RED, _BLUE = "0.7", "tab:red", "tab:blue"
+_ADVICE = {  # by the cause, where no setting keeps it away
+    "irreproducible": "Repeat the run, and test the machine's memory if it happens again.",
+    "buffer": "Look for what writes into a buffer: a forward pass of inputs not finite?",
+    "samples": "The samples have no ids that --data.exclude takes; mend the data.",
+    "jump": "Raise the learning rate in small steps there, as a warm-up does.",
+    "order": "Shuffle with another --seed_everything, or take larger batches.",
+    "dropout": "Try less dropout.",
+}
 
 
 @dataclass
@@ -100,41 +108,36 @@ class Report:
 
     def remedy(self) -> str:
         """A remedy whose forks have lost the spike, with the command that trains it so."""
-        flags, cause = "", self.verdict.cause
-        if cause == "samples" and self.verdict.samples:
+        cause, flags = self.verdict.cause, self._flags()
+        if not flags:
+            return _ADVICE.get(cause, "Another spike of the run may tell more: --step N.")
+        folder, state = self.run.folder.resolve(), self.control.since
+        config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
+        said = "To train it again from the start"
+        if cause == "samples" or ".optimizer." in flags:  # a state has its own rate and betas
+            said += ", since no state of it can go on with this"
+        elif state is None:
+            said += ", since there is no state before the spike"
+        else:
+            said = f"To go on from before the spike, with {state}"
+            flags = f"--ckpt_path={shlex.quote(str(self.run.folder / state))} {flags}"
+        return (
+            f"{said}: python train.py fit --config {config} "
+            f"--trainer.default_root_dir={root} --run {folder.name}_why {flags}"
+        )
+
+    def _flags(self) -> str:
+        """Settings that keep the cause away, as typed; empty if there are none."""
+        if self.verdict.cause == "samples" and self.verdict.samples:
             path = self.run.folder / "why_exclude.txt"
             with atomic_write(path, "w") as file:
                 file.writelines(f"{sample}\n" for sample in self.verdict.samples)
-            flags = f"--data.exclude={shlex.quote(str(path))}"
-        elif cause == "precision":
-            flags = "--trainer.precision=32-true"
-            if self.settings["trainer"]["precision"] is None:  # but a plugin, which is left out
-                flags += " --trainer.plugins=callbacks.AtomicCheckpointIO"
-        elif cause in ("moment", "rate"):
-            flags = self._calmer()
-        if flags:
-            folder, state = self.run.folder.resolve(), self.control.since
-            config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
-            said = "To train it again from the start"
-            if cause == "samples" or ".optimizer." in flags:  # a state has its own rate and betas
-                said += ", since no state of it can go on with this"
-            elif state is None:
-                said += ", since there is no state before the spike"
-            else:
-                said = f"To go on from before the spike, with {state}"
-                flags = f"--ckpt_path={shlex.quote(str(self.run.folder / state))} {flags}"
-            return (
-                f"{said}: python train.py fit --config {config} "
-                f"--trainer.default_root_dir={root} --run {folder.name}_why {flags}"
-            )
-        return {
-            "irreproducible": "Repeat the run, and test the machine's memory if it happens again.",
-            "buffer": "Look for what writes into a buffer: a forward pass of inputs not finite?",
-            "samples": "The samples have no ids that --data.exclude takes; mend the data.",
-            "jump": "Raise the learning rate in small steps there, as a warm-up does.",
-            "order": "Shuffle with another --seed_everything, or take larger batches.",
-            "dropout": "Try less dropout.",
-        }.get(cause, "Another spike of the run may tell more: --step N.")
+            return f"--data.exclude={shlex.quote(str(path))}"
+        if self.verdict.cause == "precision":
+            plugin = self.settings["trainer"]["precision"] is None  # which is left out
+            also = " --trainer.plugins=callbacks.AtomicCheckpointIO" if plugin else ""
+            return f"--trainer.precision=32-true{also}"
+        return self._calmer() if self.verdict.cause in ("moment", "rate") else ""
 
     def _calmer(self) -> str:
         """The first remedy, of those that suit the optimizer, whose forks mostly lose the spike."""
