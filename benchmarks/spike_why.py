@@ -171,7 +171,7 @@ def answered(setting: Setting, folder: str) -> dict[str, Any]:
     plant = setting["plant"]
     config, step = configuration(setting["task"], plant, setting["seed"])
     run = trained(config, folder)
-    flagged = [r["step"] for r in read_records(run / "spikes.jsonl") if r["spiked"]]
+    flagged = [r.step for r in read_records(run / "spikes.jsonl") if r.spiked]
     seen = [s for s in flagged if 0 <= s - step <= FOLLOW]
     if not seen:
         return {"planted": CAUSES[plant], "step": step, "cause": "not flagged"}

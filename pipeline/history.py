@@ -102,14 +102,26 @@ MOVED = (
 # one class, one name: a run goes on under the name that its config had
 SAME = {
     f"{package}.{name}": f"callbacks.{name}"
-    for package in ("steadyfit", "steadyfit.lightning")
+    for package in (
+        "steadyfit",
+        "steadyfit.lightning",
+        "callbacks.clipping",
+        "callbacks.gradient_spikes",
+    )
     for name in ("GradientSpikeMonitor", "UpdateClipping")
 }
 # classes that are gone, and what to do, as the end of a sentence
 GONE = {
+    f"{package}{name}": "UpdateClipping removes spikes that it leaves, and with momentum "
+    "--trainer.gradient_clip_val does as much; the rule and the comparison are in "
+    "benchmarks/spike_rivals.py and benchmarks/spike_fixes.py."
+    for package in ("", "callbacks.", "callbacks.clipping.")
+    for name in ("GradientNormClipping", "AdaptiveGradientClipping")
+} | {
     f"lit_models.networks.{name}": "put them into a network of your own, see benchmarks/edges.py."
     for name in ("Filtered", "FixedFilters")
 }
+_MONITOR = "callbacks.GradientSpikeMonitor"
 _STACK = {"dropout": 0.0}
 _MODELS: dict[str, dict[str, Any]] = {
     "LitSeq2Seq": {"label_smoothing": 0.0, "length_penalty": 0.0},
@@ -157,6 +169,8 @@ _TEXT = tuple(
 Setting = Removed | Renamed | OwnClass
 SETTINGS: tuple[Setting, ...] = (
     *_OF_MODELS,
+    Removed(_MONITOR, "top_k", 3, "0.1.0", "a record names three parameters."),
+    Removed(_MONITOR, "weight_norm_every", 10, "0.1.0", "weight norms are read every ten steps."),
     OwnClass("lit_models.LitClassifier", "cutmix", 0.0, "lit_models.LitCutMix", "0.1.0"),
     Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
     *_TEXT,

@@ -28,6 +28,9 @@ def test_what_has_not_moved_is_left_as_it_is(path: Path) -> None:
     gone = {"padded_size": network.pop("padded_size")} if "padded_size" in network else {}
     recorded["model"]["init_args"].pop("cutmix", None)
     expected = deepcopy(recorded)
+    for callback in expected["trainer"]["callbacks"]:
+        for option in ("top_k", "weight_norm_every"):
+            callback.get("init_args", {}).pop(option, None)
     network.update(gone)  # defaults are dropped, all else stays
     assert update(recorded) == expected
 
@@ -65,6 +68,12 @@ def test_a_setting_that_has_become_a_class() -> None:
     assert update(recorded) == {"class_path": "lit_models.LitCutMix", "init_args": options}
     recorded["init_args"] = {"cutmix": 0.0}
     assert update(recorded) == {"class_path": "lit_models.LitClassifier", "init_args": {}}
+
+
+@pytest.mark.parametrize("name", ["GradientNormClipping", "callbacks.AdaptiveGradientClipping"])
+def test_a_class_that_is_gone_is_answered_with_what_to_do(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name} .*UpdateClipping.*spike_rivals"):
+        update({"trainer": {"callbacks": [{"class_path": name}]}})
 
 
 def test_renamed_settings_go_on_by_their_new_name() -> None:

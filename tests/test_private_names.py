@@ -19,9 +19,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from other_names import renamed
+from small_training import Plain, column, scaled
+from small_training import fit as fit_with
 from test_classification import Points, model, trainer, weights
-from test_gradient_spikes import Plain, column, scaled
-from test_gradient_spikes import fit as fit_with
 from test_termination import SignalAt, Small, same
 from test_training_cost import classifier, cost_of
 from test_wandb_logger import ROWS

@@ -73,9 +73,8 @@ RATE = "--model.optimizer.lr=0.1"
         (("--trainer.callbacks+=UpdateClipping", "--trainer.callbacks.max_rms=-1"), "max_rms"),
         (("--data=datamodules.mnist.MNISTDataModule", "--data.crop=99"), "crop must be from 0 to"),
         (
-            ("--trainer.callbacks=GradientNormClipping",
-             "--trainer.callbacks+=GradientSpikeMonitor"),
-            "put it first in trainer.callbacks",
+            ("--trainer.callbacks+=GradientNormClipping",),
+            "GradientNormClipping is gone since version 0.1.0; UpdateClipping",
         ),
     ],
     ids=[f"mistake {i}" for i in range(9)],

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from callbacks.clipping import UpdateClipping
+from callbacks import UpdateClipping
 from pipeline.why import changes
 from pipeline.why.again import Again, Course
 from pipeline.why.changes import Slot, StepChange
@@ -122,7 +122,7 @@ class Case:
         """All but those of single samples, without those that cannot matter."""
         spike, module = self.spike, self.again.model
         start, network = spike.start, module.network
-        parameter = spike.record["by_share"][0]["name"]
+        parameter = spike.record.by_share[0].name
         found: list[Experiment] = []
 
         def add(cause: str | None, name: str, make: Make, at: int = start, **options: Any) -> None:
