@@ -96,7 +96,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def spiked(monitor: SpikeMonitor) -> list[int]:
-    return [record["step"] for record in monitor.records if record["spiked"]]
+    return [record.step for record in monitor.records if record.spiked]
 
 
 # The page
@@ -166,10 +166,10 @@ def test_the_trainer_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monitor = callback.monitor
     assert monitor.global_step == 60
     assert 45 in spiked(monitor)
-    (record,) = [r for r in monitor.records if r["step"] == 45]
-    assert record["by_share"][0]["name"] == "lm_head.weight"
-    assert record["signals"]["loss"]["value"] == pytest.approx(math.log(32), rel=0.2)
-    assert record["update_factor"] is not None
+    (record,) = [r for r in monitor.records if r.step == 45]
+    assert record.by_share[0].name == "lm_head.weight"
+    assert record.signals["loss"].value == pytest.approx(math.log(32), rel=0.2)
+    assert record.update_factor is not None
     assert (tmp_path / "spikes.jsonl").exists()
     assert len(model._forward_hooks) == 0
 
@@ -214,12 +214,12 @@ def test_an_overflow_is_recorded_and_neither_counted_nor_acted_on(reaction: Any)
     before: list[Any] = []
     for _ in training(model, optimizer, monitor, make_data(factors={0: 1e3, 40: 1e36}), scaler):
         before.append([p.detach().clone() for p in model.parameters()])
-    overflowed = [r["step"] for r in monitor.records if not r["spiked"]]
+    overflowed = [r.step for r in monitor.records if not r.spiked]
     assert overflowed == [0, 40]
     assert monitor.counts["overflow"] == 2
     assert monitor.counts["gradient"] == monitor.counts["loss"] == monitor.counts["skipped"] == 0
     assert not monitor.should_stop
-    assert all(record["reaction"] == "log" for record in monitor.records)
+    assert all(record.reaction == "log" for record in monitor.records)
     for step in (0, 40):
         assert same(before[step], before[step + 1])
     assert not same(before[41], before[42])
@@ -282,7 +282,7 @@ def test_a_skipped_step_changes_no_bit_and_reads_nothing(name: str, scaled: bool
         if monitor is None:
             assert not same(states[35], states[36])
             continue
-        skipped = [r["step"] for r in monitor.records if r["reaction"] == "skip"]
+        skipped = [r.step for r in monitor.records if r.reaction == "skip"]
         assert skipped == ([35] if scaled else [35, 45])
         for step in skipped:
             assert same(states[step], states[step + 1])
@@ -380,8 +380,8 @@ def test_fabric_is_the_bare_loop() -> None:
     bare = SpikeMonitor(models[1], optimizers[1], reaction="skip", every=10)
     list(training(models[1], optimizers[1], bare, data))
     assert monitor.records == bare.records
-    assert [r["step"] for r in monitor.records if r["reaction"] == "skip"] == [45]
-    assert {p["name"] for p in monitor.records[0]["by_share"]} <= {
+    assert [r.step for r in monitor.records if r.reaction == "skip"] == [45]
+    assert {p.name for p in monitor.records[0].by_share} <= {
         name for name, _ in models[0].named_parameters()
     }
     assert same(models[0].state_dict(), models[1].state_dict())
@@ -396,7 +396,7 @@ def test_fabric_with_a_scaler() -> None:
     model = make_model()
     optimizer = AdamW(model.parameters(), lr=1e-3)
     monitor = fabric_loop(fabric, model, optimizer, make_data(factors={45: 100}))
-    assert monitor.records[0]["step"] == 0
+    assert monitor.records[0].step == 0
     assert monitor.counts["overflow"] == 1
     assert spiked(monitor) == [45]
     assert 0.1 < monitor.monitors[0].detectors["gradient"].center < 10

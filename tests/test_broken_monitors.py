@@ -88,7 +88,7 @@ def test_a_resumed_loop_keeps_its_records_and_a_new_one_none_of_another(tmp_path
     resumed.load_state_dict(state)
     train(model, resumed, 60, spikes=(40,))
     resumed.finish()
-    found = [r["step"] for r in read_records(tmp_path / "spikes.jsonl") if r["spiked"]]
+    found = [r.step for r in read_records(tmp_path / "spikes.jsonl") if r.spiked]
     assert (found[0], found[-1] >= 140) == (30, True)
     other = SpikeMonitor(model, optimizer, folder=tmp_path, every=10)
     train(model, other, 20)

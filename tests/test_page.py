@@ -24,6 +24,7 @@ from pipeline.page.parts import Part, Table
 from pipeline.page.settings import unusual
 from pipeline.page.several import compared, differing, grouped
 from pipeline.studies.metrics import difference
+from steadyfit.watching.records import ParameterEvidence, RecordFile, SpikeRecord, Verdict
 
 SCRIPT = "<script>alert(1)</script>"
 VOID = {"meta", "link", "img"}  # tags without an end
@@ -330,15 +331,20 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     accuracy = {"train/accuracy": noise[0] % 1, "lr-SGD": np.exp(-steps / 5000)}
     metrics = {"epoch": steps // 100} | columns | counts | accuracy
     folder = write_run(tmp_path / "run", metrics)
-    part = {"name": "network.weight", "share": 0.5}
-    verdict = {"kind": "spike", "value": 9.0, "center": 1.0}
-    spike: dict[str, Any]
-    spike = {"spiked": ["loss"], "signals": {"loss": verdict}, "by_share": [part], "by_z": [part]}
-    spike |= {"before": None, "confirmed": True, "epoch": 0, "batches": [0]}
-    with (folder / "spikes.jsonl").open("w") as file:
-        for step in range(0, 5000, 10):
-            record = spike | {"step": step, "max_loss_after": float(step)}
-            file.write(f"{json.dumps(record)}\n")
+    part = ParameterEvidence("network.weight", 1.0, 0.5, 0.0)
+    signals = {"loss": Verdict(9.0, "spike", center=1.0)}
+    records = [
+        SpikeRecord(
+            step,
+            spiked=["loss"],
+            signals=signals,
+            by_share=[part],
+            confirmed=True,
+            max_loss_after=step,
+        )
+        for step in range(0, 5000, 10)
+    ]
+    RecordFile(folder / "spikes.jsonl").begin(records)
     study.main(["page", str(folder)])
     assert (folder / "page.html").stat().st_size < 1_000_000
     page = Reader((folder / "page.html").read_text())

@@ -28,6 +28,7 @@ from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
 from pipeline.why.trials import Tally
 from pipeline.why.verdict import Verdict
+from steadyfit.watching.records import ParameterEvidence, SpikeRecord
 from train import main
 
 Planted = Callable[..., tuple[Path, int]]
@@ -244,14 +245,14 @@ def rows_of(losses: list[float]) -> dict[int, dict[str, float]]:
     return {step: {"train/loss": loss} for step, loss in enumerate(losses)}
 
 
-def course_of(rows: Rows, *spikes: dict[str, Any]) -> Course:
+def course_of(rows: Rows, *spikes: SpikeRecord) -> Course:
     course = Course(stop=0)
     course.rows, course.spikes = rows, [*spikes]
     return course
 
 
-def record_of(step: int, *signals: str) -> dict[str, Any]:
-    return {"step": step, "spiked": list(signals), "by_share": [{"name": "w"}]}
+def record_of(step: int, *signals: str) -> SpikeRecord:
+    return SpikeRecord(step, spiked=list(signals), by_share=[ParameterEvidence("w", 1.0, 1.0, 0.0)])
 
 
 def test_a_spike_is_gone_below_half_its_height_on_the_logarithmic_scale() -> None:
@@ -342,7 +343,7 @@ def test_bad_input_gets_one_sentence(
         lines = "".join(f"{step},1.0\n" for step in range(80))
         (folder / "metrics.csv").write_text(f"step,train/loss\n{lines}")
     if prepare == "spike":
-        (folder / "spikes.jsonl").write_text(f"{json.dumps(record_of(40, 'loss'))}\n")
+        RecordFile(folder / "spikes.jsonl").begin([record_of(40, "loss")])
     with pytest.raises(SystemExit):
         spikes.main(["why", str(folder), *arguments])
     error = capsys.readouterr().err

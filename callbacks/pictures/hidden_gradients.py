@@ -26,10 +26,10 @@ from steadyfit.panels import (
     GREY,
     LINES,
     VERMILION,
-    around,
     count_axis,
+    log_norm,
     note,
-    short,
+    strip_common_prefix,
     whole_numbers,
 )
 
@@ -107,7 +107,9 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Trace]:
         name: Trace(
             norms([next(gradients) for _ in states]), norms(states), spectral_radius(matrix)
         )
-        for name, (states, matrix) in zip(short(list(layers)), layers.values(), strict=True)
+        for name, (states, matrix) in zip(
+            strip_common_prefix(list(layers)), layers.values(), strict=True
+        )
     }
 
 
@@ -318,7 +320,7 @@ def heat_maps(measured: Mapping[int, Mapping[str, Trace]], end: int) -> Figure:
     heights = [2.0] * len(names) + [1.0] * bool(radii)
     figure = Figure(figsize=(8, 1 + 1.2 * sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    scale = around([*tables.values()])
+    scale = log_norm([*tables.values()])
     colours = colormaps["viridis"].with_extremes(over=VERMILION, bad="white")
     for axes, (name, values) in zip(grid, tables.items(), strict=False):
         shown = np.where(np.isfinite(values), values, 10 * (scale.vmax or 1))

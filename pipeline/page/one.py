@@ -122,16 +122,16 @@ def _curves(facts: Facts) -> Iterator[Part]:
 def _spikes(facts: Facts) -> Iterator[Part]:
     """Their number, the worst with their evidence, and why."""
     steps = len(facts.values("train/loss"))
-    records = [r for r in read_records(facts.folder / "spikes.jsonl") if r["spiked"]]
-    records.sort(key=lambda record: -(record["max_loss_after"] or 0))
+    records = [r for r in read_records(facts.folder / "spikes.jsonl") if r.spiked]
+    records.sort(key=lambda record: -(record.max_loss_after or 0))
     if not len(facts.values("grad_norm/total")):
         yield "Missing: the run was not watched; callbacks.GradientSpikeMonitor does it."
     else:
-        confirmed = sum(record["confirmed"] for record in records)
+        confirmed = sum(record.confirmed for record in records)
         yield f"{len(records)} spikes in {steps:,} optimizer steps, {confirmed} seen in the loss."
     if records:
         rows = [
-            [str(r["step"]), ", ".join(r["spiked"]), format_spike(r).partition(": ")[2]]
+            [str(r.step), ", ".join(r.spiked), format_spike(r).partition(": ")[2]]
             for r in records[:_ROWS]
         ]
         few = f", the {_ROWS} worst" if len(records) > _ROWS else ""

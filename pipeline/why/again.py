@@ -28,6 +28,7 @@ from pipeline.cli import CLI, PLATEAU
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
 from pipeline.trainer import quiet_libraries, settle
 from steadyfit.lightning import GradientSpikeMonitor
+from steadyfit.watching.records import SpikeRecord
 
 Rows = dict[int, dict[str, float]]  # logged metrics, by optimizer step
 
@@ -73,7 +74,7 @@ class Course(Callback):
         self.rates: dict[int, float] = {}
         self.places: dict[int, tuple[int, list[int]]] = {}
         self.weights: dict[int, Tensor] = {}
-        self.spikes: list[dict[str, Any]] = []
+        self.spikes: list[SpikeRecord] = []
 
     def losses(self, first: int, last: int) -> list[float]:
         found = [self.rows.get(step, {}).get("train/loss") for step in range(first, last + 1)]

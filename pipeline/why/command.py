@@ -21,7 +21,7 @@ from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
 from pipeline.why.trials import Trials
 from pipeline.why.verdict import Verdict, decide
-from steadyfit.watching.records import read_records
+from steadyfit.watching.records import read_lines
 
 
 def why(options: argparse.Namespace) -> Report:
@@ -54,7 +54,7 @@ def _explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progres
     # kept until all is done, so that one that is interrupted goes on
     snapshot, path = run.folder / "why.ckpt", run.folder / "why.jsonl"
     header = {"first": spike.first, "config": run.config.read_text(), **provenance()}
-    known = next(iter(read_records(path)), {})
+    known = next(iter(read_lines(path)), {})
     if snapshot.exists() and header.items() <= known.items():
         control = Control(**known["control"])
     else:

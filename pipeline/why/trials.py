@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.why.again import Course
 from pipeline.why.changes import Noise
 from pipeline.why.experiments import Case, Experiment
-from steadyfit.watching.records import json_safe, read_records
+from steadyfit.watching.records import json_safe, read_lines
 
 SEEDS = 10  # of each count
 _SCREEN = 3  # forks after which an experiment that does nothing is left
@@ -73,7 +73,7 @@ class Trials:
     ) -> None:
         self.case, self.snapshot, self.path, self.progress = case, snapshot, path, progress
         self.tallies: list[Tally] = []
-        lines = read_records(path)
+        lines = read_lines(path)
         if lines[:1] != [header]:
             lines = []
             path.write_text(f"{json.dumps(header)}\n")

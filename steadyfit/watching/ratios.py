@@ -1,4 +1,4 @@
-"""Whether the gradient of one parameter is out of proportion to those of the others.
+"""Gradients of single parameters that are out of proportion to those of the others.
 
 Dimensions: K steps, P parameters of one optimizer, W steps that are remembered of each.
 """
@@ -11,7 +11,7 @@ import torch
 
 from ..detector import NORMAL_Q90, SHIFT_AFTER, TAIL_SHARE
 
-FORGET = 1 / 128  # weight of one use in a parameter's rate of spikes
+_FORGET = 1 / 128  # weight of one use in a parameter's rate of spikes
 
 
 class ParameterRatios:
@@ -44,7 +44,7 @@ class ParameterRatios:
         self.rate = np.empty(0)  # (P,) moving share of uses beyond the limit
 
     def grow(self, count: int) -> None:
-        """Take in more parameters, behind the ones there are."""
+        """Take in more parameters, after the ones there are."""
         new = count - len(self.uses)
         self.logs = np.concatenate([self.logs, np.full((new, self.window), np.nan)])
         for name, empty in (("median", np.nan), ("spread", np.nan), ("rate", 0.0)):
@@ -75,8 +75,8 @@ class ParameterRatios:
         return scores, spikes
 
     def _judge(self, logs: np.ndarray, beyond: np.ndarray) -> np.ndarray:
-        """Which parameters (P,) spike in a step that has some beyond the limit."""
-        self.rate[beyond] += FORGET * (1 - self.rate[beyond])
+        """Find the parameters (P,) that spike in a step that has some beyond the limit."""
+        self.rate[beyond] += _FORGET * (1 - self.rate[beyond])
         spikes = beyond & (self.rate <= TAIL_SHARE)
         if not spikes.any():
             self._remember(logs[None])
@@ -96,7 +96,7 @@ class ParameterRatios:
         self.logs[np.nonzero(used)[1], places[used]] = logs[used]
         self.uses += counts
         self.raised[counts > 0] = 0
-        self.rate *= (1 - FORGET) ** counts
+        self.rate *= (1 - _FORGET) ** counts
         self.rows += len(logs)
         if self.rows < self.REFRESH:
             return

@@ -1,4 +1,4 @@
-"""What to do about a spike."""
+"""Reactions to a spike."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ ReactionName = Literal["log", "skip", "rollback", "stop"]
 
 
 class Reaction(ABC):
-    """What to do when a step spikes, before it is taken, or when the update before it did.
+    """Act when a step spikes, before it is taken, or when the update before it did.
 
     The monitor reads once a step for it. ``loop`` has ``optimizers``, ``global_step`` and
     ``should_stop``, as a Trainer of Lightning has; ``model`` is what is trained.
@@ -62,7 +62,7 @@ class Reaction(ABC):
                 parameter.grad = None
 
 
-class Stop(Reaction):
+class _Stop(Reaction):
     """Leave the step out and end training, with the evidence on disk."""
 
     def react(self, loop: Any, model: nn.Module, optimizer: Optimizer) -> None:
@@ -175,5 +175,5 @@ def reaction_of(given: ReactionName | Reaction) -> Reaction | None:
         raise ValueError(
             f"reaction must be one of {', '.join(names)}, or a Reaction, got {given!r}."
         )
-    made: dict[str, type[Reaction]] = {"rollback": Rollback, "stop": Stop}
+    made: dict[str, type[Reaction]] = {"rollback": Rollback, "stop": _Stop}
     return made[given]() if given in made else None
