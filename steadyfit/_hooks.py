@@ -182,13 +182,14 @@ class UpdateClippingHooks(StepHooks):
         tensors = [t for _, *both in pending for t in both if isinstance(t, Tensor)]
         read = iter(torch.stack(tensors).tolist() if tensors else [])
         rows = {}
-        for step, *both in pending:
-            factor, loss = (next(read) if isinstance(x, Tensor) else x for x in both)
-            rows[step] = {"clip/update_factor": factor}
+        for step, factor, loss in pending:
+            smallest = next(read) if isinstance(factor, Tensor) else factor
+            rows[step] = {"clip/update_factor": smallest}
             self.steps += 1
-            self.acted += factor < 1
-            if loss is not None and self.limit.floor != "auto":
-                self.unlimited += loss <= self.limit.floor
+            self.acted += smallest < 1
+            if loss is not None:
+                value, floor = next(read), self.limit.floor
+                self.unlimited += floor != "auto" and value <= floor
         if rows and self.trainer.is_global_zero:
             self.log_rows(rows)
 

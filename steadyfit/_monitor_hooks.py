@@ -101,8 +101,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         reaction: What to do about a spike.
         window: Steps over which a signal's usual level is taken.
         threshold: Robust standard deviations of the logarithm beyond which a value is a spike.
-        top_k: Parameters named in a record.
-        weight_norm_every: Optimizer steps between two readings of the weight norms.
         alert: Send a W&B alert with the evidence of a spike, at most every ten minutes.
         optional: A training that cannot be watched is not refused: a line says why, once.
         black_box: Keep the states before so many of the worst spikes in ``black_box/`` of the run's
@@ -116,8 +114,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         reaction: ReactionName | Reaction = "log",
         window: int = 128,
         threshold: float = 4.5,
-        top_k: int = 3,
-        weight_norm_every: int = 10,
         alert: bool = True,
         optional: bool = False,
         black_box: int = 0,
@@ -132,8 +128,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
             reaction=reaction,
             window=window,
             threshold=threshold,
-            top_k=top_k,
-            weight_norm_every=weight_norm_every,
         )
         self.alert = alert
         self.optional = optional

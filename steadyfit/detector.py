@@ -26,6 +26,8 @@ STEADY_AFTER, STEADY_RANGE = 6, 3.0  # values, scales
 OFTEN, OFTEN_STEPS = 10, 128  # as many spikes in the last steps are no exceptions
 RATE_STEPS, RATE_FACTOR = 10, 2.0
 _NORMAL_DIFFERENCE = 0.6745 * math.sqrt(2)  # median of |x - y| for standard normal x and y
+_DRIFT_WINDOW = 128  # steps the level and the scale are taken from
+_DRIFT_LIMIT = 20.0  # of the sum at which to warn: about as many steps well above the level
 _DRIFT_HIGHEST = 2.0  # scales above the level that one value counts for: a spike is no drift
 _DRIFT_SLACK = 1.0  # scales above the level that are nothing
 
@@ -100,7 +102,11 @@ class SpikeDetector:
     def __init__(
         self, window: int = 128, threshold: float = 4.5, min_scale: float = LOSS_MIN_SCALE
     ) -> None:
-        _refuse(window, threshold=threshold, min_scale=min_scale)
+        if window < 16:
+            raise ValueError(f"window must be at least 16 steps, got {window}.")
+        for name, value in (("threshold", threshold), ("min_scale", min_scale)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
         self.window = window
         self.normal_limit = float(threshold)
         self.min_scale = float(min_scale)
@@ -300,28 +306,13 @@ class DriftDetector:
     which a slow growth leaves alone. One value adds one at most. The next warning can come after
     the sum was back at zero: the growth has ended.
 
-    Args:
-        window: Steps the level and the scale are taken from, at least 16.
-        limit: Sum at which to warn: about as many steps well above the level.
-        min_scale: Smallest scale, natural logarithm; growth by less of it is nothing.
-
-    Raises:
-        ValueError: If ``window`` is below 16, or ``limit`` or ``min_scale`` is not positive and
-            finite.
     """
 
-    def __init__(
-        self, window: int = 128, limit: float = 20.0, min_scale: float = LOSS_MIN_SCALE
-    ) -> None:
-        _refuse(window, limit=limit, min_scale=min_scale)
-        self.window = window
-        self.limit = float(limit)
-        self.min_scale = float(min_scale)
-
+    def __init__(self) -> None:
         self.sum = 0.0
         self.warned = False  # of the growth that goes on
-        self._levels = _SortedWindow(window)  # logarithms
-        self._differences = _SortedWindow(window)
+        self._levels = _SortedWindow(_DRIFT_WINDOW)  # logarithms
+        self._differences = _SortedWindow(_DRIFT_WINDOW)
 
     def update(self, value: float) -> bool:
         """Take in the next value and return whether to warn; one without logarithm is ignored."""
@@ -330,15 +321,15 @@ class DriftDetector:
             return False
         log = math.log(value)
         if len(self._levels.values) >= _WARM_UP:
-            scale = max(self._differences.median() / _NORMAL_DIFFERENCE, self.min_scale)
+            scale = max(self._differences.median() / _NORMAL_DIFFERENCE, LOSS_MIN_SCALE)
             height = (log - self._levels.median()) / scale
             self.sum = min(
-                max(0.0, self.sum + min(height, _DRIFT_HIGHEST) - _DRIFT_SLACK), self.limit
+                max(0.0, self.sum + min(height, _DRIFT_HIGHEST) - _DRIFT_SLACK), _DRIFT_LIMIT
             )
         if self._levels.values:
             self._differences.push(abs(log - self._levels.values[-1]))
         self._levels.push(log)
-        warn = self.sum == self.limit and not self.warned
+        warn = self.sum == _DRIFT_LIMIT and not self.warned
         self.warned = warn or (self.warned and self.sum > 0)
         return warn
 
@@ -352,19 +343,9 @@ class DriftDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, under the arguments of this detector."""
         self.sum, self.warned = state["sum"], state["warned"]
-        self._levels = _SortedWindow(self.window, state["levels"])
-        self._differences = _SortedWindow(self.window, state["differences"])
-
-
-def _refuse(window: int, **numbers: float) -> None:
-    """Refuse the arguments of a detector that it cannot work with."""
-    if window < 16:
-        raise ValueError(f"window must be at least 16 steps, got {window}.")
-    for name, number in numbers.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {number}.")
+        self._levels = _SortedWindow(_DRIFT_WINDOW, state["levels"])
+        self._differences = _SortedWindow(_DRIFT_WINDOW, state["differences"])
 
 
 def _exp(log: float) -> float:

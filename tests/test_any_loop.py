@@ -1,9 +1,8 @@
 """``SpikeMonitor`` and ``clip_updates`` in loops of plain torch, of Fabric and of Hugging Face."""
 
-import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loop import Batch, make_data, make_model, no_scaler, spiked, state_of, training
+from small_training import same
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -26,78 +27,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "any_loop.md"
 SECTION = re.compile(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 BLOCKS = SECTION.findall(PAGE.read_text())
 PLAIN, HUGGING_FACE = BLOCKS[0][1], BLOCKS[-1][1]
-
-Batch = tuple[Tensor, Tensor]
-
-
-def make_model(*more: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), *more, nn.Tanh(), nn.Linear(16, 1))
-
-
-def make_data(steps: int = 60, factors: Mapping[int, float] | None = None) -> list[Batch]:
-    """Batches of noise, in some of which the targets are multiplied."""
-    generator = torch.Generator().manual_seed(1)
-    data = [
-        (torch.randn(16, 8, generator=generator), torch.randn(16, 1, generator=generator))
-        for _ in range(steps)
-    ]
-    for step, factor in (factors or {}).items():
-        data[step][1].mul_(factor)
-    return data
-
-
-def no_scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", enabled=False)
-
-
-def training(
-    model: nn.Module,
-    optimizer: Optimizer,
-    monitor: SpikeMonitor | None,
-    data: Sequence[Batch],
-    scaler: torch.amp.GradScaler | None = None,
-    accumulate: int = 1,
-) -> Iterator[int]:
-    """Train; yields before each optimizer step, and once more after the last."""
-    scaler = scaler or no_scaler()
-    for step, start in enumerate(range(0, len(data), accumulate)):
-        yield step
-        losses = []
-        for x, y in data[start : start + accumulate]:
-            losses.append(mse_loss(model(x), y))
-            scaler.scale(losses[-1] / accumulate).backward()
-        scaler.unscale_(optimizer)
-        if monitor:
-            loss = torch.stack(losses).mean()
-            monitor.before_step(loss, scaled=scaler.is_enabled())
-        scaler.step(optimizer)
-        if scaler.is_enabled():
-            scaler.update()
-        optimizer.zero_grad()
-    if monitor:
-        monitor.flush()
-    yield step + 1
-
-
-def state_of(model: nn.Module, optimizer: Optimizer) -> list[Any]:
-    return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal in every bit, in nested containers."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def spiked(monitor: SpikeMonitor) -> list[int]:
-    return [record.step for record in monitor.records if record.spiked]
-
 
 # The page
 

@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 
 from steadyfit import SpikeMonitor, clip_updates, read_records
 from steadyfit.probe import StepProbe
+from steadyfit.watching import optimizer_monitor
 
 
 def small() -> nn.Sequential:
@@ -116,10 +117,11 @@ def test_parameters_that_are_added_between_reads(reaction: Any) -> None:
     assert "spike" in monitor.finish()
 
 
-def test_an_empty_parameter_has_a_record() -> None:
+def test_an_empty_parameter_has_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_monitor, "TOP_K", 9)
     model = small()
     model.register_parameter("nothing", nn.Parameter(torch.zeros(0, 5)))
-    monitor = SpikeMonitor(model, torch.optim.SGD(model.parameters(), lr=0.01), top_k=9)
+    monitor = SpikeMonitor(model, torch.optim.SGD(model.parameters(), lr=0.01))
     train(model, monitor, 60, spikes=(50,))
     monitor.flush()
     assert monitor.counts["gradient"] == 1

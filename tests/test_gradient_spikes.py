@@ -52,6 +52,7 @@ from lit_models import LitClassifier
 from lit_models.networks import LSTM, LeNet5, Recurrent, WhitenedCNN
 from steadyfit import layout
 from steadyfit.layout import FLAT_SIZE, norms
+from steadyfit.watching import optimizer_monitor
 from steadyfit.watching.history import NormHistory
 from steadyfit.watching.ratios import ParameterRatios
 from steadyfit.watching.reactions import Reaction, Rollback, free_memory
@@ -197,13 +198,13 @@ def test_what_followed_is_in_the_record(tmp_path: Path) -> None:
     assert far.step == 30
     assert far.spiked == ["gradient", "parameter", "update", "promise"]
     assert far.confirmed
-    assert far.steps_to_recover > 1
-    assert far.max_loss_after > 10 * far.signals["loss"].value
+    assert (far.steps_to_recover or 0) > 1
+    assert (far.max_loss_after or 0.0) > 10 * far.signals["loss"].value
     harmless = tmp_path / "harmless"
     fit(harmless, Plain(partial(SGD, lr=1e-4)), Plant([30]), GradientSpikeMonitor())
     (near,) = spikes(harmless)
     assert not near.confirmed
-    assert near.max_loss_after < 2 * near.signals["loss"].value
+    assert (near.max_loss_after or math.inf) < 2 * near.signals["loss"].value
     assert near.steps_to_recover == 1
 
 
@@ -234,30 +235,18 @@ def test_history_of_norms_keeps_the_largest_of_each_stretch() -> None:
 # Reactions
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        partial(AdamW, lr=0.01, weight_decay=0.5),
-        partial(SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
-        partial(RMSprop, lr=0.001),
-        partial(torch.optim.Adam, lr=0.01, fused=True),
-    ],
-    ids=["AdamW", "SGD", "RMSprop", "fused"],
-)
-@pytest.mark.parametrize("precision", ["32-true", "fp16"])
-def test_skipped_step_changes_nothing(
-    optimizer: Callable[..., Optimizer], precision: str, tmp_path: Path
-) -> None:
-    """Parameters and optimizer state are the same before and after; learning goes on behind it."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_step_changes_nothing(fused: bool, tmp_path: Path) -> None:
+    """Parameters and optimizer state are the same before and after; learning goes on after it."""
     seen: dict[int, Any] = {}
 
     def look(trainer: Trainer, model: LightningModule) -> None:
         seen[trainer.global_step] = snapshot(trainer, model)
 
-    plugins = scaled(1024.0) if precision == "fp16" else []
     plant, monitor = Plant([40]), GradientSpikeMonitor("skip")
-    model = Plain(optimizer)
-    trainer = fit(tmp_path, model, plant, monitor, Each(after_batch=look), plugins=plugins)
+    model = Plain(partial(AdamW, lr=0.01, weight_decay=0.5, fused=fused))
+    callbacks = [plant, monitor, Each(after_batch=look)]
+    trainer = fit(tmp_path, model, *callbacks, plugins=scaled(1024.0))
     assert 40 in steps(tmp_path)
     assert same(seen[40], seen[41])
     assert not same(seen[39], seen[40])
@@ -282,8 +271,7 @@ class Buffered(Plain):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-@pytest.mark.parametrize("clipped", [False, True], ids=["alone", "with UpdateClipping"])
-def test_rollback_goes_back_once_and_then_only_skips(clipped: bool, tmp_path: Path) -> None:
+def test_rollback_goes_back_once_and_then_only_skips(tmp_path: Path) -> None:
     """Copies are made before steps 0, 10, 20, 30: a spike goes back to 30, the next are skipped."""
     seen: dict[int, Any] = {}
     rates: list[float] = []
@@ -295,7 +283,7 @@ def test_rollback_goes_back_once_and_then_only_skips(clipped: bool, tmp_path: Pa
     callbacks = [
         Plant([34, 36, 38], "network.3.weight", 300.0),
         GradientSpikeMonitor(Rollback(every=10, keep=2)),
-        *([UpdateClipping(max_rms=0.5)] if clipped else []),
+        UpdateClipping(max_rms=0.5),
         Each(after_batch=look),
     ]
     model = Buffered()
@@ -372,35 +360,25 @@ def test_accumulated_loss_is_that_of_the_batches(tmp_path: Path) -> None:
     assert b.max_loss_after == pytest.approx(a.max_loss_after, rel=1e-4)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_norms_and_losses_under_a_gradient_scaler_are_unscaled(fused: bool, tmp_path: Path) -> None:
+def test_norms_and_losses_under_a_gradient_scaler_are_unscaled(tmp_path: Path) -> None:
     """Also where the optimizer itself unscales, inside its step."""
     found = []
-    for scale in (1.0, 1024.0):
-        folder = tmp_path / str(scale)
+    for scale, fused in ((1.0, False), (1024.0, False), (1024.0, True)):
+        folder = tmp_path / f"{scale} {fused}"
         model = Plain(partial(Adam, lr=0.01, fused=fused))
         plugins = scaled(scale)
         trainer = fit(folder, model, Plant([30]), GradientSpikeMonitor(), plugins=plugins)
         found.append((trainer, spikes(folder)[0]))
-    (one, a), (other, b) = found
-    for name in ("grad_norm/total", "grad_norm/clipped", "update_norm/total"):
-        assert column(other, name) == pytest.approx(column(one, name), rel=0.01)
-    assert a.step == b.step == 30
-    assert b.signals["loss"].value == pytest.approx(a.signals["loss"].value, rel=1e-3)
+    (one, a), *others = found
+    for other, b in others:
+        for name in ("grad_norm/total", "update_norm/total"):
+            assert column(other, name) == pytest.approx(column(one, name), rel=0.01)
+        assert a.step == b.step == 30
+        assert b.signals["loss"].value == pytest.approx(a.signals["loss"].value, rel=1e-3)
 
 
-def test_fused_and_unfused_optimizer_have_the_same_norms(tmp_path: Path) -> None:
-    columns = []
-    for fused in (False, True):
-        model = Plain(partial(Adam, lr=0.01, fused=fused))
-        trainer = fit(tmp_path / str(fused), model, GradientSpikeMonitor(), plugins=scaled(1024.0))
-        columns.append(column(trainer, "grad_norm/total"))
-    assert columns[0] == pytest.approx(columns[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("reaction", ["log", "skip"])
-def test_overflow_is_recorded_and_not_counted(fused: bool, reaction: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reaction", "fused"), [("log", False), ("skip", True)])
+def test_overflow_is_recorded_and_not_counted(reaction: Any, fused: bool, tmp_path: Path) -> None:
     """The scaler throws such a step away; no detector learns from it and nobody reacts."""
     monitor = GradientSpikeMonitor(reaction)
     model = Plain(partial(Adam, lr=0.01, fused=fused))
@@ -471,8 +449,7 @@ def test_manual_accumulation_names_all_batches(tmp_path: Path) -> None:
     assert spikes(tmp_path)[0].batches == [30, 31, 32]
 
 
-@pytest.mark.parametrize("reaction", ["log", "skip"])
-@pytest.mark.parametrize("precision", ["32-true", "fp16"])
+@pytest.mark.parametrize(("reaction", "precision"), [("log", "32-true"), ("skip", "fp16")])
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_training_step_without_a_loss(reaction: Any, precision: str, tmp_path: Path) -> None:
     """Such a batch has no gradient: its step is no spike, and moves nothing."""
@@ -513,7 +490,9 @@ def test_other_number_formats(dtype: torch.dtype, tmp_path: Path) -> None:
     assert 30 in steps(tmp_path)
 
 
-def test_parameters_shared_frozen_or_unused(tmp_path: Path) -> None:
+def test_parameters_shared_frozen_or_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A parameter is counted once, and one without gradient as zero."""
 
     class Odd(Plain):
@@ -523,8 +502,9 @@ def test_parameters_shared_frozen_or_unused(tmp_path: Path) -> None:
             self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
             self.network.again = self.network[2].weight
 
+    monkeypatch.setattr(optimizer_monitor, "TOP_K", 9)
     model = Odd(partial(AdamW, lr=0.01, weight_decay=0.5))
-    trainer = fit(tmp_path, model, Plant([30]), GradientSpikeMonitor(top_k=9))
+    trainer = fit(tmp_path, model, Plant([30]), GradientSpikeMonitor())
     record = spikes(tmp_path)[0]
     assert record.step == 30
     moved = {p.name: p.update_norm for p in record.by_share}
@@ -607,26 +587,38 @@ def interrupted(folder: Path, **options: Any) -> GradientSpikeMonitor:
     return monitor
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An uninterrupted run and the state of its monitor."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, interrupted(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, ended beyond the checkpoints that it is continued from."""
+    folder = tmp_path_factory.mktemp("killed")
+    interrupted(folder, max_steps=48)
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("step", [35, 40, 45], ids=["mid-epoch", "epoch end", "between spikes"])
-def test_resumed_run_is_the_uninterrupted_one(step: int, tmp_path: Path) -> None:
+def test_resumed_run_is_the_uninterrupted_one(
+    step: int, whole: tuple[Path, Any], killed: Path, tmp_path: Path
+) -> None:
     """Flags, records, norms and weights, bit for bit."""
-    whole = interrupted(tmp_path / "whole")
-    assert set(steps(tmp_path / "whole")) >= {30, 33, 44, 47}
+    folder, state = whole
+    assert set(steps(folder)) >= {30, 33, 44, 47}
     again = tmp_path / "again"
-    interrupted(again, max_steps=step + 3)  # beyond the checkpoint, as if killed there
+    shutil.copytree(killed, again)
     resumed = interrupted(again, ckpt_path=again / f"step={step}.ckpt")
-    assert same(resumed.state_dict(), whole.state_dict())
-    for name in ("spikes.jsonl", "step=80.ckpt"):
-        ours, theirs = (tmp_path / run / name for run in ("again", "whole"))
-        if name.endswith("jsonl"):
-            assert ours.read_text() == theirs.read_text()
-        else:
-            a, b = (torch.load(path, weights_only=True) for path in (ours, theirs))
-            assert same(a["state_dict"], b["state_dict"])
-            assert same(a["optimizer_states"], b["optimizer_states"])
-    norms = [torch.load(tmp_path / x / "norms.pt", weights_only=True) for x in ("again", "whole")]
-    assert same(*norms)
+    assert same(resumed.state_dict(), state)
+    assert (again / "spikes.jsonl").read_text() == (folder / "spikes.jsonl").read_text()
+    for name, parts in (("step=80.ckpt", ["state_dict", "optimizer_states"]), ("norms.pt", ["0"])):
+        ours, theirs = (torch.load(f / name, weights_only=True) for f in (again, folder))
+        assert all(same(ours[part], theirs[part]) for part in parts)
 
 
 @SLOW
@@ -725,11 +717,11 @@ def test_state_is_what_was_learned_and_nothing_else(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "state.pt")
     read = torch.load(tmp_path / "state.pt", weights_only=True)
     assert same(read, state)
-    given = ("reaction", "window", "top_k", "weight_norm_every", "alert")
+    given = ("reaction", "window", "alert")
     assert not state.keys() & set(given)
-    other = GradientSpikeMonitor("skip", window=32, threshold=6.0, top_k=1)
+    other = GradientSpikeMonitor("skip", window=32, threshold=6.0)
     other.load_state_dict(read)
-    assert (other.window, other.threshold, other.top_k) == (32, 6.0, 1)
+    assert (other.window, other.threshold) == (32, 6.0)
     assert all(d.window == 32 for w in other.monitors.values() for d in w.detectors.values())
     assert same(other.counts, monitor.counts)
 
@@ -907,7 +899,7 @@ def test_the_library_is_enough(tmp_path: Path) -> None:
     assert 40 in steps(folder)
     assert "holds" in process.stdout
     with (folder / "metrics.csv").open(newline="") as file:
-        norms = {int(r.step): r["grad_norm/total"] for r in csv.DictReader(file)}
+        norms = {int(r["step"]): r["grad_norm/total"] for r in csv.DictReader(file)}
     assert sorted(norms) == list(range(60))
     assert float(norms[40]) > 50 * float(norms[39])
 
@@ -920,11 +912,6 @@ def test_the_library_is_enough(tmp_path: Path) -> None:
     [
         ({"window": 0}, "window must be at least 16 steps, got 0."),
         ({"threshold": 0.0}, "threshold must be positive and finite, got 0.0."),
-        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0."),
-        (
-            {"weight_norm_every": 0},
-            "weight_norm_every must be a whole number of at least 1, got 0.",
-        ),
         (
             {"reaction": "ignore"},
             "reaction must be one of log, skip, rollback, stop, or a Reaction, got 'ignore'",

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_any_loop import make_data, make_model, same, spiked, state_of, training
+from plain_loop import make_data, make_model, spiked, state_of, training
+from small_training import same
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import LBFGS, SGD, Adam, Optimizer

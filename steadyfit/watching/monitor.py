@@ -21,6 +21,8 @@ from .records import SpikeRecord, save
 from .skip import Skip
 from .spike_log import CONFIRM, COUNTED, SpikeLog
 
+_WEIGHT_NORM_EVERY = 10  # optimizer steps between two readings of the weight norms
+
 _Rows = Mapping[int, Mapping[str, float]]  # by optimizer step
 
 
@@ -68,8 +70,6 @@ class SpikeMonitor:
         reaction: What to do about a spike.
         window: Steps over which a signal's usual level is taken.
         threshold: Robust standard deviations of the logarithm beyond which a value is a spike.
-        top_k: Parameters named in a record.
-        weight_norm_every: Optimizer steps between two readings of the weight norms.
 
     Attributes:
         optimizers: Those whose steps are observed.
@@ -92,21 +92,15 @@ class SpikeMonitor:
         reaction: ReactionName | Reaction = "log",
         window: int = 128,
         threshold: float = 4.5,
-        top_k: int = 3,
-        weight_norm_every: int = 10,
     ) -> None:
-        positive = {"every": every, "top_k": top_k, "weight_norm_every": weight_norm_every}
-        for name, value in positive.items():
-            if value < 1 or value != int(value):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
+        if every < 1 or every != int(every):
+            raise ValueError(f"every must be a whole number of at least 1, got {every}.")
         SpikeDetector(window, threshold)  # refuses what it does not take
         self.folder = Path(folder) if folder is not None else None
         self._log = log
         self.every = every
         self.window = window
         self.threshold = threshold
-        self.top_k = top_k
-        self.weight_norm_every = weight_norm_every
         self.skips = reaction == "skip"
         self.reaction = reaction_of(reaction)
         self._hooks: list[tuple[StepProbe, Callable[[], None]]] = []  # of reactions on the device
@@ -249,7 +243,7 @@ class SpikeMonitor:
             update=update,
             scale=scale,
             scaled=scaled,
-            weight=probe.weight_squares() if step % self.weight_norm_every == 0 else None,
+            weight=probe.weight_squares() if step % _WEIGHT_NORM_EVERY == 0 else None,
             buffers=self.buffers.norms(),
             is_new=self.monitor_of(index).is_new(probe.layout.active),
         )
@@ -332,7 +326,7 @@ class SpikeMonitor:
             before, rows = len(self.records), {}
             for o in pending:
                 counts = dict(self.counts)
-                self.spikes.add(o, self.monitors[o.optimizer], self.top_k)
+                self.spikes.add(o, self.monitors[o.optimizer])
                 rows[o.step] = row_of(o, len(self.optimizers) > 1)
                 if counts != self.counts or o is pending[-1]:  # a step is known by its new count
                     rows[o.step] |= {f"spikes/{s}": float(self.counts[s]) for s in COUNTED}

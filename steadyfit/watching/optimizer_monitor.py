@@ -24,6 +24,7 @@ from .records import SPIKES, EarlierStep, ParameterEvidence, SpikeRecord, Verdic
 
 _PROMISE = 5.0  # times its loss that a step may promise to take off it,
 _PROMISE_RATIO = 30.0  # or this multiple of what its steps usually promise
+TOP_K = 3  # parameters named in a record
 _BEFORE = 10  # optimizer steps in which the largest update is looked for
 
 
@@ -203,7 +204,7 @@ class OptimizerMonitor:
         applied = _norm(_applied_update_norms(o))
         self.before.append(EarlierStep(o.step, o.batches, gradient, applied, update, largest))
 
-    def record(self, o: Observation, top_k: int) -> SpikeRecord:
+    def record(self, o: Observation) -> SpikeRecord:
         """Collect the evidence about one step."""
         gradient, update = o.numbers["gradient"], o.numbers.get("update")
         finite = np.isfinite(gradient)
@@ -224,7 +225,7 @@ class OptimizerMonitor:
             return found
 
         def largest(by: np.ndarray) -> list[ParameterEvidence]:
-            return [describe(i) for i in np.argsort(-by, kind="stable")[:top_k].tolist()]
+            return [describe(i) for i in np.argsort(-by, kind="stable")[:TOP_K].tolist()]
 
         return SpikeRecord(
             step=o.step,

@@ -11,6 +11,7 @@ import torch
 
 from ..detector import NORMAL_Q90, SHIFT_AFTER, TAIL_SHARE
 
+_ARRAYS = ("logs", "median", "spread", "uses", "raised", "rate")
 _FORGET = 1 / 128  # weight of one use in a parameter's rate of spikes
 
 
@@ -129,25 +130,13 @@ class ParameterRatios:
         return np.where(np.isnan(limits) | (self.rate > TAIL_SHARE), np.inf, limits)
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = ("logs", "median", "spread", "uses", "raised", "rate")
-        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in arrays}
+        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
         return {"rows": self.rows, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; one of another window is left, and all learned anew."""
+        if state["logs"].shape[1] != self.window:
+            return
         self.rows = state["rows"]
-        for name in ("logs", "median", "spread", "uses", "raised", "rate"):
+        for name in _ARRAYS:
             setattr(self, name, state[name].numpy().copy())
-        if self.logs.shape[1] != self.window:  # an own window: the last uses, in their order
-            self._change_window()
-
-    def _change_window(self) -> None:
-        old, width = self.logs, self.logs.shape[1]
-        self.logs = np.full((len(old), self.window), np.nan)
-        for number, uses in enumerate(self.uses.tolist()):
-            kept = np.arange(max(0, uses - min(width, self.window)), uses)
-            self.logs[number, kept % self.window] = old[number, kept % width]
-
-    def load_rows(self, rows: list[list[float]]) -> None:
-        """Begin from the logarithms of ordinary steps, as checkpoints of version 0.1 hold them."""
-        for start in range(0, len(rows), self.REFRESH):
-            self._remember(np.array(rows[start : start + self.REFRESH]))

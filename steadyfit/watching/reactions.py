@@ -62,7 +62,7 @@ class Reaction(ABC):
                 parameter.grad = None
 
 
-class _Stop(Reaction):
+class Stop(Reaction):
     """Leave the step out and end training, with the evidence on disk."""
 
     def react(self, loop: Any, model: nn.Module, optimizer: Optimizer) -> None:
@@ -175,5 +175,5 @@ def reaction_of(given: ReactionName | Reaction) -> Reaction | None:
         raise ValueError(
             f"reaction must be one of {', '.join(names)}, or a Reaction, got {given!r}."
         )
-    made: dict[str, type[Reaction]] = {"rollback": Rollback, "stop": _Stop}
+    made: dict[str, type[Reaction]] = {"rollback": Rollback, "stop": Stop}
     return made[given]() if given in made else None

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,10 +140,10 @@ class SpikeRecord:
         return {verdict.kind for verdict in self.signals.values()}
 
 
-_T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def _take(kind: type[_T], facts: Mapping[str, Any]) -> _T:
+def _take(kind: Callable[..., _T], facts: Mapping[str, Any]) -> _T:
     """Make a dataclass of the facts that it knows."""
     return kind(**{f.name: facts[f.name] for f in fields(kind) if f.name in facts})  # type: ignore[arg-type]
 

@@ -52,7 +52,7 @@ class SpikeLog:
         earlier = [r for r in read_records(self.file.path) if r.step < since]
         self.records = [*earlier, *self.records]
 
-    def add(self, o: Observation, monitor: OptimizerMonitor, top_k: int) -> None:
+    def add(self, o: Observation, monitor: OptimizerMonitor) -> None:
         """Take in a judged step, and record it if it is notable."""
         if "loss" in o.judged:
             self._tell_once(o)
@@ -63,7 +63,7 @@ class SpikeLog:
             self.counts["skipped"] += 1
         if skipped or any(verdict.kind in _RECORDED for verdict in o.judged.values()):
             self._count(o)
-            self._record(monitor.record(o, top_k))
+            self._record(monitor.record(o))
         self._last[o.optimizer] = o.step
         monitor.remember_step(o)
 
