@@ -4,16 +4,15 @@ import inspect
 import json
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from callbacks.run.folder import FolderCallback
 from callbacks.run.run_folder import MetricsCSV, RunRecord
 from core.files import atomic_write
 from lit_models.base import LitModel
@@ -21,7 +20,7 @@ from lit_models.base import LitModel
 Rows = dict[int, dict[str, float]]
 
 
-class SubmissionLog(Callback):
+class SubmissionLog(FolderCallback):
     """Write ``submission_log.json`` into the run folder, in the course's format.
 
     It holds the loss of every step, the training and the evaluation accuracy of every epoch in
@@ -58,10 +57,9 @@ class SubmissionLog(Callback):
             counts = count_right(pl_module, self.evaluation)
         right, samples = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.eval_accuracies.append(round(100 * right / samples, 4))
-        folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
         rows = next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
         record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and folder and rows and record:
+        if trainer.is_global_zero and self.folder and rows and record:
             history = {**history_of(rows), "eval_accuracies": self.eval_accuracies}
             content = {
                 "history": history,
@@ -69,7 +67,7 @@ class SubmissionLog(Callback):
                 "last_name": self.last_name,
                 **description_of(pl_module.network),
             }
-            with atomic_write(Path(folder) / "submission_log.json", "w") as file:
+            with atomic_write(self.folder / "submission_log.json", "w") as file:
                 json.dump(content, file)
 
 

@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer, __version__
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.run.folder import FolderCallback
 from core.hosts import slurm_job
 from core.runs import Run
 
@@ -23,7 +24,7 @@ EXIT_STATUS = 143  # 128 + SIGTERM, as a shell reports it
 END, REQUEUE = 1, 2  # notes: SIGTERM, and the signal before the end of a SLURM job's time
 
 
-class Termination(Checkpoint):
+class Termination(FolderCallback, Checkpoint):
     """SIGTERM to any process ends training with the checkpoint that ``fit --run`` goes on from.
 
     Schedulers and containers send it some seconds before SIGKILL, often to one process alone. Its
@@ -50,6 +51,8 @@ class Termination(Checkpoint):
         self.previous_handler: Any = signal.SIG_DFL
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+
         def note(signum: int, *_: object) -> None:
             self.noted = max(self.noted, END if signum == signal.SIGTERM else REQUEUE)
 
@@ -124,8 +127,7 @@ class Termination(Checkpoint):
             return False
 
     def stop(self, trainer: Trainer) -> NoReturn:
-        # asked on all ranks: Lightning broadcasts the answer
-        run = Run(Path(trainer.log_dir or trainer.default_root_dir))
+        run = Run(self.folder or Path(trainer.default_root_dir))
         # all ranks wait until it is written
         trainer.save_checkpoint(run.last_checkpoint, weights_only=False)
         if trainer.is_global_zero:

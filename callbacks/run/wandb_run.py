@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from callbacks.run.folder import FolderCallback
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.wandb_logger import STEP, ResumableWandbLogger
 from core.errors import UserError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wandb import Run as WandbRun
 
 
-class WandbSummary(Callback):
+class WandbSummary(FolderCallback):
     """Best values in the summary, uncommitted code, artifacts, and an alert when training ends.
 
     Args:
@@ -34,6 +34,7 @@ class WandbSummary(Callback):
         self.trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self.best = {"train/loss": "min", "val/loss": "min"}
@@ -48,13 +49,13 @@ class WandbSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
-        patch = Path(trainer.log_dir or ".") / "code.patch"  # asked on all ranks
+        patch = (self.folder or Path()) / "code.patch"
         for run in runs_of(trainer) if patch.exists() else []:
             shutil.copy(patch, run.dir)
             run.save(Path(run.dir, patch.name), base_path=run.dir, policy="now")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or ".")  # asked on all ranks
+        folder = self.folder or Path()
         best = self.best_values(trainer)
         for run in runs_of(trainer):
             run.summary.update(best)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
+from callbacks.run.folder import FolderCallback
 from callbacks.run.run_folder import MetricsCSV
 
 MIB = 2**20
@@ -19,7 +19,7 @@ class TimingCSV(MetricsCSV):
     filename = "timing.csv"
 
 
-class Timing(Callback):
+class Timing(FolderCallback):
     """Measure the speed of training, for ``timing.csv``, all other loggers and the progress bar.
 
     A row is of the steps since the row before, without validation, checkpoints and pictures, and
@@ -49,9 +49,9 @@ class Timing(Callback):
         self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
-        if folder and trainer.loggers and trainer.is_global_zero and stage == "fit":
-            self._table = TimingCSV(folder)
+        super().setup(trainer, pl_module, stage)
+        if self.folder and trainer.loggers and trainer.is_global_zero and stage == "fit":
+            self._table = TimingCSV(str(self.folder))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
