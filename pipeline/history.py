@@ -166,11 +166,20 @@ _TEXT = tuple(
     }.items()
     for option, default in options.items()
 )
+_PICTURES = tuple(
+    Removed(f"callbacks.{name}", option, default, "0.1.0", f"derive a class that sets {option}.")
+    for name, option, default in (
+        ("LearningCurves", "min_interval", 30.0),
+        ("Mistakes", "count", 25),
+        ("SampleSheet", "per_class", 6),
+    )
+)
 Setting = Removed | Renamed | OwnClass
 SETTINGS: tuple[Setting, ...] = (
     *_OF_MODELS,
     Removed(_MONITOR, "top_k", 3, "0.1.0", "a record names three parameters."),
     Removed(_MONITOR, "weight_norm_every", 10, "0.1.0", "weight norms are read every ten steps."),
+    *_PICTURES,
     OwnClass("lit_models.LitClassifier", "cutmix", 0.0, "lit_models.LitCutMix", "0.1.0"),
     Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
     *_TEXT,

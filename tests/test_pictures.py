@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from callbacks import ConfusionMatrix, LearningCurves, Mistakes, SampleSheet
 from callbacks.pictures.base import PictureCallback
-from callbacks.pictures.confusion_matrix import ConfusionCounts, confusion_matrix
+from callbacks.pictures.confusion_matrix import confusion_matrix
 from callbacks.pictures.learning_curves import learning_curves
 from callbacks.pictures.mistakes import mistakes, mistakes_sheet, most_probable
 from callbacks.pictures.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
-from core.errors import UserError
 from datamodules.images.base import ImageDataModule
 
 NAMES = ("ant", "bee", "cow")
@@ -365,10 +364,11 @@ def test_curves_are_drawn_no_more_often_than_asked(
         "save",
         lambda self, trainer, name, figure: drawn.append(trainer.global_step),
     )
-    for min_interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [6])):
+    for interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [6])):
         drawn.clear()
-        logger = CSVLogger(tmp_path, version=f"{min_interval}")
-        curves = LearningCurves(min_interval)
+        logger = CSVLogger(tmp_path, version=f"{interval}")
+        curves = LearningCurves()
+        curves.min_interval = interval
         make_trainer(tmp_path, curves, logger=logger, max_epochs=2).fit(Reader(), PlantedData())
         assert drawn == expected  # at validation, at the end of each epoch, and at the very end
 
@@ -426,7 +426,7 @@ def test_a_hundred_classes_are_drawn_without_numbers() -> None:
 
 
 def test_planted_mistakes_are_listed_in_order(tmp_path: Path) -> None:
-    make_trainer(tmp_path, Mistakes(count=5)).test(Reader(), PlantedData(), verbose=False)
+    make_trainer(tmp_path, Mistakes()).test(Reader(), PlantedData(), verbose=False)
     table = pd.read_csv(tmp_path / "mistakes.csv")
     stored, targets = planted(TEST_SIZE, seed=2)
     preds, sureness = stored[:, 0, 0, 0].long(), stored[:, 0, 0, 1].float()
@@ -475,7 +475,7 @@ def test_no_mistakes_are_called_so() -> None:
     assert figure.get_suptitle() == "no mistakes in 3 images"
 
 
-# Cost and arguments
+# Cost
 
 
 def test_a_test_batch_is_never_read_from_the_device() -> None:
@@ -491,23 +491,3 @@ def test_a_test_batch_is_never_read_from_the_device() -> None:
             callback.on_test_batch_end(trainer, model, outputs, [images, target], batch_idx)
     with pytest.raises(RuntimeError, match="meta tensors"):
         target.max().item()
-
-
-def test_counts_are_kept_where_they_are_made() -> None:
-    confusion = ConfusionCounts(3, "meta")
-    confusion.update(torch.empty(5, device="meta").long(), torch.empty(5, device="meta").long())
-    assert confusion.table().device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SampleSheet(per_class=0), "per_class must be at least 1, got 0"),
-        (lambda: Mistakes(count=0), "count must be at least 1, got 0"),
-        (lambda: LearningCurves(min_interval=-1), "min_interval must not be negative, got -1"),
-    ],
-    ids=["SampleSheet", "Mistakes", "LearningCurves"],
-)
-def test_arguments_are_checked_there_and_then(make: Callable[[], Callback], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make()

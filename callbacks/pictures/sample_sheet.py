@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.pictures.base import PictureCallback
-from core.errors import UserError
 
 GAP = 2  # white pixels between images
 
@@ -23,15 +22,9 @@ class SampleSheet(PictureCallback):
 
     Written to ``sample_sheet.png`` when ``fit`` starts. Other data than images it leaves alone. The
     augmentation is drawn by a small loader of its own, so training goes on as it would without.
-
-    Args:
-        per_class: Images of each class.
     """
 
-    def __init__(self, per_class: int = 6) -> None:
-        if per_class < 1:
-            raise UserError(f"per_class must be at least 1, got {per_class}.")
-        self.per_class = per_class
+    per_class = 6  # images
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = self.images
