@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_train import rows, sentence
 
 import train
-from callbacks.run.wandb_logger import held_metrics
+from callbacks.run.wandb_logger import logged_metrics
 from core.runs import load_checkpoint
 from lit_models import LitClassifier
 from pipeline.continuing import differences
@@ -475,5 +475,5 @@ def test_any_id_of_wandb_is_found_again(home: Path, monkeypatch: pytest.MonkeyPa
     end_wandb()
     folders = sorted(home.glob("runs/mnist_lenet/r/wandb/offline-run-*"))
     assert [folder.name.partition("_")[2][7:] for folder in folders] == ["exp-1.b [c]"] * 2
-    steps = [step for f in folders for step, name in held_metrics(f) if name == "train/loss"]
+    steps = [step for f in folders for step, name in logged_metrics(f) if name == "train/loss"]
     assert steps == list(range(20))
