@@ -39,13 +39,7 @@ class ConfusionMatrix(PictureCallback):
             self.counts = torch.zeros(size, dtype=torch.long, device=pl_module.device)
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: list[Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         if self.counts is not None:
             # not by torch.bincount, as torchmetrics does: on a GPU it reads the device twice

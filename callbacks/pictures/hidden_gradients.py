@@ -262,19 +262,13 @@ class HiddenGradients(PictureCallback):
             s: {n: Trace(*t) for n, t in layers.items()} for s, layers in plain.items()
         }
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.draw(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self.draw(trainer)
-
-    def draw(self, trainer: Trainer) -> None:
+    def draw(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not self.measured or self.folder is None:
             return
         _write_csv(self.folder / "hidden_gradients.csv", self.measured)
         self.save(trainer, "hidden_gradients", heat_maps(self.measured, trainer.global_step))
+
+    on_fit_end = on_exception = draw
 
 
 def _scalars(layers: Mapping[str, Trace]) -> dict[str, float]:

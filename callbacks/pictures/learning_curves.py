@@ -2,7 +2,7 @@
 
 import gc
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,7 +30,7 @@ class LearningCurves(PictureCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.next_time = time.monotonic() + self.min_interval
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking and time.monotonic() >= self.next_time:
             self.refresh(trainer)
             # a figure is a web of cycles: tens of MiB that Python would come for after hours
@@ -38,15 +38,7 @@ class LearningCurves(PictureCallback):
 
     on_train_epoch_end = on_validation_end
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.refresh(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self.refresh(trainer)
-
-    def refresh(self, trainer: Trainer) -> None:
+    def refresh(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero or not self.folder:
             return
         for logger in trainer.loggers:
@@ -58,6 +50,8 @@ class LearningCurves(PictureCallback):
 
         self.save(trainer, "learning_curves", learning_curves(pd.read_csv(path)))
         self.next_time = time.monotonic() + self.min_interval
+
+    on_fit_end = on_exception = refresh
 
 
 def learning_curves(metrics: "pd.DataFrame") -> Figure:
