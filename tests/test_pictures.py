@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,15 +120,25 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # The run folder
 
 
-def test_all_pictures_land_in_the_run_folder(tmp_path: Path, empty_folder: Path) -> None:
-    logger = CSVLogger(tmp_path, name="run", version="")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all pictures, trained, validated and tested in an empty folder."""
+    home = tmp_path_factory.mktemp("pictures")
+    logger = CSVLogger(home, name="run", version="")
     pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
-    trainer = make_trainer(tmp_path, *pictures, logger=logger)
+    trainer = make_trainer(home, *pictures, logger=logger)
     model, data = Reader(), PlantedData()
-    trainer.fit(model, data)
-    trainer.validate(model, data, verbose=False)
-    trainer.test(model, data, verbose=False)
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    current = tmp_path_factory.mktemp("current")
+    with chdir(current):
+        trainer.fit(model, data)
+        trainer.validate(model, data, verbose=False)
+        trainer.test(model, data, verbose=False)
+    assert not list(current.iterdir())
+    return home / "run"
+
+
+def test_all_pictures_land_in_the_run_folder(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
     assert names == {
         "metrics.csv",
         "sample_sheet.png",
@@ -139,24 +150,21 @@ def test_all_pictures_land_in_the_run_folder(tmp_path: Path, empty_folder: Path)
         "mistakes.csv",
         "mistakes.png",
     }
-    for path in (tmp_path / "run").glob("*.png"):
+    for path in run.glob("*.png"):
         grey = np.asarray(Image.open(path).convert("L"))
         assert grey.shape[0] > 100
         assert (grey < 128).mean() > 0.005, f"{path.name} is blank"
-    assert not list(empty_folder.iterdir())
 
 
 def test_without_a_logger_the_root_folder_is_the_run_folder(
     tmp_path: Path, empty_folder: Path
 ) -> None:
     run = tmp_path / "run"
-    pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
-    trainer = make_trainer(run, *pictures)
+    trainer = make_trainer(run, LearningCurves(), ConfusionMatrix())
     trainer.fit(Reader(), PlantedData())
     trainer.test(Reader(), PlantedData(), verbose=False)
     names = {path.name for path in run.iterdir()}
-    expected = {"confusion_matrix_test.csv", "confusion_matrix_test.png"}
-    assert names == {"sample_sheet.png", "mistakes.csv", "mistakes.png", *expected}
+    assert names == {"confusion_matrix_test.csv", "confusion_matrix_test.png"}
     assert not list(empty_folder.iterdir())
 
 
@@ -330,7 +338,6 @@ def diverged(metrics: pd.DataFrame) -> pd.DataFrame:
     ("change", "panels"),
     [
         (lambda metrics: metrics.iloc[:1], 3),
-        (lambda metrics: metrics.drop(columns=["val/loss", "val/accuracy"]), 3),
         (lambda metrics: metrics[["step", "val/loss"]], 1),
         (lambda metrics: metrics[["step", "lr-SGD"]], 2),
         (lambda metrics: metrics[["step", "train/loss"]] * -1, 1),
@@ -339,7 +346,6 @@ def diverged(metrics: pd.DataFrame) -> pd.DataFrame:
     ],
     ids=[
         "one row",
-        "no validation",
         "no training",
         "rate",
         "negative",
@@ -352,7 +358,7 @@ def test_curves_of_odd_metrics_can_be_drawn(
 ) -> None:
     figure = learning_curves(change(metrics_table()))
     assert len(figure.axes) == panels
-    assert (rendered(figure) < 128).any()
+    figure.draw_without_rendering()
 
 
 def test_curves_are_drawn_no_more_often_than_asked(
@@ -385,18 +391,18 @@ def test_curves_show_how_far_a_failed_run_came(tmp_path: Path) -> None:
 # The confusion matrix
 
 
-def test_counts_equal_a_few_lines_of_numpy(tmp_path: Path) -> None:
-    make_trainer(tmp_path, ConfusionMatrix()).test(Reader(), PlantedData(), verbose=False)
+def test_counts_equal_a_few_lines_of_numpy(run: Path) -> None:
     images, target = planted(TEST_SIZE, seed=2)
     expected = np.zeros((3, 3), int)
     np.add.at(expected, (target.numpy(), images[:, 0, 0, 0].numpy()), 1)
-    header, *rows = csv.reader((tmp_path / "confusion_matrix_test.csv").read_text().splitlines())
+    header, *rows = csv.reader((run / "confusion_matrix_test.csv").read_text().splitlines())
     assert header == ["true/predicted", *NAMES]
     assert [row[0] for row in rows] == list(NAMES)
     assert np.array_equal(np.array([row[1:] for row in rows], int), expected)
 
 
-def test_a_second_test_starts_from_nothing(tmp_path: Path) -> None:
+def test_a_second_test_starts_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConfusionMatrix, "save", lambda *_: None)  # drawing takes longest
     trainer = make_trainer(tmp_path, ConfusionMatrix())
     for _ in range(2):
         trainer.test(Reader(), PlantedData(), verbose=False)
@@ -425,9 +431,8 @@ def test_a_hundred_classes_are_drawn_without_numbers() -> None:
 # Mistakes
 
 
-def test_planted_mistakes_are_listed_in_order(tmp_path: Path) -> None:
-    make_trainer(tmp_path, Mistakes()).test(Reader(), PlantedData(), verbose=False)
-    table = pd.read_csv(tmp_path / "mistakes.csv")
+def test_planted_mistakes_are_listed_in_order(run: Path) -> None:
+    table = pd.read_csv(run / "mistakes.csv")
     stored, targets = planted(TEST_SIZE, seed=2)
     preds, sureness = stored[:, 0, 0, 0].long(), stored[:, 0, 0, 1].float()
     wrong = (preds != targets).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Where the pictures of a run go."""
+"""Pictures of a run."""
 
 from typing import Any
 
@@ -33,5 +33,5 @@ class PictureCallback(FolderCallback):
             figure.savefig(file, format="png", dpi=120)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                # without a step, W&B puts it at the last optimizer step it was told
+                # without a step, W&B puts it at the last optimizer step it knows
                 logger.log_image(f"pictures/{name}", [str(path)])

@@ -18,8 +18,8 @@ from core.files import atomic_write
 if TYPE_CHECKING:  # not needed before the end of a test
     import pandas as pd
 
-COLUMNS = 5
-ID_LENGTH = 24  # characters of an id that fit below an image
+_COLUMNS = 5
+_ID_LENGTH = 24  # characters of an id that fit below an image
 
 Answers = list[Tensor]  # target, prediction and its probability, each (B,) or (N,)
 
@@ -116,19 +116,19 @@ def mistakes(
 
 def mistakes_sheet(images: np.ndarray, table: "pd.DataFrame", samples: int) -> Figure:
     """Draw images uint8 (m, H, W, C), each under its row of the table of all M mistakes."""
-    rows = max(1, -(-len(images) // COLUMNS))
-    figure = Figure(figsize=(1.8 * COLUMNS, 2.5 * rows + 0.4), layout="constrained")
+    rows = max(1, -(-len(images) // _COLUMNS))
+    figure = Figure(figsize=(1.8 * _COLUMNS, 2.5 * rows + 0.4), layout="constrained")
     count = f"{len(table):,} mistakes" if len(table) else "no mistakes"
     first = "the most confident of " if len(images) < len(table) else ""
     figure.suptitle(f"{first}{count} in {samples:,} images")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     # the last row may not be full
     for axes, image, row in zip(grid, images, table.itertuples(), strict=False):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         id = str(row.id)
-        shown = id if len(id) <= ID_LENGTH else f"…{id[1 - ID_LENGTH :]}"
+        shown = id if len(id) <= _ID_LENGTH else f"…{id[1 - _ID_LENGTH :]}"
         caption = f"{row.probability:.1%} {row.prediction}\ntrue: {row.label}\n{shown}"
         axes.set_title(caption, fontsize="small")
     return figure

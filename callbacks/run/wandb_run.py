@@ -1,4 +1,4 @@
-"""What people look for on a W&B run, beside the rows of its metrics."""
+"""Summary, code and artifacts of a W&B run, beside the rows of its metrics."""
 
 import json
 import math
@@ -43,21 +43,21 @@ class WandbSummary(FolderCallback):
                 self.best[monitor] = getattr(callback, "mode", "min")
         if isinstance(pl_module, LitModel):
             self.best[pl_module.monitor] = "max"
-        for run in runs_of(trainer):
+        for run in _wandb_runs(trainer):
             for name, end in self.best.items():
                 run.define_metric(name, step_metric=STEP, step_sync=True, summary=f"{end},last")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
         patch = (self.folder or Path()) / "code.patch"
-        for run in runs_of(trainer) if patch.exists() else []:
+        for run in _wandb_runs(trainer) if patch.exists() else []:
             shutil.copy(patch, run.dir)
             run.save(Path(run.dir, patch.name), base_path=run.dir, policy="now")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self.folder or Path()
         best = self.best_values(trainer)
-        for run in runs_of(trainer):
+        for run in _wandb_runs(trainer):
             run.summary.update(best)
             if self.tells_end and self.trained:
                 ended = [f"{k} {e} {best[k][e]:.4g}" for k, e in self.best.items() if k in best]
@@ -91,7 +91,7 @@ class WandbSummary(FolderCallback):
         return found
 
 
-def runs_of(trainer: Trainer) -> "list[WandbRun]":
+def _wandb_runs(trainer: Trainer) -> "list[WandbRun]":
     """The W&B runs of a trainer that record anything."""
     if not trainer.is_global_zero:
         return []
