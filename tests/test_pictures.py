@@ -132,7 +132,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with chdir(current):
         trainer.fit(model, data)
         trainer.validate(model, data, verbose=False)
-        trainer.test(model, data, verbose=False)
+        trainer.test(Reader(), data, verbose=False)
     assert not list(current.iterdir())
     return home / "run"
 

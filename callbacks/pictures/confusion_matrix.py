@@ -39,7 +39,7 @@ class ConfusionMatrix(PictureCallback):
             self.counts = torch.zeros(size, dtype=torch.long, device=pl_module.device)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         if self.counts is not None:
             # not by torch.bincount, as torchmetrics does: on a GPU it reads the device twice

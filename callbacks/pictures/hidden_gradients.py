@@ -262,7 +262,7 @@ class HiddenGradients(PictureCallback):
             s: {n: Trace(*t) for n, t in layers.items()} for s, layers in plain.items()
         }
 
-    def draw(self, trainer: Trainer, *_: Any) -> None:
+    def draw(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not self.measured or self.folder is None:
             return
         _write_csv(self.folder / "hidden_gradients.csv", self.measured)

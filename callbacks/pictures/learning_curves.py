@@ -30,7 +30,7 @@ class LearningCurves(PictureCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.next_time = time.monotonic() + self.min_interval
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.sanity_checking and time.monotonic() >= self.next_time:
             self.refresh(trainer)
             # a figure is a web of cycles: tens of MiB that Python would come for after hours
@@ -38,7 +38,7 @@ class LearningCurves(PictureCallback):
 
     on_train_epoch_end = on_validation_end
 
-    def refresh(self, trainer: Trainer, *_: Any) -> None:
+    def refresh(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero or not self.folder:
             return
         for logger in trainer.loggers:

@@ -18,7 +18,7 @@ class MaskedAccuracy(Callback):
     """
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         if not isinstance(trainer.datamodule, MaskedBooksDataModule):  # type: ignore[attr-defined]
             return
