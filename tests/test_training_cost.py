@@ -99,8 +99,8 @@ def test_operations_of_a_token_and_what_attention_keeps() -> None:
     assert fused.backward_flops == pytest.approx(2 * fused.forward_flops)
     softmax = 4 * 8 * length * length * 4 / MIB  # B heads T T numbers, of each of 7 blocks
     assert plain.activations - fused.activations == pytest.approx(7 * softmax, rel=0.05)
-    # a mask of floats and the dropped weights
-    assert dropped.activations - plain.activations == pytest.approx(2 * 7 * softmax, rel=0.05)
+    # a mask of floats and the dropped weights; dropout elsewhere keeps little
+    assert dropped.activations - plain.activations == pytest.approx(2 * 7 * softmax, rel=0.1)
 
 
 @pytest.mark.slow
