@@ -250,7 +250,7 @@ class HiddenGradients(PictureCallback):
         layers = trace(pl_module, lambda: pl_module.evaluation_step(self.batch)["loss"])  # type: ignore[operator]
         self.measured[step] = {name: layer.of_batch() for name, layer in layers.items()}
         if isinstance(pl_module, LitModel):
-            pl_module.step_log.add({step: _scalars(self.measured[step])})
+            pl_module.add_to_rows({step: _scalars(self.measured[step])})
 
     def state_dict(self) -> dict[str, Any]:
         plain = {s: {n: tuple(t) for n, t in layers.items()} for s, layers in self.measured.items()}
