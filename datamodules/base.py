@@ -235,7 +235,7 @@ class BaseDataModule(LightningDataModule):
                 f"got {batch_idx}."
             )
         loader.set_epoch(epoch)
-        return loader.batch(loader.shares()[batch_idx])
+        return loader.batch(loader.batch_indices()[batch_idx])
 
     def train_dataloader(self) -> ResidentLoader:
         if self._train_loader is None:  # one copy on the device, however often it is asked for

@@ -174,6 +174,14 @@ _PICTURES = tuple(
         ("SampleSheet", "per_class", 6),
     )
 )
+AUGMENTATION = (
+    *("crop", "flip", "cutout", "rotate", "scale", "shear", "elastic"),
+    *("brightness", "contrast", "saturation", "hue", "blur", "trivial"),
+)
+IMAGE_SETS = (
+    *("CIFAR10", "Competition", "Demo", "Digits", "ImageFolder", "KaggleCIFAR10"),
+    *("MNIST", "TorchDataset", "UCSBCIFAR10"),
+)
 Setting = Removed | Renamed | OwnClass
 SETTINGS: tuple[Setting, ...] = (
     *_OF_MODELS,
@@ -184,7 +192,17 @@ SETTINGS: tuple[Setting, ...] = (
     Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
     *_TEXT,
     Removed("callbacks.CorrectionTable", "shown", 100, "0.1.0", "corrections.csv has all rows."),
+    *(
+        Renamed(f"datamodules.{name}DataModule", option, f"augmentation.{option}", since="0.1.0")
+        for name in IMAGE_SETS
+        for option in AUGMENTATION
+    ),
 )
+FLAGS = {  # as they may be typed
+    f"--data.{place}{option}": f"--data.{place}augmentation.{option}"
+    for place in ("", "init_args.")
+    for option in AUGMENTATION
+}
 
 
 def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
@@ -203,7 +221,8 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
     options = updated.get("init_args")
     if isinstance(options, dict):
         for setting in settings:
-            if updated["class_path"] != setting.class_path or setting.option not in options:
+            names = (setting.class_path, setting.class_path.rpartition(".")[2])
+            if updated.get("class_path") not in names or setting.option not in options:
                 continue
             if isinstance(setting, OwnClass) and options[setting.option] != setting.default:
                 updated["class_path"] = setting.name
@@ -213,15 +232,15 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
 
 
 def current_path(path: str) -> str:
-    """The import path of a class, which may have been in another module.
+    """The import path of a class, which may have been in another module, or a flag.
 
     Raises:
         UserError: The class is gone.
     """
     if path in GONE:
         raise UserError(f"{path} is gone since version 0.1.0; {GONE[path]}")
-    if path in SAME:
-        return SAME[path]
+    if path in SAME or path in FLAGS:
+        return SAME.get(path) or FLAGS[path]
     package, _, rest = path.partition(".")
     module, _, name = rest.partition(".")
     moved = any(module in known.modules for known in MOVED if known.package == package)

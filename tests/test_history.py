@@ -14,16 +14,16 @@ from pipeline.parser import Parser
 OLD_RUNS = Path(__file__).parent / "old_runs"
 SETTINGS = (
     Removed("lit_models.LitClassifier", "tta", "none", "9.9", "take an older version."),
-    Renamed("datamodules.DigitsDataModule", "crop", "augmentation.crop", "9.9"),
+    Renamed("datamodules.DigitsDataModule", "val_size", "splits.val", "9.9"),
 )
 
 
 @pytest.mark.parametrize(
     "path", sorted(OLD_RUNS.glob("*/*/config.yaml")), ids=lambda p: p.parts[-3]
 )
-def test_what_has_not_moved_is_left_as_it_is(path: Path) -> None:
-    recorded = yaml.safe_load(path.read_text())
-    assert update(recorded, ()) == recorded
+def test_what_is_up_to_date_is_left_as_it_is(path: Path) -> None:
+    recorded = update(yaml.safe_load(path.read_text()))
+    assert update(recorded) == recorded
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,20 @@ def test_a_class_that_is_gone_is_answered_with_what_to_do(name: str) -> None:
 
 
 def test_renamed_settings_go_on_by_their_new_name() -> None:
-    recorded = [{"class_path": "datamodules.DigitsDataModule", "init_args": {"crop": 2, "flip": 1}}]
-    assert update(recorded, SETTINGS)[0]["init_args"] == {"augmentation": {"crop": 2}, "flip": 1}
+    recorded = [
+        {"class_path": "datamodules.DigitsDataModule", "init_args": {"val_size": 2, "mean": 1}}
+    ]
+    assert update(recorded, SETTINGS)[0]["init_args"] == {"splits": {"val": 2}, "mean": 1}
+
+
+@pytest.mark.parametrize("name", ["DigitsDataModule", "datamodules.DigitsDataModule"])
+def test_augmentation_is_one_setting(name: str) -> None:
+    """Crop, flip and eleven others were settings of the data."""
+    recorded = {"class_path": name, "init_args": {"crop": 2, "augmentation": {"flip": "random"}}}
+    nested = {"augmentation": {"crop": 2, "flip": "random"}}
+    assert update(recorded) == {"class_path": name, "init_args": nested}
+    assert update("--data.trivial") == "--data.augmentation.trivial"
+    assert update("--data.init_args.crop") == "--data.init_args.augmentation.crop"
 
 
 def test_paths_and_texts_that_only_look_alike_stay() -> None:

@@ -32,6 +32,7 @@ from datamodules.image_files.decode_images import decode_photo
 from datamodules.image_files.image_cache import Decoded
 from datamodules.image_files.layouts import Part, image_files
 from datamodules.image_files.photo_folder import halves, split_off
+from datamodules.images.augmentation import Augmentation
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -756,7 +757,9 @@ def test_a_setting_that_means_nothing_is_refused(
 
 
 def test_large_photos_take_a_crop_that_small_images_do_not(photos: Path) -> None:
-    datamodule = ImageFolderDataModule(str(photos), image_size=64, crop=63)
+    datamodule = ImageFolderDataModule(
+        str(photos), image_size=64, augmentation=Augmentation(crop=63)
+    )
     datamodule.setup("fit")
     images, _ = next(iter(datamodule.train_dataloader()))
     assert images.shape[2:] == (64, 64)

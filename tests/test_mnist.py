@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset, random_split
 from core.errors import UserError
 from datamodules import DigitsDataModule, MNISTDataModule
 from datamodules.images import mnist
+from datamodules.images.augmentation import Augmentation
 
 GOLDEN = [  # SHA-256 of the digits' training images and targets, test images and targets
     "4dbbf385ae96625d3b65c1fcd644294db2f5426d376f2d16906af22f15ae4240",
@@ -69,7 +70,7 @@ def test_the_split_is_random_split_of_torch(root: Path) -> None:
 
 
 def test_batches_are_grey_and_come_back_as_they_were(root: Path) -> None:
-    data = read(root, val_size=0, crop=2, flip="random", cutout=4)
+    data = read(root, val_size=0, augmentation=Augmentation(crop=2, flip="random", cutout=4))
     data.setup("fit")
     images, _ = next(iter(data.train_dataloader()))
     assert images.shape == (200, 1, 28, 28)

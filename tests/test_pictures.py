@@ -26,6 +26,7 @@ from callbacks.pictures.confusion_matrix import confusion_matrix
 from callbacks.pictures.learning_curves import learning_curves
 from callbacks.pictures.mistakes import mistakes, mistakes_sheet, most_probable
 from callbacks.pictures.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
+from datamodules.images.augmentation import Augmentation
 from datamodules.images.base import ImageDataModule
 
 NAMES = ("ant", "bee", "cow")
@@ -230,7 +231,7 @@ def test_samples_are_of_their_class_and_spread_over_the_set() -> None:
 
 
 def test_augmented_samples_are_what_the_loader_makes_of_the_stored_ones() -> None:
-    data = PlantedData(flip="random", cutout=2)
+    data = PlantedData(augmentation=Augmentation(flip="random", cutout=2))
     data.setup("fit")
     stored, augmented = seen_by_network(data, torch.tensor([[4, 9, 11], [2, 7, 0]]))
     assert torch.equal(stored[1, 0], data.splits["train"][0][2])
@@ -242,7 +243,7 @@ def test_augmented_samples_are_what_the_loader_makes_of_the_stored_ones() -> Non
 
 
 def test_the_sheet_disturbs_neither_random_numbers_nor_the_loader() -> None:
-    data = PlantedData(crop=2, flip="random")
+    data = PlantedData(augmentation=Augmentation(crop=2, flip="random"))
     data.setup("fit")
     first = [images.clone() for images, _ in data.train_dataloader()]
     state = torch.get_rng_state()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from datamodules.base import BaseDataModule
+from datamodules.images.augmentation import Augmentation
 from datamodules.images.base import ImageDataModule
 from datamodules.sequences.temporal_order import (
     LEVELS,
@@ -416,7 +417,9 @@ class Images(ImageDataModule):
 
 def augmented_images() -> Images:
     torch.manual_seed(1)
-    data = Images(batch_size=8, val_size=10, crop=2, flip="random", cutout=3)
+    data = Images(
+        batch_size=8, val_size=10, augmentation=Augmentation(crop=2, flip="random", cutout=3)
+    )
     data.setup("fit")
     return data
 

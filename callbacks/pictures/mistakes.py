@@ -58,7 +58,7 @@ class Mistakes(PictureCallback):
         if data is None or not self.answers:
             return
         loader: Any = trainer.test_dataloaders
-        numbers = torch.cat(list(loader.shares())[: len(self.answers)])  # of this process
+        numbers = torch.cat(list(loader.batch_indices())[: len(self.answers)])  # of this process
         mine = [torch.cat(column).cpu() for column in zip(*self.answers, strict=True)]
         parts = _of_all_ranks([numbers.cpu(), *mine], trainer.world_size)
         if not trainer.is_global_zero or self.folder is None:

@@ -24,7 +24,7 @@ from rich.progress import track
 from core.errors import UserError
 from core.files import atomic_write
 from datamodules.image_files import decode_images
-from datamodules.loaders.ahead import ahead
+from datamodules.loaders.prefetch import prefetch
 
 How = Literal["exact", "fit"]  # images of that very size, or any photo scaled and cropped to it
 CHUNK = {"exact": 3000, "fit": 64}  # that one decoder process is started for: 0.2 to 1 s of work
@@ -255,7 +255,7 @@ def decode_all(
     parts = [names[start : start + CHUNK[how]] for start in starts]
     cores = os.cpu_count() or 1
     # the threads only wait for their processes; where the disk is slow, few chunks wait for it
-    decoded = ahead(partial(decode_chunk, folder, size, how), parts, 2 * cores, threads=cores)
+    decoded = prefetch(partial(decode_chunk, folder, size, how), parts, 2 * cores, threads=cores)
     shown = track(decoded, title, total=len(parts), console=Console(stderr=True))
     for start, (pixels, reasons) in zip(starts, shown, strict=True):
         yield pixels, {start + position: why for position, why in reasons.items()}

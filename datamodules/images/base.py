@@ -12,9 +12,8 @@ from torch import Tensor
 from core.errors import UserError
 from datamodules.base import BaseDataModule, Tensors
 from datamodules.image_files.given_images import read_images
-from datamodules.images.augment import Effects
-from datamodules.images.trivial_augment import TrivialAugment
-from datamodules.loaders.images import Flip, ImageLoader
+from datamodules.images.augmentation import Augmentation
+from datamodules.loaders.images import ImageLoader
 from datamodules.loaders.resident import ResidentLoader, Stage
 
 
@@ -40,23 +39,7 @@ class ImageDataModule(BaseDataModule):
         val_size: Training images kept for validation by one fixed split; 0 trains on all of them.
         mean: Mean of each channel, of pixels scaled to [0, 1].
         std: Standard deviation of each channel, likewise.
-        crop: Random crops from images padded by this many mirrored pixels, fewer than a side has.
-        flip: Mirror left and right: never, at random, or at random once and then alternating.
-        cutout: Side in pixels of a random square set to the mean; 0 leaves it out.
-        rotate: Largest angle in degrees by which images are turned, either way; 10 to 15 is usual.
-        scale: Largest relative change of size; 0.1 is usual.
-        shear: Largest angle in degrees by which images are slanted; 5 to 10 is usual.
-        elastic: Standard deviation in pixels of the displacements of 4 x 4 control points, between
-            which images bend; 1 suits digits of 28 x 28, and 2 makes some of them hard to read.
-        brightness: Largest relative change of all pixels; 0.2 to 0.4 is usual, as for the next two.
-        contrast: Largest relative change of the distance from the image's mean grey.
-        saturation: Largest relative change of the distance from grey.
-        hue: Largest turn of the hue in HSV, either way, where 0.5 is half of the circle; 0.05 to
-            0.1 is usual.
-        blur: Largest standard deviation in pixels of a Gaussian blur; it is drawn from 0.1 up, and
-            1 is usual.
-        trivial: Change each image in one of 14 ways at random (:class:`TrivialAugment`), instead of
-            the nine settings above.
+        augmentation: Random changes of training images, such as ``crop`` and ``flip``.
         train_fraction: Share of the training part that is trained on: the first of one fixed order
             in which the classes take turns, so that 20 % is contained in 50 %.
         epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
@@ -86,19 +69,7 @@ class ImageDataModule(BaseDataModule):
         val_size: int = 5000,
         mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, ...] = (0.2470, 0.2435, 0.2616),
-        crop: int = 0,
-        flip: Flip = "none",
-        cutout: int = 0,
-        rotate: float = 0.0,
-        scale: float = 0.0,
-        shear: float = 0.0,
-        elastic: float = 0.0,
-        brightness: float = 0.0,
-        contrast: float = 0.0,
-        saturation: float = 0.0,
-        hue: float = 0.0,
-        blur: float = 0.0,
-        trivial: bool = False,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008  it is frozen
         train_fraction: float = 1.0,
         epoch_size: int | None = None,
         unlabelled: int = 0,
@@ -125,30 +96,8 @@ class ImageDataModule(BaseDataModule):
                 )
         self.mean = torch.tensor(mean)
         self.std = torch.tensor(std)
-        largest = min(self.image_size[:2]) - 1  # the edge itself is not mirrored
-        if not 0 <= crop <= largest:
-            raise UserError(
-                f"crop must be from 0 to {largest}, got {crop}; mirrored pixels can pad an image "
-                "by at most its smaller side - 1."
-            )
-        if cutout < 0:
-            raise UserError(f"cutout must not be negative, got {cutout}; 0 leaves it out.")
-        effects = Effects(
-            rotate, scale, shear, elastic, brightness, contrast, saturation, hue, blur
-        )
-        if channels != 3 and (saturation or hue):
-            raise UserError(
-                f"saturation and hue need images of 3 channels, these have {channels}; leave them "
-                "out."
-            )
-        if trivial and effects:
-            raise UserError("trivial takes the place of rotate to blur; leave one of them out.")
-        self.augmentation: dict[str, Any] = {
-            "crop": crop,
-            "flip": flip,
-            "cutout": cutout,
-            "effects": TrivialAugment() if trivial else effects,
-        }
+        augmentation.check(*self.image_size)
+        self.augmentation = augmentation
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size
         self.unlabelled = unlabelled
@@ -175,7 +124,7 @@ class ImageDataModule(BaseDataModule):
     def loader_arguments(self, stage: Stage) -> dict[str, Any]:
         arguments = super().loader_arguments(stage) | {"mean": self.mean, "std": self.std}
         if stage == "train":
-            arguments |= {"epoch_size": self.epoch_size, **self.augmentation}
+            arguments |= {"epoch_size": self.epoch_size, "augmentation": self.augmentation}
         return arguments
 
     def make_loader(self, tensors: tuple[Tensor, ...], stage: Stage) -> ImageLoader:

@@ -1,6 +1,6 @@
 """One random change of a random kind for each image of a batch.
 
-Dimensions: B batch, C channels, H height, W width, N images. As in ``augment.py`` images are float
+Dimensions: B batch, C channels, H height, W width, N images. As in ``effects.py`` images are float
 (B, C, H, W) with pixels in [0, 1], and nothing is drawn here.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.images.augment import grey
+from datamodules.images.effects import grey
 
 KINDS = (
     "identity",

@@ -96,10 +96,10 @@ class DrawingLoader(ResidentLoader):
 
     redraw: Callable[[int], Tensors] | None = None
 
-    def shares(self) -> Sequence[Tensor]:
+    def batch_indices(self) -> Sequence[Tensor]:
         if self.redraw:
             self.replace(self.redraw(self.epoch))
-        return super().shares()
+        return super().batch_indices()
 
     def replace(self, tensors: Tensors) -> None:
         """Hook: go on with other samples, as many as before."""

@@ -125,8 +125,8 @@ class SequenceLoader(DrawingLoader):
         super().__init__(tensors, **loader)
         self.one_hot = torch.eye(PAD + 1, PAD, device=self.device)  # the last row is zero
 
-    def place(self, device: torch.device, *, fits: bool) -> None:
-        super().place(device, fits=fits)
+    def move_to(self, device: torch.device, *, fits: bool) -> None:
+        super().move_to(device, fits=fits)
         self.one_hot = self.one_hot.to(device)
 
     def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:

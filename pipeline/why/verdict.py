@@ -128,7 +128,7 @@ def _look_up(case: Case, slots: Sequence[Slot]) -> tuple[list[Any], Tensor | Non
     """Ids of samples, if they have some, and images (N, H, W, C) uint8, if they are some."""
     loader = case.again.datamodule.train_dataloader()
     loader.set_epoch(slots[0][0])
-    loader.shares()  # the order of that epoch
+    loader.batch_indices()  # the order of that epoch
     rows = loader.sample(loader._order[[place for _, place in slots]]).tolist()
     ids = loader.identify(slots[0][0], rows) or [] if loader.identify else []
     return ids, loader.tensors[0][rows].cpu() if isinstance(loader, ImageLoader) else None
