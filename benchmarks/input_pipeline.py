@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from datamodules.image_files.image_cache import Cache, decode_once
+from datamodules.image_files.image_cache import decode_once
 from datamodules.image_files.named_images import images_by_id
 from datamodules.images.augmentation import Augmentation
 from datamodules.images.base import ImageDataModule
@@ -169,8 +169,9 @@ def compare_decoding(source: Path) -> Table:
         for _ in range(4):
             start = time.perf_counter()
             files = list(images_by_id(source).values())
-            cache = Cache(source, Path(temporary))
-            images = decode_once(source, files, (32, 32), "exact", cache).pixels
+            images = decode_once(
+                source, files, (32, 32), source.parent, Path(temporary), strict=True
+            ).pixels
             seconds.append(time.perf_counter() - start)
     first, second = seconds[0], statistics.median(seconds[1:])
     table = Table("PNG files", "decoded", "from the cache", "ratio")

@@ -110,7 +110,7 @@ sys.modules |= dict.fromkeys(("py7zr", "lemminflect", "tokenizers"))
 from pathlib import Path
 import datamodules
 from core.telling import told_in_one_sentence
-from datamodules.image_files.archives import unpack
+from datamodules.image_files.named_images import unpack
 from datamodules.text.english import lookup
 from datamodules.text.subwords import Subwords
 for use in (

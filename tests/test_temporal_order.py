@@ -114,7 +114,7 @@ def test_the_last_step_is_always_the_end() -> None:
         ({"stream": "dirty"}, "stream must be one of clean, notebook, got 'dirty'"),
         ({"epoch_size": 0}, "epoch_size must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"val_size": -1}, "val_size must not be negative"),
+        ({"val_size": -1}, "val_size must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], complaint: str) -> None:

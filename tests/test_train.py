@@ -176,7 +176,7 @@ def test_run_without_bar_checkpoints_and_wandb(
         (["--model.network=NoNet"], "NoNet is neither a class"),
         (["--data.batch_size=many"], "batch_size: many is no int"),
         (["--data.batch_size=0"], "batch_size must be at least 1, got 0."),
-        (["--data.val_size=-1"], "val_size must not be negative, got -1; 0 trains on all."),
+        (["--data.val_size=-1"], "val_size must be at least 0, got -1."),
         (["--data.val_size=200"], "val_size is 200, but there are 200 samples in all."),
         (["--data.data_dir=nowhere"], "nowhere"),
         (["--trainer.precision=fp16"], "trainer.precision: fp16 is none of transformer-engine, "),

@@ -14,12 +14,12 @@ from datamodules.images.trivial_augment import TrivialAugment
 Flip = Literal["none", "random", "alternating"]
 
 POINTS = 4  # control points along a side in elastic distortion: nine pixels of MNIST apart
-SMALLEST_SIGMA = 0.1  # of blur, in pixels, as in torchvision's GaussianBlur
+_SMALLEST_SIGMA = 0.1  # of blur, in pixels, as in torchvision's GaussianBlur
 EFFECTS = (
     *("rotate", "scale", "shear", "elastic"),
     *("brightness", "contrast", "saturation", "hue", "blur"),
 )
-LARGEST = {
+_LARGEST = {
     "rotate": 180.0,
     "scale": 0.9,
     "shear": 60.0,
@@ -76,13 +76,13 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout", *EFFECTS):
-            value, largest = getattr(self, name), LARGEST.get(name, math.inf)
+            value, largest = getattr(self, name), _LARGEST.get(name, math.inf)
             if not 0 <= value <= largest or value == math.inf:
-                limit = f" and at most {largest:g}" if name in LARGEST else ""
+                limit = f" and at most {largest:g}" if name in _LARGEST else ""
                 raise UserError(f"{name} must not be negative{limit}, got {value}; 0 is without.")
-        if 0 < self.blur < SMALLEST_SIGMA:
+        if 0 < self.blur < _SMALLEST_SIGMA:
             raise UserError(
-                f"blur must be at least {SMALLEST_SIGMA} pixels, got {self.blur}; 0 is without."
+                f"blur must be at least {_SMALLEST_SIGMA} pixels, got {self.blur}; 0 is without."
             )
         if self.trivial and any(getattr(self, name) for name in EFFECTS):
             raise UserError("trivial takes the place of rotate to blur; leave one of them out.")
@@ -136,11 +136,11 @@ class Effects:
             in the units of ``effects.py``, then the displacements (N, 2 * POINTS ** 2), if any.
         """
         strength = self.strength
-        sigma = (SMALLEST_SIGMA + strength.blur) / 2
+        sigma = (_SMALLEST_SIGMA + strength.blur) / 2
         middle = torch.tensor([0, 1, 0, 1, 1, 1, 0, sigma])
         geometry = [strength.rotate, strength.scale, strength.shear]
         colour = [strength.brightness, strength.contrast, strength.saturation, strength.hue]
-        spread = torch.tensor([*geometry, *colour, sigma - SMALLEST_SIGMA])
+        spread = torch.tensor([*geometry, *colour, sigma - _SMALLEST_SIGMA])
         parameters = middle + spread * (2 * draws[:, :8] - 1)
         if not strength.elastic:
             return parameters

@@ -1,4 +1,4 @@
-"""What all image sets share: a fixed split, shares of the training part, augmentation.
+"""Base of all image sets: a fixed split, parts of the training images, augmentation.
 
 Dimensions: N images, B batch, H height, W width, C channels.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.base import BaseDataModule, Tensors
+from datamodules.base import BaseDataModule, Tensors, require_at_least
 from datamodules.image_files.given_images import read_images
 from datamodules.images.augmentation import Augmentation
 from datamodules.loaders.images import ImageLoader
@@ -33,9 +33,6 @@ class ImageDataModule(BaseDataModule):
     """Images of ``num_classes`` kinds; a subclass reads them, this class serves them.
 
     Args:
-        data_dir: Root folder of all data sets.
-        batch_size: Images in a training batch of one process.
-        eval_batch_size: Images in a batch of validation, test and prediction.
         val_size: Training images kept for validation by one fixed split; 0 trains on all of them.
         mean: Mean of each channel, of pixels scaled to [0, 1].
         std: Standard deviation of each channel, likewise.
@@ -45,13 +42,9 @@ class ImageDataModule(BaseDataModule):
         epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
             they come again and again, augmented anew, so that any ``train_fraction`` has the same
             number of optimizer steps and validations.
-        exclude: Text file of images that are not trained on, an id a line, as ``spikes.jsonl``
-            names them; the splits and ``train_fraction`` choose as if they were there.
         unlabelled: Images without label in a training batch for each labelled one, from what
             ``train_fraction`` leaves out, for a model that learns from them (``LitFixMatch``).
-        folds: Number of parts of the labelled images, each with the same share of every class, of
-            which one takes the place of ``val_size``.
-        fold: The part for validation, counted from 0.
+        options: What else :class:`BaseDataModule` takes.
 
     Attributes:
         unlabelled_loader: Makes the loader of labelled and unlabelled images, if the model has put
@@ -63,9 +56,6 @@ class ImageDataModule(BaseDataModule):
 
     def __init__(
         self,
-        data_dir: str = "data",
-        batch_size: int = 512,
-        eval_batch_size: int = 1000,
         val_size: int = 5000,
         mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, ...] = (0.2470, 0.2435, 0.2616),
@@ -73,20 +63,16 @@ class ImageDataModule(BaseDataModule):
         train_fraction: float = 1.0,
         epoch_size: int | None = None,
         unlabelled: int = 0,
-        exclude: str | None = None,
-        folds: int | None = None,
-        fold: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude, folds, fold)
+        super().__init__(val_size=val_size, **options)
         if not 0 < train_fraction <= 1:
             raise UserError(
                 f"train_fraction must be above 0 and at most 1, got {train_fraction}; 1 trains on "
                 "all images."
             )
-        if epoch_size is not None and epoch_size < 1:
-            raise UserError(f"epoch_size must be at least 1, got {epoch_size}.")
-        if unlabelled < 0:
-            raise UserError(f"unlabelled must not be negative, got {unlabelled}.")
+        require_at_least(1, epoch_size=epoch_size)
+        require_at_least(0, unlabelled=unlabelled)
         channels = self.image_size[2]
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
@@ -101,6 +87,11 @@ class ImageDataModule(BaseDataModule):
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size
         self.unlabelled = unlabelled
+
+    def read_predict(self) -> Tensors:
+        """The test images, with the ids 1, 2, ..."""
+        images, _ = self.read_test()
+        return images, torch.arange(1, len(images) + 1)
 
     def read_given(self, given: Any) -> Tensors:
         """Images as uint8 (N, H, W, C): an array of such, or a list of paths or Pillow's images.

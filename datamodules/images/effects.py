@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), as in torchvision
+_GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), as in torchvision
 
 
 def distort(
@@ -58,20 +58,21 @@ def bicubic(points: int, size: int, device: torch.device) -> Tensor:
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply each image by its factor (B,)."""
-    return blend(images, torch.zeros_like(images), factor)
+    return blend(torch.zeros_like(images), images, factor)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Move each image away from its mean grey, for factors (B,) above 1, or towards it."""
-    return blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
+    return blend(grey(images).mean((1, 2, 3), keepdim=True).expand_as(images), images, factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Move each image away from its grey version, for factors (B,) above 1, or towards it."""
-    return blend(images, grey(images), factor)
+    return blend(grey(images).expand_as(images), images, factor)
 
 
-def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    """Move each image away from another, for factors (B,) above 1, or towards it."""
     return other.lerp(images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -80,7 +81,7 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, 1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from datamodules.loaders.prefetch import prefetch
 Stage = Literal["train", "evaluate", "predict"]
 SampleId = int | str  # names the same sample whatever split, seed and order are
 
-SHARE = 0.5  # of a device's free memory that data may take; the network needs some as well
+_SHARE = 0.5  # of a device's free memory that data may take; the network needs some as well
 PREFETCHED = 2  # batches that wait for the device
 
 
@@ -101,7 +101,7 @@ class ResidentLoader:
         What other processes hold on the device is not free: each of them asks for itself alone.
         """
         size, free = self.resident_bytes(), free_memory(device)
-        fits = size <= SHARE * free
+        fits = size <= _SHARE * free
         if not fits:
             rank_zero_warn(
                 f"the data stay in host memory and are copied batch by batch: {size / 1e9:.1f} GB "
@@ -158,7 +158,7 @@ class ResidentLoader:
             )
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        # Lightning stops at len() and never runs code behind the last yield: reset here, not there.
+        # Lightning stops at len() and never runs code after the last yield: reset here, not there.
         start, self._resume_at = self._resume_at, 0
         indices = self.batch_indices()[start : len(self)]
         if self.copies_to is None:

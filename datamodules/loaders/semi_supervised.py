@@ -59,7 +59,7 @@ class SemiSupervisedLoader(ImageLoader):
         )
 
     def rows(self, batch_idx: int) -> list[int]:
-        """Those of the labelled images, then of the others, which count on behind them."""
+        """Those of the labelled images, then of the others, which count on after them."""
         others = [self.samples + row for row in self.others.rows(batch_idx)]
         return super().rows(batch_idx) + others
 
