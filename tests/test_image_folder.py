@@ -720,8 +720,14 @@ def test_a_folder_that_does_not_fit_is_refused(
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"test_size": -1}, "test_size .* got -1"),
         ({"val_size": -1}, "val_size .* got -1"),
-        ({"image_size": 16, "crop": 16}, "crop must be from 0 to 15, got 16"),
-        ({"image_size": 64, "crop": 64}, "crop must be from 0 to 63, got 64"),
+        (
+            {"image_size": 16, "augmentation": Augmentation(crop=16)},
+            "crop must be from 0 to 15, got 16",
+        ),
+        (
+            {"image_size": 64, "augmentation": Augmentation(crop=64)},
+            "crop must be from 0 to 63, got 64",
+        ),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(
