@@ -290,7 +290,7 @@ def test_differences_go_no_deeper_than_the_class() -> None:
     "args",
     [
         ["--trainer.max_steps=27", "--trainer.max_epochs=-1"],
-        ["--trainer.max_steps=25", "--trainer.max_epochs=3", "--data.flip=random"],
+        ["--trainer.max_steps=25", "--trainer.max_epochs=3", "--data.augmentation.flip=random"],
     ],
     ids=["max_steps", "both"],
 )
@@ -385,7 +385,7 @@ SETTINGS: dict[str, list[str]] = {
     "--model.lr_scheduler": ["null", "OneCycle", "InverseSquareRoot"],
     "--model.network.dropout": ["0.0", "0.3"],
     "--model.label_smoothing": ["0.0", "0.1"],
-    "--data.crop": ["0", "2"],
+    "--data.augmentation.crop": ["0", "2"],
     "--data.epoch_size": ["null", "300"],
     "--data.eval_batch_size": ["1000", "77"],
     "--seed_everything": ["0", "1"],

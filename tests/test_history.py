@@ -80,6 +80,7 @@ def test_augmentation_is_one_setting(name: str) -> None:
     recorded = {"class_path": name, "init_args": {"crop": 2, "augmentation": {"flip": "random"}}}
     nested = {"augmentation": {"crop": 2, "flip": "random"}}
     assert update(recorded) == {"class_path": name, "init_args": nested}
+    assert update({"init_args": {"crop": 2}}) == {"init_args": {"crop": 2}}  # of whatever class
     assert update("--data.trivial") == "--data.augmentation.trivial"
     assert update("--data.init_args.crop") == "--data.init_args.augmentation.crop"
 

@@ -302,7 +302,7 @@ class Flat(ImageDataModule):
 def test_impossible_augmentation_is_refused(option: dict[str, int], complaint: str) -> None:
     """A crop as large as the image ended in an index out of bounds."""
     with pytest.raises(UserError, match=complaint):
-        Flat(augmentation=Augmentation(**option))
+        Flat(augmentation=Augmentation(**option))  # type: ignore[arg-type]
 
 
 def test_the_largest_crop_is_padded() -> None:

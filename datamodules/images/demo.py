@@ -5,7 +5,7 @@ Dimensions: N images, S side of an image in pixels, P points along a side of wha
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from datamodules.images.base import ImageDataModule
 _SIDE = 32
 HELD_OUT = 500  # originals that only test and prediction see
 COPIES = 6  # drawings of each of the other 1,297
+
+_Randint = Callable[..., np.ndarray]  # of low, high and size, as numpy's
 
 
 class DemoDataModule(ImageDataModule):
@@ -107,7 +109,7 @@ def draw(originals: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         Images (N, S, S, 3) uint8.
     """
-    randint = partial(np.random.RandomState(seed).randint, dtype=np.int16)
+    randint = cast(_Randint, partial(np.random.RandomState(seed).randint, dtype=np.int16))
     count = len(originals)
     width, height = randint(16, 27, count), randint(18, 29, count)
     left, top = randint(0, _SIDE + 1 - width), randint(0, _SIDE + 1 - height)
@@ -122,7 +124,7 @@ def draw(originals: np.ndarray, seed: int) -> np.ndarray:
     return np.clip(board + (chalk - board) * opacity // 16, 0, 255).astype(np.uint8)
 
 
-def _noise(randint: Callable[..., np.ndarray], count: int, points: int) -> np.ndarray:
+def _noise(randint: _Randint, count: int, points: int) -> np.ndarray:
     """Clouds (N, S, S) from -127 to 127, interpolated between ``points`` random values a side."""
     everywhere = tents(np.array([-2]), np.array([_SIDE + 4]), points)
     return stretch(randint(-127, 128, (count, points, points)), everywhere, everywhere)
