@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 from core.errors import UserError, exit_on_user_error
 from core.runs import ROOT
 from pipeline.studies.grid import Study
-from pipeline.studies.runner import run, terminable
+from pipeline.studies.runner import run
 
-SETTING = re.compile(r"--[\w.]+\+?=")  # what is handed on to train.py
+_SETTING = re.compile(r"--[\w.]+\+?=")  # what is handed on to train.py
 
 
-def add_run(commands: Any) -> None:
+def _add_run(commands: Any) -> None:
     runner = commands.add_parser(
         "run",
         help="run the grid of a study on this machine",
@@ -33,7 +34,7 @@ def add_run(commands: Any) -> None:
     )
 
 
-def add_report(commands: Any) -> None:
+def _add_report(commands: Any) -> None:
     reporter = commands.add_parser(
         "report",
         help="table and picture of a study",
@@ -43,7 +44,7 @@ def add_report(commands: Any) -> None:
     )
     reporter.add_argument("study", metavar="STUDY", help="configs/studies/NAME.yaml")
     reporter.add_argument(
-        "--y", metavar="METRIC", help="what is reported, at the end (default: the study's metric)"
+        "--y", metavar="METRIC", help="reported at its end (default: the study's metric)"
     )
     reporter.add_argument(
         "--x", metavar="PARAMETER", help="parameter, or step (default: the first)"
@@ -54,12 +55,8 @@ def add_report(commands: Any) -> None:
     )
     level = reporter.add_mutually_exclusive_group()
     for name in ("below", "above"):
-        level.add_argument(
-            f"--{name}",
-            type=float,
-            metavar="LEVEL",
-            help=f"instead of the metric: optimizer steps until it is {name} this",
-        )
+        text = f"instead of the metric: optimizer steps until it is {name} this"
+        level.add_argument(f"--{name}", type=float, metavar="LEVEL", help=text)
     reporter.add_argument(
         "--window",
         type=int,
@@ -77,20 +74,7 @@ def add_report(commands: Any) -> None:
     )
 
 
-def add_compare(commands: Any) -> None:
-    comparer = commands.add_parser(
-        "compare",
-        help="learning curves of any runs, side by side",
-        description="Draw the learning curves of runs side by side, on the same axes.",
-        allow_abbrev=False,
-    )
-    comparer.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    comparer.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run")
-    comparer.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
-    comparer.add_argument("--output", type=Path, metavar="FILE", help="picture to write")
-
-
-def add_page(commands: Any) -> None:
+def _add_page(commands: Any) -> None:
     pager = commands.add_parser(
         "page",
         help="one HTML file of a run, or of several side by side",
@@ -100,7 +84,6 @@ def add_page(commands: Any) -> None:
         allow_abbrev=False,
     )
     pager.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    pager.add_argument("--root", default=str(ROOT), help="folder of all runs (default: runs)")
     pager.add_argument(
         "--output",
         type=Path,
@@ -114,10 +97,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="study.py", description="Many runs that answer one question.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_run(commands)
-    add_report(commands)
-    add_compare(commands)
-    add_page(commands)
+    _add_run(commands)
+    _add_report(commands)
+    _add_page(commands)
     for command in (parser, *commands.choices.values()):
         command.add_argument(
             "--debug",
@@ -126,7 +108,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
             help="show the traceback of a mistake",
         )
     options, flags = parser.parse_known_args(args)
-    if unknown := [f for f in flags if options.command != "run" or not SETTING.match(f)]:
+    if unknown := [f for f in flags if options.command != "run" or not _SETTING.match(f)]:
         raise UserError(
             f"unknown argument {unknown[0]}; see study.py {options.command} --help"
             f"{', and write settings as --NAME=VALUE' if options.command == 'run' else ''}."
@@ -144,20 +126,20 @@ def main(args: list[str] | None = None) -> None:
         options, flags = parse(args)
         if options.command == "run":
             try:
-                with terminable():
-                    study = Study.load(options.study)
-                    run(study, options.jobs, flags, study.where(options.where))
+                study = Study.load(options.study)
+                run(study, options.jobs, flags, study.where(options.where))
             except KeyboardInterrupt:
                 raise UserError("interrupted; the same command goes on with the study.") from None
         elif options.command == "page":
-            from pipeline.page.command import page  # seconds of imports
+            from pipeline.page.several import page  # seconds of imports
 
             page(options)
         else:
-            from pipeline.studies import report  # likewise
+            from pipeline.studies.report import report  # likewise
 
-            {"report": report.report, "compare": report.compare}[options.command](options)
+            report(options)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it takes the jobs along, as Ctrl-C
     main()

@@ -1,4 +1,4 @@
-"""What a beam search costs, counted and not timed, beside O(T (k M + k^2 log k)) of the course.
+"""Cost of a beam search, counted and not timed, beside O(T (k M + k^2 log k)) of the course.
 
     python -m benchmarks.beam_search_cost
 
@@ -10,7 +10,6 @@ comes first has M to choose from.
 Dimensions: T tokens, k hypotheses, M vocabulary.
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 from itertools import product
@@ -22,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_models.networks import beam_search
 
+LENGTHS, BEAM_WIDTHS, VOCAB_SIZES = (10, 20), (1, 4, 16), (1000, 4000)
+
 
 @dataclass
 class Counts:
-    """What a search did for one sentence that never ends.
+    """Operations of a search for one sentence that never ends.
 
     Attributes:
         steps: Calls of the network.
@@ -91,31 +92,11 @@ def work(counts: Counts, beam_width: int) -> float:
     return counts.compared + counts.chosen * math.log2(beam_width)
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.beam_search_cost",
-        description="Count what a beam search does.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--length", type=int, nargs="+", default=[10, 20], metavar="T")
-    parser.add_argument("--beam_width", type=int, nargs="+", default=[1, 4, 16], metavar="k")
-    parser.add_argument("--vocab_size", type=int, nargs="+", default=[1000, 4000], metavar="M")
-    options = parser.parse_args(args)
-    names = (
-        "T",
-        "k",
-        "M",
-        "steps",
-        "logits",
-        "compared",
-        "chosen",
-        "copied",
-        "bound",
-        "work / bound",
-    )
+def main() -> None:
+    names = ("T", "k", "M", *vars(Counts()), "bound", "work / bound")
     print("| " + " | ".join(names) + " |")
     print("|" + " ---: |" * len(names))
-    for setting in product(options.length, options.beam_width, options.vocab_size):
+    for setting in product(LENGTHS, BEAM_WIDTHS, VOCAB_SIZES):
         counts, most = count(*setting), bound(*setting)
         row = *setting, *vars(counts).values(), round(most)
         numbers = [f"{x:,}" for x in row] + [f"{work(counts, setting[1]) / most:.3f}"]

@@ -1,4 +1,4 @@
-"""How a grammar run is best decoded: what reluctance and width of the beam do.
+"""Decoding of a grammar run: effect of the change penalty and of the width of the beam.
 
     python -m benchmarks.correction_decoding runs/grammar/NAME
     python -m benchmarks.correction_decoding runs/grammar/NAME --sentences 200
@@ -57,7 +57,7 @@ def penalties(model: LitSeq2Seq, data: GrammarDataModule) -> Table:
 
 
 def widths(model: LitSeq2Seq, data: GrammarDataModule, sentences: int) -> Table:
-    """How the model's score of the best hypothesis grows with the width, on test sentences."""
+    """Score of the best hypothesis by width, on test sentences."""
     data.test_size = sentences
     data.setup("test")
     batches = list(data.test_dataloader())

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from datamodules.image_files.image_cache import Cache, decode_once
+from datamodules.image_files.image_cache import decode_once
 from datamodules.image_files.named_images import images_by_id
-from datamodules.images.augment import Effects
+from datamodules.images.augmentation import Augmentation
 from datamodules.images.base import ImageDataModule
 from datamodules.images.cifar10 import CIFAR10DataModule
 
@@ -58,7 +58,7 @@ class Transformed:
 
 def resident(images: Tensor, labels: Tensor) -> Batches:
     """This project: a batch is one gather from views of the padded images."""
-    datamodule = ImageDataModule(batch_size=BATCH, crop=4, flip="random")
+    datamodule = ImageDataModule(batch_size=BATCH, augmentation=Augmentation(crop=4, flip="random"))
     loader = datamodule.make_loader((images, labels), "train")
     while True:
         yield from loader
@@ -130,11 +130,11 @@ def compare_pipelines(images: Tensor, labels: Tensor, rounds: int) -> Table:
 
 
 EFFECTS = {
-    "rotate, scale, shear": Effects(rotate=15, scale=0.1, shear=10),
-    "the same and elastic": Effects(rotate=15, scale=0.1, shear=10, elastic=1),
-    "brightness, contrast": Effects(brightness=0.2, contrast=0.2),
-    "saturation, hue": Effects(saturation=0.2, hue=0.05),
-    "blur": Effects(blur=1),
+    "rotate, scale, shear": Augmentation(rotate=15, scale=0.1, shear=10),
+    "the same and elastic": Augmentation(rotate=15, scale=0.1, shear=10, elastic=1),
+    "brightness, contrast": Augmentation(brightness=0.2, contrast=0.2),
+    "saturation, hue": Augmentation(saturation=0.2, hue=0.05),
+    "blur": Augmentation(blur=1),
 }
 
 
@@ -142,10 +142,12 @@ def measure_effects(rounds: int) -> Table:
     """Milliseconds of CPU time by which each kind of augmentation prolongs a batch."""
     shapes = {"64 of 28 x 28, grey": (64, 28, 28, 1), "512 of 32 x 32, colour": (512, 32, 32, 3)}
     table = Table("effects", *shapes)
-    for name, effects in EFFECTS.items():
+    for name, augmentation in EFFECTS.items():
+        effects = augmentation.effects
+        assert effects
         cells = []
         for shape in shapes.values():
-            if shape[-1] == 1 and effects.hue:
+            if shape[-1] == 1 and augmentation.hue:
                 cells.append("")
                 continue
             images = torch.rand(shape).permute(0, 3, 1, 2)
@@ -167,8 +169,9 @@ def compare_decoding(source: Path) -> Table:
         for _ in range(4):
             start = time.perf_counter()
             files = list(images_by_id(source).values())
-            cache = Cache(source, Path(temporary))
-            images = decode_once(source, files, (32, 32), "exact", cache).pixels
+            images = decode_once(
+                source, files, (32, 32), source.parent, Path(temporary), strict=True
+            ).pixels
             seconds.append(time.perf_counter() - start)
     first, second = seconds[0], statistics.median(seconds[1:])
     table = Table("PNG files", "decoded", "from the cache", "ratio")

@@ -5,9 +5,9 @@
     python -m benchmarks.jfleg data/jfleg/dev corrected.txt    # a line for each of dev.src
 
 JFLEG is split once, by a hash of the sentence: rates of errors come from the first half
-(``benchmarks.learner_errors``), results are those of the second; the whole stands beside them for
-comparison with the figures of others. A person is scored against the other three, all else against
-all four. F0.5, precision and recall are MaxMatch's. In brackets are 95 % intervals of the
+(``configs/grammar_learners.yaml``), results are those of the second; the whole stands beside them
+for comparison with the figures of others. A person is scored against the other three, all else
+against all four. F0.5, precision and recall are MaxMatch's. In brackets are 95 % intervals of the
 difference to doing nothing and to rules + speller, by 1,000 paired resamples of the sentences
 (seed 0).
 """
@@ -72,7 +72,7 @@ def correctors(data: GrammarDataModule, run: str | None) -> dict[str, Corrector]
 
 @cache
 def resamples(size: int) -> np.ndarray:
-    """How often each sentence is drawn, (1 + RESAMPLES, N); the first time each once."""
+    """Counts of each sentence in each draw, (1 + RESAMPLES, N); the first draw has each once."""
     drawn = np.random.default_rng(0).multinomial(size, [1 / size] * size, RESAMPLES)
     return np.concatenate([np.ones((1, size), int), drawn])
 
@@ -90,7 +90,7 @@ def gleu_samples(gold: list[M2Sentence], lines: list[str]) -> np.ndarray:
 
 
 def best_scores(of_people: list[list[EditScore]]) -> list[EditScore]:
-    """Of each sentence, with the annotator who is best for the whole."""
+    """Scores of each sentence, with the annotator who is best for the whole."""
     total, chosen = EditScore(), []
     for people in of_people:
         after = best_sum([[total], people])
@@ -211,8 +211,8 @@ def examples(made: list[M2Sentence], lines: list[str]) -> str:
         changes = extract_edits(sentence.source, written)
         if changes and len(shown[written == right]) < SHOWN:
             text = marked(Line.of_words(sentence.source), changes, styled=False).plain
-            told = "" if written == right else f"\n  right: {right}"
-            shown[written == right].append(f"- {text}{told}")
+            expected = "" if written == right else f"\n  right: {right}"
+            shown[written == right].append(f"- {text}{expected}")
     return "\n".join(["Right:", "", *shown[True], "", "Wrong:", "", *shown[False], ""])
 
 

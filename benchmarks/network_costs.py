@@ -5,7 +5,8 @@ r"""Parameters, operations and memory of a training step of every shipped config
         --model.network.rnn=lit_models.networks.GatedRNN
 
 Of the first training batch, in float32; nothing is trained. A config whose data are not there is
-left out and says why. ``callbacks.training_cost`` tells what is counted.
+left out and says why. A step is really taken, in up to 10 GiB; ``callbacks.training.training_cost``
+tells what is counted.
 """
 
 import argparse
@@ -49,8 +50,7 @@ def row(config: Path, overrides: list[str]) -> str:
     network = type(model.network).__name__ + (f" of {type(core).__name__}" if core else "")
     _, units = units_of(batch)  # samples, or tokens
     flops = cost.forward_flops * units / cost.samples
-    way = cost.ways[0]
-    memory = cost.weights, cost.gradients, cost.optimizer_state, way.activations, way.peak
+    memory = cost.weights, cost.gradients, cost.optimizer_state, cost.activations, cost.peak
     cells = [config.stem, network, f"{cost.parameters:,}", f"{cost.samples:,}"]
     cells += [f"{flops / 1e6:,.3f}", *(f"{x:,.2f}" for x in memory)]
     return f"| {' | '.join(cells)} |"

@@ -28,8 +28,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from benchmarks.step_overhead import RandomImages, Task, measure, steadyfit
-from callbacks.clipping import UpdateClipping
-from callbacks.gradient_spikes import GradientSpikeMonitor
+from callbacks import GradientSpikeMonitor, UpdateClipping
 from datamodules import TemporalOrderDataModule
 from lit_models.networks import LSTM, Recurrent, WhitenedCNN
 from pipeline.trainer import quiet_libraries

@@ -1,28 +1,44 @@
 """Remedies of others against spikes, written anew from their papers to be compared with ours.
 
-``AdaGC`` and ``ZClip`` change the gradients before a step, in any loop; ``AdaGC`` is a callback of
-Lightning as well. ``SPAM`` and ``StableAdamW`` are optimizers: with a first beta of 0 they are
-RMSprop with their remedy. docs/spikes.md compares them.
+``AdaGC``, ``ZClip``, ``AutoClip`` and ``AGC`` change the gradients before a step, as callbacks of
+Lightning or, by ``clip``, in any loop. ``SPAM`` and ``StableAdamW`` are optimizers: with a first
+beta of 0 they are RMSprop with their remedy. docs/spikes.md compares them.
 """
 
 import math
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 
-class AdaGC(Callback):
+class GradientClipping(Callback):
+    """Clip the gradients of a step. They are taken as they are: not for a GradScaler."""
+
+    @abstractmethod
+    def clip(self, params: Sequence[Tensor]) -> None:
+        """Shorten the gradients in place."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        self.clip([p for group in optimizer.param_groups for p in group["params"]])
+
+
+class AdaGC(GradientClipping):
     """Bound the gradient norm of each tensor by the running average of its own (arXiv:2502.11034).
 
     For ``warm_up`` steps the norm over all tensors is at most ``lambda_abs``, and the average of a
     tensor is the smallest norm so far; then its norm is at most ``lambda_rel`` times its average,
-    which goes on with the clipped norms. Gradients are taken as they are: not for a GradScaler.
+    which goes on with the clipped norms.
 
     Args:
         lambda_rel: Largest norm of a tensor, in units of its average.
@@ -47,7 +63,6 @@ class AdaGC(Callback):
 
     @torch.no_grad()
     def clip(self, params: Sequence[Tensor]) -> None:
-        """Shorten the gradients in place."""
         gradients = [p.grad for p in params if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self.averages is None:
@@ -61,16 +76,9 @@ class AdaGC(Callback):
         self.step += 1
         torch._foreach_mul_(gradients, list(factors.unbind()))
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        self.clip([p for group in optimizer.param_groups for p in group["params"]])
 
-
-class ZClip:
+class ZClip(GradientClipping):
     """Bound the gradient norm by its moving mean and deviation (arXiv:2504.02507).
-
-    The rule of ``callbacks.GradientNormClipping`` for a loop without Lightning.
 
     Args:
         max_norm: Largest norm in any case.
@@ -90,15 +98,14 @@ class ZClip:
         self.mean = self.variance = 0.0
 
     def clip(self, params: Sequence[Tensor]) -> None:
-        """Shorten the gradients in place."""
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        norm = total_norm(params)
         limit = norm
         if len(self.first) == self.warm_up:
             deviation = math.sqrt(max(self.variance, 1e-12))
             z = (norm - self.mean) / deviation
             limit = self.mean + self.z**2 / z * deviation if z > self.z else norm
         limit = min(limit, self.max_norm)
-        torch.nn.utils.clip_grads_with_norm_(params, limit, torch.tensor(norm))
+        nn.utils.clip_grads_with_norm_(params, limit, torch.tensor(norm))
         if len(self.first) < self.warm_up:
             self.first.append(limit)
             self.mean = sum(self.first) / len(self.first)
@@ -107,6 +114,64 @@ class ZClip:
             change = limit - self.mean
             self.mean += (1 - self.decay) * change
             self.variance = self.decay * (self.variance + (1 - self.decay) * change**2)
+
+
+class AutoClip(GradientClipping):
+    """Bound the gradient norm by a percentile of the last norms (arXiv:2007.14469).
+
+    Args:
+        percentile: In percent.
+        history: Number of norms that are kept; the paper keeps all.
+    """
+
+    def __init__(self, percentile: float = 10.0, history: int = 1000) -> None:
+        self.percentile = percentile
+        self.norms: deque[float] = deque(maxlen=history)
+
+    def clip(self, params: Sequence[Tensor]) -> None:
+        norm = total_norm(params)
+        self.norms.append(norm)
+        limit = min(norm, float(np.percentile(self.norms, self.percentile)))
+        nn.utils.clip_grads_with_norm_(params, limit, torch.tensor(norm))
+
+
+class AGC(GradientClipping):
+    """Bound the gradient of each unit by a share of the norm of its weights.
+
+    For each row of a weight ``|gradient| <= clipping * max(|weight|, eps)`` (Brock et al.,
+    arXiv:2102.06171, section 4). The last linear layer is left out, as there.
+
+    Args:
+        clipping: Largest ratio of gradient norm to weight norm.
+        eps: Least weight norm, so that weights that start at zero can move.
+    """
+
+    def __init__(self, clipping: float = 0.1, eps: float = 1e-3) -> None:
+        self.clipping = clipping
+        self.eps = eps
+        self.left_out: set[Tensor] = set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        linear = [module for module in pl_module.modules() if isinstance(module, nn.Linear)]
+        self.left_out = set(linear[-1].parameters()) if linear else set()
+
+    @torch.no_grad()
+    def clip(self, params: Sequence[Tensor]) -> None:
+        for parameter in params:
+            if parameter.grad is not None and parameter not in self.left_out:
+                allowed = self.clipping * unit_norms(parameter).clamp(min=self.eps)
+                found = unit_norms(parameter.grad)
+                parameter.grad.mul_(torch.where(found > allowed, allowed / found, 1.0))
+
+
+def total_norm(params: Sequence[Tensor]) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Norm of each row of a weight, or of a whole vector, with the dimensions kept."""
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
 
 
 class _Adam(Optimizer):

@@ -167,20 +167,20 @@ def measure(setting: Setting, *, shown: bool = False) -> dict[str, Any]:
 
 
 def answered(setting: Setting, folder: str) -> dict[str, Any]:
-    """What is answered where something was planted."""
+    """Answer where something was planted."""
     plant = setting["plant"]
     config, step = configuration(setting["task"], plant, setting["seed"])
     run = trained(config, folder)
-    flagged = [r["step"] for r in read_records(run / "spikes.jsonl") if r["spiked"]]
+    flagged = [r.step for r in read_records(run / "spikes.jsonl") if r.spiked]
     seen = [s for s in flagged if 0 <= s - step <= FOLLOW]
     if not seen:
         return {"planted": CAUSES[plant], "step": step, "cause": "not flagged"}
     report = ask(run, seen[0])
     named = None
-    if report.case and plant == "sample x 100":
-        at = config["trainer"]["callbacks"][1]["init_args"]
-        slot = at["epoch"], at["batch_idx"] * report.case.batch_size + at["number"]
-        named = describe(report.case, [slot], step) in str(report.verdict)
+    if report.trials and plant == "sample x 100":
+        case, at = report.trials.case, config["trainer"]["callbacks"][1]["init_args"]
+        slot = at["epoch"], at["batch_idx"] * case.batch_size + at["number"]
+        named = describe(case, [slot], step) in str(report.verdict)
     return {
         "named": named,
         "planted": CAUSES[plant],
@@ -195,7 +195,7 @@ def answered(setting: Setting, folder: str) -> dict[str, Any]:
 
 
 def quiet(setting: Setting, folder: str) -> dict[str, Any]:
-    """What is answered of random steps where nothing was planted."""
+    """Answers about random steps where nothing was planted."""
     config, last = configuration(setting["task"], NOTHING, setting["seed"])
     run = trained(config, folder)
     causes = {}

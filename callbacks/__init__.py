@@ -1,11 +1,5 @@
 """Callbacks, one per file, and what keeps a run folder whole."""
 
-from callbacks.clipping import (
-    AdaptiveGradientClipping,
-    GradientNormClipping,
-    UpdateClipping,
-)
-from callbacks.gradient_spikes import GradientSpikeMonitor
 from callbacks.pictures.confusion_matrix import ConfusionMatrix
 from callbacks.pictures.hidden_gradients import HiddenGradients
 from callbacks.pictures.learning_curves import LearningCurves
@@ -26,16 +20,15 @@ from callbacks.training.learning_rate import LearningRateMonitor
 from callbacks.training.lookahead import Lookahead
 from callbacks.training.timing import Timing
 from callbacks.training.training_cost import TrainingCost
+from steadyfit.lightning import GradientSpikeMonitor, UpdateClipping
 
 __all__ = [
-    "AdaptiveGradientClipping",
     "AtomicCheckpointIO",
     "BestCheckpoint",
     "Compile",
     "ConfusionMatrix",
     "CorrectionTable",
     "Freeze",
-    "GradientNormClipping",
     "GradientSpikeMonitor",
     "HiddenGradients",
     "LastCheckpoint",

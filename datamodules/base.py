@@ -1,4 +1,4 @@
-"""What every data set has: loaders for each stage, a fixed split, and a submission format."""
+"""Base of all data sets: loaders for each stage, a fixed split, and a submission format."""
 
 import hashlib
 from collections.abc import Sequence
@@ -43,6 +43,7 @@ class BaseDataModule(LightningDataModule):
     class_names: tuple[str, ...]
     copies = 1  # training samples side by side that are made of one original
     competition: str | None = None  # Kaggle's name of the competition these predictions are for
+    finds_classes = False  # are they those that the data have? A checkpoint knows them then
 
     def __init__(
         self,
@@ -55,11 +56,8 @@ class BaseDataModule(LightningDataModule):
         fold: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
-        if val_size < 0:
-            raise UserError(f"val_size must not be negative, got {val_size}; 0 trains on all.")
+        require_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        require_at_least(0, val_size=val_size)
         self.data_dir = Path(data_dir)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -87,12 +85,22 @@ class BaseDataModule(LightningDataModule):
 
     @property
     def validates(self) -> bool:
-        """Whether there is a validation part."""
+        """True if there is a validation part."""
         return bool(self.val_size or self.folds)
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"class_names": list(self.class_names)} if self.finds_classes else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["class_names"] != list(self.class_names):
+            raise UserError(
+                f"the run was trained on {', '.join(state['class_names'])}, but {self.data_dir} "
+                f"has {', '.join(self.class_names)}; train a new run."
+            )
 
     def read_train(self) -> Tensors:
         """All training samples with their targets, (*inputs, target)."""
@@ -155,7 +163,7 @@ class BaseDataModule(LightningDataModule):
         return self.split((*read, numbers))
 
     def split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """The training and the validation part of tensors (N, ...), behind the targets numbers."""
+        """The training and the validation part of tensors (N, ...); numbers follow the targets."""
         if self.folds:
             fold_of = assign_folds(tensors[-2], self.folds, self.copies)
             self.split_digest = split_digest(self.ids, tensors[-2], fold_of)
@@ -235,7 +243,7 @@ class BaseDataModule(LightningDataModule):
                 f"got {batch_idx}."
             )
         loader.set_epoch(epoch)
-        return loader.batch(loader.shares()[batch_idx])
+        return loader.batch(loader.batch_indices()[batch_idx])
 
     def train_dataloader(self) -> ResidentLoader:
         if self._train_loader is None:  # one copy on the device, however often it is asked for
@@ -253,6 +261,17 @@ class BaseDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> ResidentLoader:
         return self.resident("predict", "predict")
+
+
+def require_at_least(least: int, **values: float | None) -> None:
+    """Refuse settings, by their names, that are smaller; None is not set.
+
+    Raises:
+        UserError: One is.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}.")
 
 
 def texts_of(given: Any) -> list[str]:

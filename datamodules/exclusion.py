@@ -14,7 +14,7 @@ def excluded_ids(exclude: str) -> str:
     """The ids that ``exclude`` stands for, sorted, each with the end of its line.
 
     Args:
-        exclude: A text file with an id a line; a ``#`` in front of a line or behind a blank begins
+        exclude: A text file with an id a line; a ``#`` before a line or after a blank begins
             a comment. Or such lines themselves, as this function gives them.
 
     Raises:
@@ -31,7 +31,7 @@ def excluded_ids(exclude: str) -> str:
 
 
 def are_left_in(exclude: str, ids: Sequence[SampleId]) -> list[bool]:
-    """Whether each sample of a set may be trained on.
+    """True for each sample of a set that may be trained on.
 
     Raises:
         UserError: A sample to exclude is not in the set.

@@ -1,1 +1,1 @@
-"""How good a correction is: plain Python on lines of tokens, without torch."""
+"""Scores of a correction: plain Python on lines of tokens, without torch."""

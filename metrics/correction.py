@@ -1,4 +1,4 @@
-"""How good corrections are, in all the numbers that are asked for, beside doing nothing."""
+"""Scores of corrected sentences, beside those of doing nothing."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,29 +23,23 @@ def score_corrections(gold: Sequence[M2Sentence], corrections: Sequence[str]) ->
         the others that stayed as they were; ``gleu`` in percent, and ``gleu_of_source`` of doing
         nothing; and ``recall_KIND`` of each kind of error, if the edits name theirs. What there is
         no sentence for is left out. Doing nothing has an F0.5 of 0 wherever there is an error.
-
-    Raises:
-        UserError: There is not one correction for each sentence.
     """
     if not gold:
         return {}
     edit_scores = m2_scores(corrections, gold)
     total = best_sum(edit_scores)
     sources = [sentence.source for sentence in gold]
-    ways = [
-        [apply_edits(sentence.source, edits) for edits in sentence.edits.values()]
-        for sentence in gold
-    ]
-    people = min(len(those) for those in ways)  # GLEU wants as many of every sentence
-    references = [those[:people] for those in ways]
+    references = [[apply_edits(s.source, edits) for edits in s.edits.values()] for s in gold]
+    fewest = min(map(len, references))  # GLEU wants as many of every sentence
+    shortened = [those[:fewest] for those in references]
     scores = {
         "precision": total.precision,
         "recall": total.recall,
         "f05": total.f(),
-        "gleu": corpus_gleu(sources, corrections, references),
-        "gleu_of_source": corpus_gleu(sources, sources, references),
+        "gleu": corpus_gleu(sources, corrections, shortened),
+        "gleu_of_source": corpus_gleu(sources, sources, shortened),
     }
-    parts = list(zip(gold, corrections, ways, edit_scores, strict=True))
+    parts = list(zip(gold, corrections, references, edit_scores, strict=True))
     wrong = [part for part in parts if any(part[0].edits.values())]
     clean = [part for part in parts if not any(part[0].edits.values())]
     if wrong:
@@ -61,7 +55,7 @@ def share(facts: Sequence[bool]) -> float:
 
 
 def recall_by_kind(gold: Sequence[M2Sentence], corrections: Sequence[str]) -> dict[str, float]:
-    """Of each named kind of error the share of the gold edits that were made, ``recall_KIND``."""
+    """Share of the gold edits of each named kind of error that were made, ``recall_KIND``."""
     found, there = Counter[str](), Counter[str]()
     for sentence, correction in zip(gold, corrections, strict=True):
         made = set(extract_edits(sentence.source, correction))

@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from core.errors import UserError
-
 CHANGE = 10_000  # cost of an inserted, deleted or replaced token; room for ties below it
-REPLACEMENT = CHANGE + 1  # of two shortest alignments the one that keeps more tokens
+_REPLACEMENT = CHANGE + 1  # of two shortest alignments the one that keeps more tokens
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +63,7 @@ class EditScore:
 
 
 def extract_edits(source: str, correction: str) -> list[Edit]:
-    """The edits of a shortest alignment of tokens; changes that touch are one edit.
+    """Edits of a shortest alignment of tokens; changes that touch are one edit.
 
     Of the alignments with the fewest inserted, deleted and replaced tokens it is one that keeps the
     most tokens, and of several equal tokens it keeps the first.
@@ -76,11 +74,11 @@ def extract_edits(source: str, correction: str) -> list[Edit]:
     i = j = start = new_start = 0  # the change under way began at source[start], new[new_start]
     while i < len(old) or j < len(new):
         if i < len(old) and j < len(new) and old[i] == new[j]:
-            edits += change(start, i, new[new_start:j])
+            edits += _change(start, i, new[new_start:j])
             i, j = i + 1, j + 1
             start, new_start = i, j
         else:
-            steps = [(1, 1, REPLACEMENT), (1, 0, CHANGE), (0, 1, CHANGE)]
+            steps = [(1, 1, _REPLACEMENT), (1, 0, CHANGE), (0, 1, CHANGE)]
             i, j = next(
                 (i + a, j + b)
                 for a, b, cost in steps
@@ -88,15 +86,17 @@ def extract_edits(source: str, correction: str) -> list[Edit]:
                 and j + b <= len(new)
                 and costs[i][j] == cost + costs[i + a][j + b]
             )
-    return edits + change(start, i, new[new_start:j])
+    return edits + _change(start, i, new[new_start:j])
 
 
-def change(start: int, end: int, tokens: list[str]) -> list[Edit]:
+def _change(start: int, end: int, tokens: list[str]) -> list[Edit]:
     return [Edit(start, end, " ".join(tokens))] if end > start or tokens else []
 
 
-def costs_to_end(old: list[str], new: list[str], replacement: int = REPLACEMENT) -> list[list[int]]:
-    """(N + 1, M + 1): the least cost of turning ``old[i:]`` into ``new[j:]``."""
+def costs_to_end(
+    old: list[str], new: list[str], replacement: int = _REPLACEMENT
+) -> list[list[int]]:
+    """Least cost of turning ``old[i:]`` into ``new[j:]``, (N + 1, M + 1)."""
     costs = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
     costs[-1] = [CHANGE * (len(new) - j) for j in range(len(new) + 1)]
     for i in reversed(range(len(old))):
@@ -111,7 +111,7 @@ def costs_to_end(old: list[str], new: list[str], replacement: int = REPLACEMENT)
 
 
 def apply_edits(source: str, edits: Sequence[Edit]) -> str:
-    """The sentence after its edits; insertions at the same place keep their order.
+    """Apply the edits of a sentence; insertions at the same place keep their order.
 
     Raises:
         ValueError: Two edits overlap, or one reaches beyond the sentence.
@@ -130,38 +130,11 @@ def apply_edits(source: str, edits: Sequence[Edit]) -> str:
     return " ".join(corrected + tokens[done:])
 
 
-def score_edits(
-    proposed: Sequence[Sequence[Edit]], gold: Sequence[Sequence[Sequence[Edit]]]
-) -> EditScore:
-    """Count the edits of a corpus that are right: same tokens, same correction.
-
-    Where several people annotated a sentence, the one counts with whom F0.5 of the corpus so far is
-    best, as in the scorers of CoNLL-2014 and BEA-2019.
-
-    Args:
-        proposed: The edits of each sentence.
-        gold: For each sentence the edits of every annotator.
-
-    Raises:
-        UserError: The numbers of sentences differ, or a sentence has no annotator.
-    """
-    if len(proposed) != len(gold):
-        raise UserError(
-            f"There are proposed edits for {len(proposed)} sentences and gold edits for "
-            f"{len(gold)}; both must have the same sentences in the same order."
-        )
-    scores = []
-    for number, (edits, annotators) in enumerate(zip(proposed, gold, strict=True), start=1):
-        if not annotators:
-            raise UserError(
-                f"Sentence {number} has no annotator; one who changes nothing is an empty list."
-            )
-        scores.append([compare(edits, those) for those in annotators])
-    return best_sum(scores)
-
-
 def best_sum(scores: Iterable[Sequence[EditScore]]) -> EditScore:
-    """Sum over sentences, of each the score with the annotator with whom F0.5 so far is best."""
+    """Sum over sentences, of each the score with the annotator with whom F0.5 so far is best.
+
+    So do the scorers of CoNLL-2014 and BEA-2019 where several people annotated a sentence.
+    """
     total = EditScore()
     for annotators in scores:
         sums = [total + score for score in annotators]

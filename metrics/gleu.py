@@ -11,13 +11,11 @@ from functools import cache
 
 import numpy as np
 
-from core.errors import UserError
+_ORDER = 4  # n-grams of one to four tokens
+_ITERATIONS = 500
+_SEED_STEP = 101  # iteration j draws with the seed 101 j, as the authors' program does
 
-ORDER = 4  # n-grams of one to four tokens
-ITERATIONS = 500
-SEED_STEP = 101  # iteration j draws with the seed 101 j, as the authors' program does
-
-Ngrams = list[Counter[tuple[str, ...]]]  # one counter for each order
+_Ngrams = Counter[tuple[str, ...]]  # of one order
 
 
 def corpus_gleu(
@@ -35,65 +33,35 @@ def corpus_gleu(
         sources: N lines as they were written, tokens between spaces.
         hypotheses: N corrected lines.
         references: For each of the N sentences its R corrections by people.
-
-    Raises:
-        UserError: The numbers of lines differ, there are none, or the sentences do not all have
-            the same number of references.
     """
-    check_lines(sources, hypotheses, references)
     parts = zip(sources, hypotheses, references, strict=True)
-    counts = np.array([list(sentence_counts(*part)) for part in parts])  # (N, R, 2 + 2 * ORDER)
+    counts = np.array([list(sentence_counts(*part)) for part in parts])  # (N, R, 2 + 2 * _ORDER)
     choices = drawn_references(*counts.shape[:2])  # (I, N)
     sentences = np.arange(len(counts))
     totals = np.stack([counts[sentences, choice].sum(axis=0) for choice in choices])
     return 100 * float(gleu_of_totals(totals).mean())
 
 
-def check_lines(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> None:
-    if not len(sources) == len(hypotheses) == len(references):
-        raise UserError(
-            f"GLEU needs as many hypotheses and references as sources, got {len(sources)} sources, "
-            f"{len(hypotheses)} hypotheses and references for {len(references)} sentences; line i "
-            "of each belongs to the same sentence."
-        )
-    if not sources:
-        raise UserError("GLEU needs at least one sentence, got none.")
-    for line, those in enumerate(references, start=1):
-        if isinstance(those, str):
-            raise TypeError("references must hold a list of lines for each sentence, got a line.")
-        if not those or len(those) != len(references[0]):
-            raise UserError(
-                "GLEU needs the same number of references, at least one, for every sentence: "
-                f"sentence 1 has {len(references[0])}, sentence {line} has {len(those)}."
-            )
-
-
 def sentence_counts(
     source: str, hypothesis: str, references: Sequence[str]
 ) -> Iterator[tuple[int, ...]]:
-    """For each reference: length of hypothesis and reference, then matches and n-grams by order."""
-    source_ngrams, hypothesis_ngrams = ngrams(source), ngrams(hypothesis)
+    """Count for each reference: length of hypothesis and reference, then matches and n-grams."""
+    source_ngrams, hypothesis_ngrams = _ngrams(source), _ngrams(hypothesis)
     length = len(hypothesis.split())
-    possible = [max(length + 1 - n, 0) for n in range(1, ORDER + 1)]
+    possible = [max(length + 1 - n, 0) for n in range(1, _ORDER + 1)]
     for reference in references:
-        lists = zip(source_ngrams, hypothesis_ngrams, ngrams(reference), strict=True)
-        yield length, len(reference.split()), *(matches(*those) for those in lists), *possible
+        lists = zip(source_ngrams, hypothesis_ngrams, _ngrams(reference), strict=True)
+        yield length, len(reference.split()), *(_matches(*those) for those in lists), *possible
 
 
-def ngrams(line: str) -> Ngrams:
+def _ngrams(line: str) -> list[_Ngrams]:
     tokens = line.split()
-    starts = [[tokens[k:] for k in range(n)] for n in range(1, ORDER + 1)]
+    starts = [[tokens[k:] for k in range(n)] for n in range(1, _ORDER + 1)]
     return [Counter(zip(*those, strict=False)) for those in starts]  # the shortest ends the zip
 
 
-def matches(
-    source: Counter[tuple[str, ...]],
-    hypothesis: Counter[tuple[str, ...]],
-    reference: Counter[tuple[str, ...]],
-) -> int:
-    """N-grams shared with the reference, less those shared with the source alone; 0 at least."""
+def _matches(source: _Ngrams, hypothesis: _Ngrams, reference: _Ngrams) -> int:
+    """Count what is shared with the reference, less what is shared with the source alone, or 0."""
     total = 0
     for ngram, count in hypothesis.items():
         if ngram in reference:  # the source does not count then, however often it has it
@@ -105,20 +73,21 @@ def matches(
 
 @cache
 def drawn_references(num_sentences: int, num_references: int) -> np.ndarray:
-    """The reference of every sentence in every iteration, (I, N); (1, N) if there is no choice."""
+    """Reference of every sentence in every iteration, (I, N); (1, N) if there is no choice."""
     if num_references == 1:
         return np.zeros((1, num_sentences), dtype=int)
-    generators = (random.Random(SEED_STEP * j) for j in range(ITERATIONS))
+    generators = (random.Random(_SEED_STEP * j) for j in range(_ITERATIONS))
     last = num_references - 1
     return np.array([[g.randint(0, last) for _ in range(num_sentences)] for g in generators])
 
 
 def gleu_of_totals(totals: np.ndarray) -> np.ndarray:
-    """(I, 2 + 2 * ORDER) sums over the corpus -> (I,) scores, 0 where any sum is 0."""
-    whole = totals[(totals > 0).all(axis=1)]
+    """Scores (I,) of sums over the corpus (I, 2 + 2 * _ORDER), 0 where any sum is 0."""
+    positive = (totals > 0).all(axis=1)
+    whole = totals[positive]
     length, reference_length = whole[:, 0], whole[:, 1]
-    precisions = whole[:, 2 : 2 + ORDER] / whole[:, 2 + ORDER :]
+    precisions = whole[:, 2 : 2 + _ORDER] / whole[:, 2 + _ORDER :]
     brevity = np.minimum(0, 1 - reference_length / length)
     scores = np.zeros(len(totals))
-    scores[(totals > 0).all(axis=1)] = np.exp(brevity + np.log(precisions).mean(axis=1))
+    scores[positive] = np.exp(brevity + np.log(precisions).mean(axis=1))
     return scores

@@ -6,15 +6,14 @@
 A sentence ends at an empty line. ``A -1 -1|||noop|||...`` says that the annotator changes nothing.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
-from core.files import atomic_write
+from core.files import read_lines
 from metrics.edits import Edit
 
-NOTHING = "-NONE-"
+_NOTHING = "-NONE-"
 
 
 @dataclass
@@ -34,16 +33,10 @@ def read_m2(path: str | Path) -> list[M2Sentence]:
     Raises:
         UserError: The file cannot be read, or a line of it is no M2; the message has its number.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {number}: not UTF-8; convert the file first.") from error
     sentences: list[M2Sentence] = []
     inside = False
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_lines(str(path)), start=1):
+        line = line.rstrip("\r")
         try:
             if line == "S" or line.startswith("S "):
                 sentences.append(M2Sentence(" ".join(line[1:].split()), {}))
@@ -51,7 +44,7 @@ def read_m2(path: str | Path) -> list[M2Sentence]:
             elif line.startswith("A "):
                 if not inside:
                     raise ValueError("an edit before the S line of its sentence")
-                add_edit(sentences[-1], line)
+                _add_edit(sentences[-1], line)
             elif line.strip():
                 raise ValueError(f"a line begins with 'S ' or 'A ', got {line[:40]!r}")
             else:
@@ -63,7 +56,7 @@ def read_m2(path: str | Path) -> list[M2Sentence]:
     return sentences
 
 
-def add_edit(sentence: M2Sentence, line: str) -> None:
+def _add_edit(sentence: M2Sentence, line: str) -> None:
     fields = line[2:].split("|||")
     if len(fields) != 6:
         raise ValueError(f"an edit has six fields with ||| between them, got {len(fields)}")
@@ -83,31 +76,6 @@ def add_edit(sentence: M2Sentence, line: str) -> None:
     if not 0 <= start <= end <= length:
         raise ValueError(f"an edit of tokens {start} to {end}, but the sentence has {length}")
     first, *others = (
-        "" if words == NOTHING else " ".join(words.split()) for words in corrections.split("||")
+        "" if words == _NOTHING else " ".join(words.split()) for words in corrections.split("||")
     )
     edits.append(Edit(start, end, first, tuple(others), kind))
-
-
-def write_m2(path: str | Path, sentences: Sequence[M2Sentence]) -> None:
-    """Write an M2 file, whole or not at all.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    with atomic_write(Path(path), "w", encoding="utf-8", newline="\n") as file:
-        for sentence in sentences:
-            file.write("\n".join(m2_lines(sentence)) + "\n\n")
-
-
-def m2_lines(sentence: M2Sentence) -> Iterator[str]:
-    yield f"S {sentence.source}"
-    for person, edits in sorted(sentence.edits.items()):
-        for edit in edits:
-            words = "||".join((edit.correction, *edit.others)) or NOTHING
-            yield m2_line(edit.start, edit.end, edit.kind, words, person)
-        if not edits:
-            yield m2_line(-1, -1, "noop", NOTHING, person)
-
-
-def m2_line(start: int, end: int, kind: str, words: str, person: int) -> str:
-    return f"A {start} {end}|||{kind}|||{words}|||REQUIRED|||{NOTHING}|||{person}"

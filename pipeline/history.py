@@ -46,14 +46,26 @@ class OwnClass:
 # one class, one name: a run goes on under the name that its config had
 SAME = {
     f"{package}.{name}": f"callbacks.{name}"
-    for package in ("steadyfit", "steadyfit.lightning")
+    for package in (
+        "steadyfit",
+        "steadyfit.lightning",
+        "callbacks.clipping",
+        "callbacks.gradient_spikes",
+    )
     for name in ("GradientSpikeMonitor", "UpdateClipping")
 }
 # classes that are gone, and what to do, as the end of a sentence
 GONE = {
+    f"{package}{name}": "UpdateClipping removes spikes that it leaves, and with momentum "
+    "--trainer.gradient_clip_val does as much; the rule and the comparison are in "
+    "benchmarks/spike_rivals.py and benchmarks/spike_fixes.py."
+    for package in ("", "callbacks.", "callbacks.clipping.")
+    for name in ("GradientNormClipping", "AdaptiveGradientClipping")
+} | {
     f"lit_models.networks.{name}": "put them into a network of your own, see benchmarks/edges.py."
     for name in ("Filtered", "FixedFilters")
 }
+_MONITOR = "callbacks.GradientSpikeMonitor"
 _STACK = {"dropout": 0.0}
 _MODELS: dict[str, dict[str, Any]] = {
     "LitSeq2Seq": {"label_smoothing": 0.0, "length_penalty": 0.0},
@@ -81,12 +93,60 @@ _OF_MODELS = tuple(
     for name, options in _MODELS.items()
     for option, default in options.items()
 )
+_NOVELS = ("austen-emma", "austen-sense", "bryant-stories", "chesterton-ball", "chesterton-brown",
+           "edgeworth-parents", "melville-moby_dick")  # fmt: skip
+_OF_BOOKS = {
+    "books": [*_NOVELS],
+    "val_books": ["burgess-busterbrown", "carroll-alice"],
+    "test_books": ["austen-persuasion", "chesterton-thursday"],
+    "max_tokens": 80,
+}
+_OF_MASKS = {"mask_fraction": 0.15, "random_fraction": 0.1, "kept_fraction": 0.1}
+_TEXT = tuple(
+    Removed(f"datamodules.{name}", option, default, "0.1.0", f"derive a class that sets {option}.")
+    for name, options in {
+        "GrammarDataModule": _OF_BOOKS,
+        "MaskedBooksDataModule": _OF_BOOKS | _OF_MASKS,
+    }.items()
+    for option, default in options.items()
+)
+_PICTURES = tuple(
+    Removed(f"callbacks.{name}", option, default, "0.1.0", f"derive a class that sets {option}.")
+    for name, option, default in (
+        ("LearningCurves", "min_interval", 30.0),
+        ("Mistakes", "count", 25),
+        ("SampleSheet", "per_class", 6),
+    )
+)
+AUGMENTATION = (
+    *("crop", "flip", "cutout", "rotate", "scale", "shear", "elastic"),
+    *("brightness", "contrast", "saturation", "hue", "blur", "trivial"),
+)
+IMAGE_SETS = (
+    *("CIFAR10", "Competition", "Demo", "Digits", "ImageFolder", "KaggleCIFAR10"),
+    *("MNIST", "TorchDataset", "UCSBCIFAR10"),
+)
 Setting = Removed | Renamed | OwnClass
 SETTINGS: tuple[Setting, ...] = (
     *_OF_MODELS,
+    Removed(_MONITOR, "top_k", 3, "0.1.0", "a record names three parameters."),
+    Removed(_MONITOR, "weight_norm_every", 10, "0.1.0", "weight norms are read every ten steps."),
+    *_PICTURES,
     OwnClass("lit_models.LitClassifier", "cutmix", 0.0, "lit_models.LitCutMix", "0.1.0"),
     Removed("lit_models.LitFixMatch", "cutmix", 0.0, "0.1.0", "it never had an effect there."),
+    *_TEXT,
+    Removed("callbacks.CorrectionTable", "shown", 100, "0.1.0", "corrections.csv has all rows."),
+    *(
+        Renamed(f"datamodules.{name}DataModule", option, f"augmentation.{option}", since="0.1.0")
+        for name in IMAGE_SETS
+        for option in AUGMENTATION
+    ),
 )
+FLAGS = {  # as they may be typed
+    f"--data.{place}{option}": f"--data.{place}augmentation.{option}"
+    for place in ("", "init_args.")
+    for option in AUGMENTATION
+}
 
 
 def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
@@ -105,7 +165,8 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
     options = updated.get("init_args")
     if isinstance(options, dict):
         for setting in settings:
-            if updated["class_path"] != setting.class_path or setting.option not in options:
+            names = (setting.class_path, setting.class_path.rpartition(".")[2])
+            if updated.get("class_path") not in names or setting.option not in options:
                 continue
             if isinstance(setting, OwnClass) and options[setting.option] != setting.default:
                 updated["class_path"] = setting.name
@@ -115,15 +176,15 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
 
 
 def current_path(path: str) -> str:
-    """Return the import path of a class, which may have been in another module.
+    """Return the import path of a class, which may have been in another module, or a flag.
 
     Raises:
         UserError: The class is gone.
     """
     if path in GONE:
         raise UserError(f"{path} is gone since version 0.1.0; {GONE[path]}")
-    if path in SAME:
-        return SAME[path]
+    if path in SAME or path in FLAGS:
+        return SAME.get(path) or FLAGS[path]
     package, _, rest = path.partition(".")
     _, _, name = rest.partition(".")
     current = f"{package}.{name}"

@@ -273,10 +273,11 @@ def spell(options: argparse.Namespace) -> None:
     data = GrammarDataModule(
         options.data_dir or "data", text=options.text, text_file=options.text_file
     )
+    if options.output:
+        _refuse_folder(options.output)
     lines = [Line.of_text(text) for text in data.lines_to_correct()]
     edits = [word_edits(line.words, data.spelled(line)) for line in lines]
     if options.output:
-        _refuse_folder(options.output)
         write_lines(options.output, lines, edits)
     console = Console(highlight=False, soft_wrap=True)
     for line, way in zip(lines, edits, strict=True):

@@ -36,7 +36,7 @@ class StepHooks(ABC):
         if stage != "fit":
             return
         self.trainer, self.module = trainer, pl_module
-        self.folder = run_folder(trainer)  # Lightning broadcasts the answer: all ranks have to ask
+        self.folder = _run_folder(trainer)  # Lightning broadcasts the answer: all ranks have to ask
         name, strategy = type(self).__name__, type(trainer.strategy).__name__
         if strategy in SHARDING:
             self.refuse(
@@ -111,57 +111,8 @@ class StepHooks(ABC):
                 logger.log_metrics(dict(values), step)
 
 
-class ClippingHooks(StepHooks):
-    """Shortens something in every optimizer step, on the device, and logs by how much.
-
-    The smallest factor of each step is logged as ``clip/<name>``; 1 means that it did not act.
-    """
-
-    name: str
-    clips_gradients = False  # whether gradients are other ones behind this callback
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.acted = 0
-        self._pending: list[tuple[int, Tensor | float]] = []  # (optimizer step, factor ())
-
-    def keep(self, trainer: Any, factors: Factors) -> None:
-        smallest = factors.amin() if isinstance(factors, Tensor) else min(factors, default=1.0)
-        self._pending.append((trainer.global_step, smallest))
-
-    def flush(self, *, alone: bool = False) -> None:
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        tensors = [factor for _, factor in pending if isinstance(factor, Tensor)]
-        read = iter(self.read(tensors))
-        smallest = [next(read) if isinstance(f, Tensor) else f for _, f in pending]
-        self.steps += len(smallest)
-        self.acted += sum(factor < 1 for factor in smallest)
-        if self.trainer.is_global_zero:
-            steps = [step for step, _ in pending]
-            rows = {s: {f"clip/{self.name}": f} for s, f in zip(steps, smallest, strict=True)}
-            self.log_rows(rows)
-
-    def read(self, tensors: list[Tensor]) -> list[float]:
-        """Hook: the numbers of some tensors (), in one device read."""
-        numbers: list[float] = torch.stack(tensors).tolist() if tensors else []
-        return numbers
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_end(trainer, pl_module)
-        if trainer.is_global_zero and self.steps:
-            print(f"{type(self).__name__} acted in {self.acted / self.steps:.1%} of the steps.")
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"steps": self.steps, "acted": self.acted}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.acted = state["steps"], state["acted"]
-
-
-class UpdateClippingHooks(ClippingHooks):
-    """Shortens the updates that spikes are made of; gradients and optimizer stay as they are.
+class UpdateClippingHooks(StepHooks):
+    """Shorten the updates that spikes are made of; gradients and optimizer stay as they are.
 
     Two limits, the second applied to what the first leaves:
 
@@ -178,8 +129,8 @@ class UpdateClippingHooks(ClippingHooks):
 
     It acts on what the optimizer has done to the parameters, so it is exact for every optimizer;
     decoupled weight decay of torch's optimizers is left whole. Where it does not act, the run is
-    the one without, bit for bit. Behind gradient clipping, promises are those of the clipped
-    gradient.
+    the one without, bit for bit. After gradient clipping, promises are those of the clipped
+    gradient. The smallest factor of each step is logged as ``clip/update_factor``.
 
     Args:
         max_rms: Largest root mean square of an update, in learning rates; None for no limit.
@@ -189,19 +140,18 @@ class UpdateClippingHooks(ClippingHooks):
             scatter.
     """
 
-    name = "update_factor"
-
     def __init__(
         self,
         max_rms: float | None = 1.0,
         max_decrease: float | None = None,
         floor: Floor = 0.0,
     ) -> None:
-        super().__init__()
         self.limit = UpdateLimit(max_rms, max_decrease, floor)
+        self.steps = 0
+        self.acted = 0  # steps that were shortened
         self.unlimited = 0  # steps whose loss was not above the floor
         self._losses = Losses()
-        self._limited: list[Tensor] = []  # losses since the last read
+        self._pending: list[tuple[int, Tensor | float, Tensor | None]] = []  # step, factor, loss
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in trainer.optimizers:
@@ -219,37 +169,47 @@ class UpdateClippingHooks(ClippingHooks):
         loss = self._losses.take(trainer, optimizer)
         # the gradient is that of the mean over all processes
         self.limit.loss = None if loss is None else processes.average(loss)
-        if self.limit.loss is not None and self.limit.floor != "auto":
-            self._limited.append(self.limit.loss)
 
     def factors(self, probe: StepProbe) -> Factors:
         """By which factor each update of this step has to be shortened (A,)."""
         factors = self.limit(probe)
-        self.keep(self.trainer, factors)
+        smallest = factors.amin() if isinstance(factors, Tensor) else min(factors, default=1.0)
+        self._pending.append((self.trainer.global_step, smallest, self.limit.loss))
         return factors
+
+    def flush(self, *, alone: bool = False) -> None:
+        pending, self._pending = self._pending, []
+        tensors = [t for _, *both in pending for t in both if isinstance(t, Tensor)]
+        read = iter(torch.stack(tensors).tolist() if tensors else [])
+        rows = {}
+        for step, factor, loss in pending:
+            smallest = next(read) if isinstance(factor, Tensor) else factor
+            rows[step] = {"clip/update_factor": smallest}
+            self.steps += 1
+            self.acted += smallest < 1
+            if loss is not None:
+                value, floor = next(read), self.limit.floor
+                self.unlimited += floor != "auto" and value <= floor
+        if rows and self.trainer.is_global_zero:
+            self.log_rows(rows)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module)
+        if trainer.is_global_zero and self.steps:
+            print(f"{type(self).__name__} acted in {self.acted / self.steps:.1%} of the steps.")
         if trainer.is_global_zero and self.unlimited:
             print(
                 f"max_decrease left {self.unlimited} steps alone, whose loss was not above its "
                 f"floor of {self.limit.floor}; set floor to a lower bound of the loss, or to auto."
             )
 
-    def read(self, tensors: list[Tensor]) -> list[float]:
-        losses, self._limited = self._limited, []
-        found = super().read([*losses, *tensors])
-        floor = self.limit.floor
-        self.unlimited += sum(floor != "auto" and loss <= floor for loss in found[: len(losses)])
-        return found[len(losses) :]
-
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        return state | {"seen": self.limit.seen.tolist(), "unlimited": self.unlimited}
+        counts = {name: getattr(self, name) for name in ("steps", "acted", "unlimited")}
+        return super().state_dict() | counts | {"seen": self.limit.seen.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if "seen" in state:  # version 0.1 had no floor
+        self.steps, self.acted = state["steps"], state["acted"]
+        if "seen" in state:  # before there was a floor
             self.limit.seen, self.unlimited = torch.tensor(state["seen"]), state["unlimited"]
 
 
@@ -271,7 +231,7 @@ class Losses:
             params = [StepProbe.of(optimizer).params for optimizer in trainer.optimizers]
             owners = [i for i in owners if any(p.requires_grad for p in params[i])]
         owner = owners[0] if len(owners) == 1 else None
-        self._found.append((owner, unscaled_loss(trainer, pl_module, loss)))
+        self._found.append((owner, _unscaled_loss(trainer, pl_module, loss)))
 
     def take(self, trainer: Any, optimizer: Optimizer) -> Tensor | None:
         """The mean loss () of the optimizer that takes a step, None if it is not known."""
@@ -289,7 +249,7 @@ class Losses:
 # What a trainer knows
 
 
-def run_folder(trainer: Any) -> Path | None:
+def _run_folder(trainer: Any) -> Path | None:
     """The folder of this run alone; None if the trainer has none, as without a logger."""
     folder = trainer.log_dir
     logger = trainer.loggers[0] if trainer.loggers else None
@@ -311,12 +271,12 @@ def wandb_loggers(trainer: Any) -> list[Any]:
 
 
 def has_own_hook(pl_module: Any, name: str) -> bool:
-    """Whether a module has a hook of its own, which Lightning's has not."""
+    """Tell if a module has a hook of its own, which Lightning's has not."""
     owner = next(c for c in type(pl_module).__mro__ if name in vars(c))
     return owner.__name__ not in ("LightningModule", "ModelHooks")
 
 
-def unscaled_loss(trainer: Any, pl_module: Any, loss: Tensor) -> Tensor:
+def _unscaled_loss(trainer: Any, pl_module: Any, loss: Tensor) -> Tensor:
     """The loss of a batch () from what ``on_before_backward`` is given."""
     value = loss.detach().float()
     if pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
@@ -333,13 +293,13 @@ def grad_scaler(trainer: Any) -> Any:
 def scale_left(trainer: Any, pl_module: Any, optimizer: Optimizer) -> Tensor | None:
     """The scale () of gradients that the optimizer itself unscales, inside its step."""
     scaler = grad_scaler(trainer)
-    if scaler is None or not unscales_itself(optimizer):
+    if scaler is None or not _unscales_itself(optimizer):
         return None
     return scaler.scale(torch.ones((), device=pl_module.device))
 
 
-def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether gradients are still scaled when an optimizer gets them.
+def _unscales_itself(optimizer: Optimizer) -> bool:
+    """Tell if gradients are still scaled when an optimizer gets them.
 
     torch's own optimizers do it where they are fused; GradScaler goes by their private attribute,
     which those of other libraries may have as well.

@@ -1,9 +1,8 @@
 """The callback that watches for spikes, without the name of Lightning (see `_hooks.py`)."""
 
-import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,15 +24,15 @@ from .watching.black_box import BlackBox
 from .watching.monitor import SpikeMonitor
 from .watching.observation import Observation
 from .watching.reactions import Reaction, ReactionName
-from .watching.records import format_spike, top_parameter
+from .watching.records import SpikeRecord, format_spike
 
-ALERT_SECONDS = 600  # between two W&B alerts
+_ALERT_SECONDS = 600  # between two W&B alerts
 
 
 class BlackBoxHooks:
     """Copies for the black box of a monitor, on log steps: then the device is read in any case.
 
-    It stands behind all other callbacks, so that a copy holds what they have learned of the step.
+    It stands after all other callbacks, so that a copy holds what they have learned of the step.
     """
 
     def __init__(self, monitor: "MonitorHooks", keep: int) -> None:
@@ -77,7 +76,7 @@ class BlackBoxHooks:
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.is_on:
-            self.box.close(trainer.global_step, self._spikes.records)
+            self.box.judge(math.inf, self._spikes.records)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -102,8 +101,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         reaction: What to do about a spike.
         window: Steps over which a signal's usual level is taken.
         threshold: Robust standard deviations of the logarithm beyond which a value is a spike.
-        top_k: Parameters named in a record.
-        weight_norm_every: Optimizer steps between two readings of the weight norms.
         alert: Send a W&B alert with the evidence of a spike, at most every ten minutes.
         optional: A training that cannot be watched is not refused: a line says why, once.
         black_box: Keep the states before so many of the worst spikes in ``black_box/`` of the run's
@@ -117,8 +114,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         reaction: ReactionName | Reaction = "log",
         window: int = 128,
         threshold: float = 4.5,
-        top_k: int = 3,
-        weight_norm_every: int = 10,
         alert: bool = True,
         optional: bool = False,
         black_box: int = 0,
@@ -133,8 +128,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
             reaction=reaction,
             window=window,
             threshold=threshold,
-            top_k=top_k,
-            weight_norm_every=weight_norm_every,
         )
         self.alert = alert
         self.optional = optional
@@ -169,14 +162,6 @@ class MonitorHooks(SpikeMonitor, StepHooks):
     # Collecting, without a read from the device
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        callbacks = trainer.callbacks
-        clipping = [c for c in callbacks if getattr(c, "clips_gradients", False)]
-        for callback in itertools.takewhile(lambda c: c is not self, callbacks):
-            if callback in clipping:
-                self.refuse(
-                    f"GradientSpikeMonitor stands behind {type(callback).__name__} and would see "
-                    "clipped gradients; put it first in trainer.callbacks."
-                )
         if self.off:
             return
         own = has_own_hook(pl_module, "configure_gradient_clipping")
@@ -185,7 +170,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         )
         self.every = trainer.log_every_n_steps or self.every
         for optimizer in trainer.optimizers:
-            clipped = bool(clipping or own or trainer.gradient_clip_val or self._looks_early)
+            clipped = bool(own or trainer.gradient_clip_val or self._looks_early)
             StepProbe.of(optimizer).gradients_are_clipped = clipped
         self._begin(trainer, pl_module)
 
@@ -250,25 +235,25 @@ class MonitorHooks(SpikeMonitor, StepHooks):
 
     # Writing
 
-    def samples_of(self, record: Mapping[str, Any]) -> list[Any]:
+    def samples_of(self, record: SpikeRecord) -> list[Any]:
         """Ids of the samples of a record's batches, if the training loader can tell."""
         ask = getattr(self.trainer.train_dataloader, "sample_ids", None)
-        parts = [ask(record["epoch"], number) or [] for number in record["batches"]] if ask else []
+        parts = [ask(record.epoch, number) or [] for number in record.batches] if ask else []
         return [sample for part in parts for sample in part]
 
     log_rows = StepHooks.log_rows
 
-    def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
-        spiked = [record for record in fresh if record["spiked"]]
+    def on_records(self, fresh: Sequence[SpikeRecord]) -> None:
+        spiked = [record for record in fresh if record.spiked]
         if not spiked or not self.alert or time.monotonic() < self._next_alert:
             return
-        self._next_alert = time.monotonic() + ALERT_SECONDS  # offline, W&B keeps each that is sent
+        self._next_alert = time.monotonic() + _ALERT_SECONDS  # offline, W&B keeps each that is sent
         for logger in wandb_loggers(self.trainer):
             logger.experiment.alert(
                 title="gradient spikes",  # W&B waits between alerts of one title
                 text=format_spike(spiked[0]),
                 level="WARN",
-                wait_duration=ALERT_SECONDS,
+                wait_duration=_ALERT_SECONDS,
             )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -276,7 +261,7 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         self._conclude()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave what a training did not that was killed behind its last checkpoint."""
+        """Leave what a training did not that was killed after its last checkpoint."""
         if self.monitors and trainer.is_global_zero and not self.spikes.begun:
             self._begin(trainer, pl_module)
             self._conclude()
@@ -290,19 +275,19 @@ class MonitorHooks(SpikeMonitor, StepHooks):
         if self.off or not self.monitors or not processes.is_first():
             return
         print(self.finish())
-        spikes = [record for record in self.records if record["spiked"]]
+        columns = ["step", "epoch", "batches", "spiked", "parameter", "confirmed", "max_loss_after"]
         table = [
-            {
-                "step": r["step"],
-                "epoch": r["epoch"],
-                "batches": str(r["batches"]),
-                "spiked": ", ".join(r["spiked"]),
-                "parameter": top_parameter(r)["name"],
-                "confirmed": r["confirmed"],
-                "max_loss_after": r["max_loss_after"],
-            }
-            for r in spikes
+            [
+                record.step,
+                record.epoch,
+                str(record.batches),
+                ", ".join(record.spiked),
+                record.top_parameter.name,
+                record.confirmed,
+                record.max_loss_after,
+            ]
+            for record in self.records
+            if record.spiked
         ]
         for logger in wandb_loggers(self.trainer) if table else []:
-            rows = [list(row.values()) for row in table]
-            logger.log_table("spikes", columns=list(table[0]), data=rows)
+            logger.log_table("spikes", columns=columns, data=table)

@@ -1,4 +1,4 @@
-"""Shortening the updates that spikes are made of.
+"""Shortening of the updates that spikes are made of.
 
 Dimensions: A parameters of one optimizer that have a gradient.
 """
@@ -14,7 +14,7 @@ from . import processes
 from .probe import Factors, StepProbe, refuse_complex, unwrapped_model
 
 Floor = float | Literal["auto"]
-MEMORY = 0.01  # share of a new loss in the moving averages
+_MEMORY = 0.01  # share of a new loss in the moving averages
 
 
 class UpdateLimit:
@@ -70,7 +70,7 @@ class UpdateLimit:
         refuse_complex("UpdateLimit", StepProbe.of(optimizer).params)
         if self.max_decrease is not None and overwrites_gradients(optimizer):
             raise ValueError(
-                "max_decrease needs the gradients behind the step, and SGD with nesterov "
+                "max_decrease needs the gradients after the step, and SGD with nesterov "
                 "overwrites them; set foreach to False, or max_decrease to None."
             )
         if self.max_decrease is not None:
@@ -163,7 +163,7 @@ class UpdateLimit:
         return squares
 
     def _lower_bound(self, loss: Tensor) -> Tensor | float:
-        """What the loss is taken not to fall below ()."""
+        """The loss () that is taken for the lowest possible one."""
         if self.floor != "auto":
             return self.floor
         loss = loss.to(self.seen.dtype)
@@ -173,8 +173,8 @@ class UpdateLimit:
         moved = torch.stack(
             [
                 torch.minimum(lowest, loss),
-                mean.lerp(loss, MEMORY),
-                scatter.lerp(deviation, MEMORY),
+                mean.lerp(loss, _MEMORY),
+                scatter.lerp(deviation, _MEMORY),
             ]
         )
         first = torch.stack([loss, loss, torch.zeros_like(loss)])
@@ -230,7 +230,7 @@ def clip_updates(
 
     def snapshot(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal steps
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # behind the optimizer
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # after the optimizer
         if closure is not None and not probe.is_armed:
             raise ValueError(
                 "clip_updates needs the gradients before the step: call optimizer.step() without "
@@ -245,7 +245,7 @@ def clip_updates(
 
 
 def overwrites_gradients(optimizer: Optimizer) -> bool:
-    """Whether gradients are other ones behind a step.
+    """Tell if gradients are other ones after a step.
 
     torch's SGD adds the momentum to them where it takes many at once, as it does by itself
     everywhere but on the CPU.

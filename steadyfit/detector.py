@@ -1,4 +1,4 @@
-"""Whether the next value of a signal is a spike, and whether the signal grows slowly."""
+"""Detectors of a spike in the next value of a signal, and of slow growth."""
 
 import math
 from bisect import bisect_left, insort
@@ -6,31 +6,33 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
 
-Kind = Literal["normal", "warning", "spike", "level_shift", "nonfinite", "nonpositive"]
+_Kind = Literal["normal", "warning", "spike", "level_shift", "nonfinite", "nonpositive"]
 EVIDENCE = ("kind", "score", "limit", "threshold", "center", "scale", "raised")
 
-WARM_UP = 8  # values before the first decision
+_WARM_UP = 8  # values before the first decision
 PRIOR_SCALE, PRIOR_WEIGHT, PRIOR_UNTIL = 0.35, 8, 32  # a young stream is taken for a noisy one
 LOSS_MIN_SCALE = 0.05  # a smooth loss may still rise by 25 %: exp(4.5 * 0.05)
 NORM_MIN_SCALE = 0.15  # a quiet norm may double
 NORMAL_Q90, NORMAL_IQR = 1.2816, 1.349  # of the standard normal distribution
 TAIL_WINDOW, TAIL_SHARE, TAIL_MIN = 512, 0.05, 64
-TAIL_ODDS = math.log(TAIL_SHARE / 1e-4)  # from the edge of the tail to one value in 10 000
-TAIL_NORMAL = 4.5  # score so extrapolated that normal noise seldom passes
+_TAIL_ODDS = math.log(TAIL_SHARE / 1e-4)  # from the edge of the tail to one value in 10 000
+_TAIL_NORMAL = 4.5  # score so extrapolated that normal noise seldom passes
 # Where most spikes are rare but small, the tail is made of them: it must not hide the next
 TAIL_FACTORS = 0.95, 1.4
-HOLD = 15  # steps after a spike or a level shift: a recovery is not noise
-WARNING = 2 / 3  # of the limit
+_HOLD = 15  # steps after a spike or a level shift: a recovery is not noise
+_WARNING = 2 / 3  # of the limit
 SHIFT_AFTER = 10  # raised values in a row
 STEADY_AFTER, STEADY_RANGE = 6, 3.0  # values, scales
 OFTEN, OFTEN_STEPS = 10, 128  # as many spikes in the last steps are no exceptions
 RATE_STEPS, RATE_FACTOR = 10, 2.0
-NORMAL_DIFFERENCE = 0.6745 * math.sqrt(2)  # median of |x - y| for standard normal x and y
-DRIFT_HIGHEST = 2.0  # scales above the level that one value counts for: a spike is no drift
-DRIFT_SLACK = 1.0  # scales above the level that are nothing
+_NORMAL_DIFFERENCE = 0.6745 * math.sqrt(2)  # median of |x - y| for standard normal x and y
+_DRIFT_WINDOW = 128  # steps the level and the scale are taken from
+_DRIFT_LIMIT = 20.0  # of the sum at which to warn: about as many steps well above the level
+_DRIFT_HIGHEST = 2.0  # scales above the level that one value counts for: a spike is no drift
+_DRIFT_SLACK = 1.0  # scales above the level that are nothing
 
 
-class SortedWindow:
+class _SortedWindow:
     """The last ``size`` values, in the order they came and in ascending order."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
@@ -57,7 +59,7 @@ class SpikeDetector:
     Values are compared on the logarithmic scale, where the noise of such signals is about the same
     at every level. The level is the median of the last 32 values. The height of a value above it
     is compared with the last 128 heights: their median, if positive, is how far the level lags
-    behind a rising signal; their quantiles give the scale. A spike is more than 4.5 scales above
+    after a rising signal; their quantiles give the scale. A spike is more than 4.5 scales above
     level and lag. Where the last 512 scores have heavier tails than normal noise, that limit rises
     in proportion, by 40 % at most: the mean excess of their outer 5 %, both sides averaged, is
     extrapolated to one value in 10 000 (peaks over threshold, as in Siffer et al., KDD 2017).
@@ -100,12 +102,16 @@ class SpikeDetector:
     def __init__(
         self, window: int = 128, threshold: float = 4.5, min_scale: float = LOSS_MIN_SCALE
     ) -> None:
-        refuse(window, threshold=threshold, min_scale=min_scale)
+        if window < 16:
+            raise ValueError(f"window must be at least 16 steps, got {window}.")
+        for name, value in (("threshold", threshold), ("min_scale", min_scale)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
         self.window = window
         self.normal_limit = float(threshold)
         self.min_scale = float(min_scale)
 
-        self.kind: Kind = "normal"
+        self.kind: _Kind = "normal"
         self.score = 0.0
         self.limit = self.normal_limit
         self.threshold = math.inf
@@ -113,9 +119,9 @@ class SpikeDetector:
         self.scale = PRIOR_SCALE
         self.raised = 0
 
-        self._levels = SortedWindow(window // 4)  # logarithms
-        self._heights = SortedWindow(window)
-        self._scores = SortedWindow(TAIL_WINDOW)
+        self._levels = _SortedWindow(window // 4)  # logarithms
+        self._heights = _SortedWindow(window)
+        self._scores = _SortedWindow(TAIL_WINDOW)
         self._run: list[float] = []  # logarithms of the raised values
         self._steps = 0
         self._hold_until = 0  # the last step that says nothing of the noise
@@ -127,7 +133,7 @@ class SpikeDetector:
 
     @property
     def too_often(self) -> bool:
-        """Whether the last 128 steps had so many spikes that another is ordinary."""
+        """True if the last 128 steps had so many spikes that another is ordinary."""
         full = len(self._events) == OFTEN
         return full and self._steps - self._events[0] < OFTEN_STEPS
 
@@ -145,8 +151,8 @@ class SpikeDetector:
         log = math.log(value)
         level = self._levels.median() if self._levels.ordered else log
         height = log - level
-        if len(self._heights.values) < WARM_UP:
-            self.kind, self.score, self.center = "normal", 0.0, exp(level)
+        if len(self._heights.values) < _WARM_UP:
+            self.kind, self.score, self.center = "normal", 0.0, _exp(level)
             self._levels.push(log)
             self._heights.push(height)
             return False
@@ -154,11 +160,11 @@ class SpikeDetector:
         lag, self.scale = self._lag_and_scale()
         self.score = (height - lag) / self.scale
         self.limit = self.normal_limit * self._tail_factor()
-        self.center = exp(level + lag)
-        self.threshold = exp(level + lag + self.limit * self.scale)
+        self.center = _exp(level + lag)
+        self.threshold = _exp(level + lag + self.limit * self.scale)
         self.kind = self._judge(log)
         if self.kind in ("spike", "level_shift"):
-            self._hold_until = self._steps + HOLD
+            self._hold_until = self._steps + _HOLD
             if self.kind == "level_shift":
                 self._shift_level()
             elif self.raised == 1:  # else a second mode of the noise would be spikes for ever
@@ -199,7 +205,7 @@ class SpikeDetector:
         return max(0.0, median), scale
 
     def _tail_factor(self) -> float:
-        """How much further the scores reach than those of normal noise, within bounds."""
+        """Reach of the scores in that of normal noise, within bounds."""
         scores = self._scores.ordered
         if len(scores) < TAIL_MIN:
             return 1.0
@@ -208,11 +214,11 @@ class SpikeDetector:
         edge = (high[0] - low[-1]) / 2
         excess = (sum(high) - sum(low)) / (2 * count) - edge
         lowest, highest = TAIL_FACTORS
-        return min(max(lowest, (edge + excess * TAIL_ODDS) / TAIL_NORMAL), highest)
+        return min(max(lowest, (edge + excess * _TAIL_ODDS) / _TAIL_NORMAL), highest)
 
-    def _judge(self, log: float) -> Kind:
+    def _judge(self, log: float) -> _Kind:
         exceeds = self.score > self.limit
-        warning = self.score > self.limit * WARNING
+        warning = self.score > self.limit * _WARNING
         begins = exceeds and not self._run
         if exceeds or (warning and self._run):
             self._run.append(log)
@@ -240,22 +246,22 @@ class SpikeDetector:
             self._before = (list(self._levels.values), list(self._heights.values))
             self._trial_until = self._steps + self.window
         self._shift_scores.append(self.score)
-        self._levels = SortedWindow(self.window // 4, self._run)
+        self._levels = _SortedWindow(self.window // 4, self._run)
         self._run = []
         level = self._levels.median()  # of the new one, as center and threshold are
-        self.center, self.threshold = exp(level), exp(level + self.limit * self.scale)
+        self.center, self.threshold = _exp(level), _exp(level + self.limit * self.scale)
 
     def _return_from_shift(self, log: float, level: float) -> None:
         """Go back to what was before a shift if a value is nearer to that level than to this."""
         levels, heights = self._before
-        before = SortedWindow(self.window // 4, levels)
+        before = _SortedWindow(self.window // 4, levels)
         if 2 * log < before.median() + level:
-            self._levels, self._heights = before, SortedWindow(self.window, heights)
+            self._levels, self._heights = before, _SortedWindow(self.window, heights)
             self._trial_until = 0
             self._shift_scores = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned from the signal, in lists, numbers and strings."""
+        """Everything learned from the signal, in lists, numbers and strings."""
         return {name: getattr(self, name) for name in EVIDENCE} | {
             "levels": list(self._levels.values),
             "heights": list(self._heights.values),
@@ -277,9 +283,9 @@ class SpikeDetector:
         """
         for name in EVIDENCE:
             setattr(self, name, state[name])
-        self._levels = SortedWindow(self.window // 4, state["levels"])
-        self._heights = SortedWindow(self.window, state["heights"])
-        self._scores = SortedWindow(TAIL_WINDOW, state["scores"])
+        self._levels = _SortedWindow(self.window // 4, state["levels"])
+        self._heights = _SortedWindow(self.window, state["heights"])
+        self._scores = _SortedWindow(TAIL_WINDOW, state["scores"])
         self._run = list(state["run"])
         self._steps = state["steps"]
         self._hold_until = state.get("hold_until", 0)
@@ -300,28 +306,13 @@ class DriftDetector:
     which a slow growth leaves alone. One value adds one at most. The next warning can come after
     the sum was back at zero: the growth has ended.
 
-    Args:
-        window: Steps the level and the scale are taken from, at least 16.
-        limit: Sum at which to warn: about as many steps well above the level.
-        min_scale: Smallest scale, natural logarithm; growth by less of it is nothing.
-
-    Raises:
-        ValueError: If ``window`` is below 16, or ``limit`` or ``min_scale`` is not positive and
-            finite.
     """
 
-    def __init__(
-        self, window: int = 128, limit: float = 20.0, min_scale: float = LOSS_MIN_SCALE
-    ) -> None:
-        refuse(window, limit=limit, min_scale=min_scale)
-        self.window = window
-        self.limit = float(limit)
-        self.min_scale = float(min_scale)
-
+    def __init__(self) -> None:
         self.sum = 0.0
         self.warned = False  # of the growth that goes on
-        self._levels = SortedWindow(window)  # logarithms
-        self._differences = SortedWindow(window)
+        self._levels = _SortedWindow(_DRIFT_WINDOW)  # logarithms
+        self._differences = _SortedWindow(_DRIFT_WINDOW)
 
     def update(self, value: float) -> bool:
         """Take in the next value and return whether to warn; one without logarithm is ignored."""
@@ -329,21 +320,21 @@ class DriftDetector:
         if not 0 < value < math.inf:
             return False
         log = math.log(value)
-        if len(self._levels.values) >= WARM_UP:
-            scale = max(self._differences.median() / NORMAL_DIFFERENCE, self.min_scale)
+        if len(self._levels.values) >= _WARM_UP:
+            scale = max(self._differences.median() / _NORMAL_DIFFERENCE, LOSS_MIN_SCALE)
             height = (log - self._levels.median()) / scale
             self.sum = min(
-                max(0.0, self.sum + min(height, DRIFT_HIGHEST) - DRIFT_SLACK), self.limit
+                max(0.0, self.sum + min(height, _DRIFT_HIGHEST) - _DRIFT_SLACK), _DRIFT_LIMIT
             )
         if self._levels.values:
             self._differences.push(abs(log - self._levels.values[-1]))
         self._levels.push(log)
-        warn = self.sum == self.limit and not self.warned
+        warn = self.sum == _DRIFT_LIMIT and not self.warned
         self.warned = warn or (self.warned and self.sum > 0)
         return warn
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned from the signal, in lists and numbers."""
+        """Everything learned from the signal, in lists and numbers."""
         return {
             "sum": self.sum,
             "warned": self.warned,
@@ -352,21 +343,11 @@ class DriftDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, under the arguments of this detector."""
         self.sum, self.warned = state["sum"], state["warned"]
-        self._levels = SortedWindow(self.window, state["levels"])
-        self._differences = SortedWindow(self.window, state["differences"])
+        self._levels = _SortedWindow(_DRIFT_WINDOW, state["levels"])
+        self._differences = _SortedWindow(_DRIFT_WINDOW, state["differences"])
 
 
-def refuse(window: int, **numbers: float) -> None:
-    """Refuse the arguments of a detector that it cannot work with."""
-    if window < 16:
-        raise ValueError(f"window must be at least 16 steps, got {window}.")
-    for name, number in numbers.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {number}.")
-
-
-def exp(log: float) -> float:
+def _exp(log: float) -> float:
     """Exponential that does not overflow: e**709 is just below the largest double."""
     return math.exp(min(log, 709.0))

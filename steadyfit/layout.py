@@ -1,4 +1,4 @@
-"""How the tensors of one optimizer lie for the sums over each of them.
+"""Layout of the tensors of one optimizer for the sums over each of them.
 
 Dimensions: A parameters of one optimizer have a gradient in a step, N elements together.
 """
@@ -46,12 +46,12 @@ class Layout:
 
     @property
     def on_host(self) -> bool:
-        """Whether a few numbers are there without a read: their arithmetic needs no operator."""
+        """True if a few numbers are there without a read: their arithmetic needs no operator."""
         return self.is_flat and self.device.type == "cpu"
 
     @cached_property
     def ends(self) -> Tensor:
-        """Where each parameter ends in the flat tensor, after a zero (A + 1,)."""
+        """End of each parameter in the flat tensor, after a zero (A + 1,)."""
         return torch.tensor([0, *self.sizes]).cumsum(0).to(self.device)
 
     @cached_property
@@ -102,13 +102,13 @@ class Layout:
     def inner(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
         """Inner products (A,)."""
         if self.is_flat:
-            return sums_of(first[0] * second[0], self.ends)
+            return _sums_of(first[0] * second[0], self.ends)
         small, ends, order = self._by_size
-        products = [inner(first[i], second[i]) for i in order[len(small) :]]
+        products = [_inner(first[i], second[i]) for i in order[len(small) :]]
         if not small:
             return torch.stack(products)
         a, b = (_flatten_dense_tensors([t[i] for i in small]) for t in (first, second))
-        sums = sums_of(a * b, ends)
+        sums = _sums_of(a * b, ends)
         return torch.cat([sums, torch.stack(products)])[self._places] if products else sums
 
     @cached_property
@@ -123,7 +123,7 @@ class Layout:
 
     @cached_property
     def _places(self) -> Tensor:
-        """Where each parameter is in the order by size (A,)."""
+        """Place of each parameter in the order by size (A,)."""
         return torch.tensor(self._by_size[2]).argsort().to(self.device)
 
     def lerp_(self, start: list[Tensor], end: list[Tensor], weights: Tensor) -> None:
@@ -136,7 +136,7 @@ class Layout:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: of a DTensor its part."""
+    """The part of a tensor that this process holds: of a DTensor its shard."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -154,12 +154,12 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
-def sums_of(values: Tensor, ends: Tensor) -> Tensor:
+def _sums_of(values: Tensor, ends: Tensor) -> Tensor:
     """Sums (A,) of the parts of a flat tensor (N,); ``ends`` (A + 1,) begins with a zero."""
     return torch.segment_reduce(values, "sum", offsets=ends, unsafe=True)
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
+def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product () of two tensors of one shape; of low precision, summed in float32."""
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()

@@ -6,18 +6,14 @@ from . import _hooks
 from ._hooks import scale_left
 from ._monitor_hooks import BlackBoxHooks, MonitorHooks
 
-__all__ = ["Clipping", "GradientSpikeMonitor", "StepCallback", "UpdateClipping", "scale_left"]
+__all__ = ["GradientSpikeMonitor", "StepCallback", "UpdateClipping", "scale_left"]
 
 
 class StepCallback(_hooks.StepHooks, Callback):
     __doc__ = _hooks.StepHooks.__doc__
 
 
-class Clipping(_hooks.ClippingHooks, StepCallback):
-    __doc__ = _hooks.ClippingHooks.__doc__
-
-
-class UpdateClipping(_hooks.UpdateClippingHooks, Clipping):
+class UpdateClipping(_hooks.UpdateClippingHooks, StepCallback):
     __doc__ = _hooks.UpdateClippingHooks.__doc__
 
 

@@ -1,4 +1,4 @@
-"""How spiky a training was and whether it learned: the numbers by which runs are compared.
+"""Measures of how spiky a training was and of what it learned, by which runs are compared.
 
 Curves are those of ``metrics.csv``. A loss that is not finite counts as infinite.
 Dimensions: S optimizer steps, E epochs.
@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # a third of a second of imports, and this file only reads th
     import pandas as pd
 
 HEIGHT = 0.25  # nats by which a loss has to stand out to count
-WINDOW = 128  # optimizer steps of the rolling median
+_WINDOW = 128  # optimizer steps of the rolling median
 
-Spans = list[tuple[int, int]]  # first and last index of stretches
+_Spans = list[tuple[int, int]]  # first and last index of stretches
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class SpikeMeasures:
-    """What one run is judged by; the first lines mean nothing without the last ones."""
+    """The measures of one run; the first lines mean nothing without the last ones."""
 
     excess: float  # see `excess_loss`
     excursions: int  # of the loss of each step
@@ -111,17 +111,17 @@ def measure(metrics: "pd.DataFrame", target: float = 0.95) -> SpikeMeasures:
     )
 
 
-def kinks(curve: np.ndarray, height: float = HEIGHT, window: int = 10) -> Spans:
+def kinks(curve: np.ndarray, height: float = HEIGHT, window: int = 10) -> _Spans:
     """Stretches of an epoch curve (E,) above the lowest of the ``window`` epochs before.
 
     Epochs in a row are one kink.
     """
     curve = finite_or_infinite(curve)
     lowest = [curve[max(0, i - window) : i].min() for i in range(1, len(curve))]
-    return stretches(np.concatenate([[False], curve[1:] > np.array(lowest) + height]))
+    return _stretches(np.concatenate([[False], curve[1:] > np.array(lowest) + height]))
 
 
-def excursions(loss: np.ndarray, factor: float = 2.0, height: float = HEIGHT) -> Spans:
+def excursions(loss: np.ndarray, factor: float = 2.0, height: float = HEIGHT) -> _Spans:
     """Stretches of steps (S,) whose loss is far above what was usual just before.
 
     That is above ``factor`` times the rolling median, and more than ``height`` above it.
@@ -129,7 +129,7 @@ def excursions(loss: np.ndarray, factor: float = 2.0, height: float = HEIGHT) ->
     loss = finite_or_infinite(loss)
     usual = rolling_median(loss)
     usual = np.concatenate([loss[:1], usual[:-1]])
-    return stretches((loss > factor * usual) & (loss > usual + height))
+    return _stretches((loss > factor * usual) & (loss > usual + height))
 
 
 def excess_loss(loss: np.ndarray, steps_per_epoch: int, height: float = HEIGHT) -> float:
@@ -144,7 +144,7 @@ def excess_loss(loss: np.ndarray, steps_per_epoch: int, height: float = HEIGHT) 
     return float(np.maximum(0, loss - (lowest + height)).sum() / steps_per_epoch)
 
 
-def rolling_median(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+def rolling_median(values: np.ndarray, window: int = _WINDOW) -> np.ndarray:
     """Median of each value (S,) and the ``window - 1`` before it, or as many as there are."""
     short = [np.median(values[: i + 1]) for i in range(min(window - 1, len(values)))]
     if len(values) < window:
@@ -157,7 +157,7 @@ def finite_or_infinite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.inf)
 
 
-def stretches(marked: np.ndarray) -> Spans:
+def _stretches(marked: np.ndarray) -> _Spans:
     """First and last index of each run of ones (S,)."""
     edges = np.diff(np.concatenate([[False], marked, [False]]).astype(int))
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1

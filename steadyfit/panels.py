@@ -14,13 +14,13 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
 ORANGE, SKY, GREEN, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#CC79A7"
 LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
 
-POINTS = 3000  # of a line; what is more is drawn by the largest value of each stretch
-SPIKE: dict[str, Any] = {"marker": "v", "s": 14, "color": VERMILION, "linewidth": 0, "zorder": 3}
+_POINTS = 3000  # of a line; what is more is drawn by the largest value of each stretch
+_SPIKE: dict[str, Any] = {"marker": "v", "s": 14, "color": VERMILION, "linewidth": 0, "zorder": 3}
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (S,) and values (S,)
 
 
-def short(names: Sequence[str]) -> list[str]:
+def strip_common_prefix(names: Sequence[str]) -> list[str]:
     """Names of parameters without the modules that all of them are in."""
     parts = [name.split(".") for name in names]
     same = 0
@@ -29,7 +29,7 @@ def short(names: Sequence[str]) -> list[str]:
     return [".".join(p[same:]) for p in parts]
 
 
-def around(maps: Sequence[np.ndarray]) -> LogNorm:
+def log_norm(maps: Sequence[np.ndarray]) -> LogNorm:
     """A logarithmic scale of colours for all positive values but the lowest percent."""
     values = np.concatenate([table[np.isfinite(table) & (table > 0)] for table in maps])
     if not len(values):
@@ -120,11 +120,11 @@ def draw_line(axes: Axes, series: Series, color: str, label: str | None = None) 
     axes.plot(*decimate(*series), color=color, linewidth=0.7, label=label)
 
 
-def gaps(curve: np.ndarray) -> np.ndarray:
+def mask_nonfinite(curve: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(curve), curve, np.nan)
 
 
-def decimate(steps: np.ndarray, values: np.ndarray, points: int = POINTS) -> Series:
+def decimate(steps: np.ndarray, values: np.ndarray, points: int = _POINTS) -> Series:
     """At most ``points`` of a line: the largest value of each stretch, where it was.
 
     A value that is not finite leaves a gap.
@@ -148,7 +148,7 @@ def mark(axes: Axes, series: Series, spikes: np.ndarray, label: str) -> None:
     chosen = np.isin(steps, spikes)
     steps, values = steps[chosen], values[chosen]
     finite = np.isfinite(values)
-    axes.scatter(steps[finite], values[finite], **SPIKE, label=label)
+    axes.scatter(steps[finite], values[finite], **_SPIKE, label=label)
     if not finite.all():
         edge = axes.get_xaxis_transform()
         top = np.full((~finite).sum(), 0.985)

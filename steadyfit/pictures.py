@@ -1,4 +1,4 @@
-"""What spiked, where and why, as pictures of one run or of several on common axes.
+"""Pictures of what spiked, of one run or of several on common axes.
 
 Dimensions: R runs, S optimizer steps, P parameters (tensors), B batch, T time.
 """
@@ -28,34 +28,34 @@ from .panels import (
     SKY,
     VERMILION,
     Series,
-    around,
     count_axis,
     dots,
     draw_line,
-    gaps,
     heading,
     label_rows,
     legend,
+    log_norm,
     mark,
+    mask_nonfinite,
     note,
     panels,
     same_decades,
     same_end,
     same_top,
     shade,
-    short,
+    strip_common_prefix,
 )
 from .through_time import ThroughTime
 
 if TYPE_CHECKING:  # a third of a second of imports, which only a picture needs
     import pandas as pd
 
-READABLE = 24  # names beside a heat map
+_READABLE = 24  # names beside a heat map
 
 
 @dataclass
 class SpikeRun:
-    """What the pictures show of a run.
+    """The data of a run that the pictures show.
 
     Attributes:
         label: What it is called.
@@ -132,9 +132,9 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
     figure, grid = panels(len(runs), heights=(1.2, 0.8, 1.2))
     for run, (epochs, accuracies, steps) in zip(runs, grid.T, strict=True):
         heading(epochs, run.label)
-        draw_epoch_losses(epochs, run)
-        draw_accuracies(accuracies, run)
-        draw_step_loss(steps, run)
+        _draw_epoch_losses(epochs, run)
+        _draw_accuracies(accuracies, run)
+        _draw_step_loss(steps, run)
     label_rows(grid, ("loss", "accuracy", "loss of each step"))
     same_end(grid[:2], max(run.curves.epochs[-1] + 1 for run in runs))
     same_end(grid[2:], max(run.end for run in runs))
@@ -147,13 +147,21 @@ def curves_picture(runs: Sequence[SpikeRun]) -> Figure:
     return figure
 
 
-def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
+def _draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
     number, val = curves.epochs + 1, curves.val_epochs + 1
     few = dots(number)
-    axes.plot(number, gaps(curves.mean), marker=few, color=SKY, label="training, mean of the epoch")
-    axes.plot(number, gaps(curves.last), marker=few, color=BLUE, label="training, last batch")
-    axes.plot(val, gaps(curves.val_loss), marker=few, color=VERMILION, label="validation")
+    axes.plot(
+        number,
+        mask_nonfinite(curves.mean),
+        marker=few,
+        color=SKY,
+        label="training, mean of the epoch",
+    )
+    axes.plot(
+        number, mask_nonfinite(curves.last), marker=few, color=BLUE, label="training, last batch"
+    )
+    axes.plot(val, mask_nonfinite(curves.val_loss), marker=few, color=VERMILION, label="validation")
     for x, curve, colour in ((number, curves.last, BLUE), (val, curves.val_loss, VERMILION)):
         tops = [a + int(np.argmax(curve[a : b + 1])) for a, b in kinks(curve)]
         axes.scatter(x[tops], curve[tops], s=36, facecolor="none", edgecolor=colour, zorder=3)
@@ -162,7 +170,7 @@ def draw_epoch_losses(axes: Axes, run: SpikeRun) -> None:
     axes.scatter([], [], s=36, facecolor="none", edgecolor=GREY, label="kink")
 
 
-def draw_accuracies(axes: Axes, run: SpikeRun) -> None:
+def _draw_accuracies(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
     few = dots(curves.epochs)
     axes.plot(curves.epochs + 1, curves.accuracy, marker=few, color=SKY)
@@ -180,7 +188,7 @@ def draw_accuracies(axes: Axes, run: SpikeRun) -> None:
     note(axes, f"{reached}; at the end {found.final_accuracy:.1%}")
 
 
-def draw_step_loss(axes: Axes, run: SpikeRun) -> None:
+def _draw_step_loss(axes: Axes, run: SpikeRun) -> None:
     curves = run.curves
     series = curves.steps, curves.loss
     draw_line(axes, series, color=BLUE)
@@ -195,13 +203,13 @@ def norms_picture(runs: Sequence[SpikeRun]) -> Figure:
     for row, signal in zip(grid, ("gradient", "update"), strict=True):
         values = []
         for run, axes, beside in zip(runs, row[::2], row[1::2], strict=True):
-            before, after = norm_of(run, signal)
-            draw_norm(axes, run, signal, before, after)
-            draw_histograms(beside, before[1], after[1])
-            values += [before[1], after[1], run.series(f"{COLUMNS[signal]}/threshold")[1]]
+            before, after = _norm_of(run, signal)
+            _draw_norm(axes, run, signal, before, after)
+            _draw_histograms(beside, before[1], after[1])
+            values += [before[1], after[1], run.series(f"{_COLUMNS[signal]}/threshold")[1]]
         same_decades(row, values)
         for run, axes in zip(runs, row[::2], strict=True):
-            shade(axes, run.series(f"{COLUMNS[signal]}/threshold"))
+            shade(axes, run.series(f"{_COLUMNS[signal]}/threshold"))
     for run, axes in zip(runs, grid[0, ::2], strict=True):
         heading(axes, run.label)
     label_rows(grid, ("gradient norm", "update norm"))
@@ -212,19 +220,19 @@ def norms_picture(runs: Sequence[SpikeRun]) -> Figure:
     return figure
 
 
-COLUMNS = {"gradient": "grad_norm", "update": "update_norm"}
+_COLUMNS = {"gradient": "grad_norm", "update": "update_norm"}
 
 
-def norm_of(run: SpikeRun, signal: str) -> tuple[Series, Series]:
+def _norm_of(run: SpikeRun, signal: str) -> tuple[Series, Series]:
     """A norm before clipping and after it; the latter is empty if clipping changed nothing."""
-    before = run.series(f"{COLUMNS[signal]}/total")
-    after = run.series(f"{COLUMNS[signal]}/clipped")
+    before = run.series(f"{_COLUMNS[signal]}/total")
+    after = run.series(f"{_COLUMNS[signal]}/clipped")
     (_, old), (_, new) = before, after
     same = old.shape == new.shape and np.allclose(old, new, rtol=1e-4, equal_nan=True)
     return before, (np.empty(0, int), np.empty(0)) if same else after
 
 
-def draw_norm(axes: Axes, run: SpikeRun, signal: str, before: Series, after: Series) -> None:
+def _draw_norm(axes: Axes, run: SpikeRun, signal: str, before: Series, after: Series) -> None:
     draw_line(axes, before, color=BLUE, label="before clipping" if len(after[0]) else None)
     if len(after[0]):
         draw_line(axes, after, color=ORANGE, label="after clipping")
@@ -235,7 +243,7 @@ def draw_norm(axes: Axes, run: SpikeRun, signal: str, before: Series, after: Ser
     note(axes, f"spikes: {len(spikes)}{largest}")
 
 
-def draw_histograms(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
+def _draw_histograms(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
     for values, colour in ((before, BLUE), (after, ORANGE)):
         values = values[np.isfinite(values) & (values > 0)]
         if len(values):
@@ -251,7 +259,9 @@ def layers_picture(runs: Sequence[SpikeRun]) -> Figure:
     shown = [(run, run.norms) for run in runs if run.norms]
     tall = float(np.clip(0.12 * max(len(names) for _, (names, _, _) in shown), 0.6, 4))
     figure, grid = panels(len(shown), (tall, tall, 1.2), share=False)
-    tables = [known(table).transpose(1, 2, 0) for _, (_, _, table) in shown]  # each (3, P, bins)
+    tables = [
+        _fill_forward(table).transpose(1, 2, 0) for _, (_, _, table) in shown
+    ]  # each (3, P, bins)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = [np.where(weight > 0, update / weight, 0) for _, update, weight in tables]
     gradients = [gradient for gradient, _, _ in tables]
@@ -259,14 +269,14 @@ def layers_picture(runs: Sequence[SpikeRun]) -> Figure:
         (grid[0], "gradient norm", gradients),
         (grid[1], "update / weight norm", relative),
     ):
-        norm = around(maps)
+        norm = log_norm(maps)
         for axes, values, (_, (names, width, _)) in zip(row, maps, shown, strict=True):
-            image = heat_map(axes, values, norm, names, width)
-            note(axes, f"{title}; {largest_of(values, names, width)}")
+            image = _heat_map(axes, values, norm, names, width)
+            note(axes, f"{title}; {_largest_of(values, names, width)}")
         bar = figure.colorbar(image, ax=list(row), pad=0.01, aspect=12)
         bar.ax.yaxis.set_minor_locator(NullLocator())
     for axes, (_, norms) in zip(grid[2], shown, strict=True):
-        draw_weights(axes, *norms)
+        _draw_weights(axes, *norms)
     for axes, (run, _) in zip(grid[0], shown, strict=True):
         heading(axes, run.label)
     if all(names == shown[0][1][0] for _, (names, _, _) in shown):
@@ -282,19 +292,20 @@ def layers_picture(runs: Sequence[SpikeRun]) -> Figure:
     return figure
 
 
-def largest_of(table: np.ndarray, names: Sequence[str], width: int) -> str:
-    """Where a table (P, bins) is largest, in words."""
+def _largest_of(table: np.ndarray, names: Sequence[str], width: int) -> str:
+    """The largest value of a table (P, bins) and its place, in words."""
     if not table.any():
         return "all zero"
     p, stretch = np.unravel_index(np.argmax(table), table.shape)
-    return f"largest {table.max():.3g}, {short(names)[p]}, step {near(int(stretch), width)}"
+    name = strip_common_prefix(names)[p]
+    return f"largest {table.max():.3g}, {name}, step {_step_range(int(stretch), width)}"
 
 
-def near(stretch: int, width: int) -> str:
+def _step_range(stretch: int, width: int) -> str:
     return f"{stretch}" if width == 1 else f"{stretch * width} to {(stretch + 1) * width - 1}"
 
 
-def known(table: np.ndarray) -> np.ndarray:
+def _fill_forward(table: np.ndarray) -> np.ndarray:
     """The table (bins, 3, P) with weight norms carried on where they were not read."""
     table = table.copy()
     for earlier, later in zip(table[:, 2], table[1:, 2], strict=False):
@@ -303,7 +314,7 @@ def known(table: np.ndarray) -> np.ndarray:
     return table
 
 
-def heat_map(
+def _heat_map(
     axes: Axes, table: np.ndarray, norm: LogNorm, names: Sequence[str], width: int
 ) -> AxesImage:
     """Draw a table (P, bins), a row for each parameter: white where zero, red where infinite."""
@@ -319,25 +330,29 @@ def heat_map(
         extent=(0.0, float(width * table.shape[1]), len(names) - 0.5, -0.5),
         interpolation="nearest",
     )
-    every = -(-len(names) // READABLE)
-    axes.set_yticks(range(0, len(names), every), short(names)[::every], fontsize="small")
+    every = -(-len(names) // _READABLE)
+    axes.set_yticks(
+        range(0, len(names), every), strip_common_prefix(names)[::every], fontsize="small"
+    )
     axes.grid(False)
     axes.spines[:].set_visible(False)
     return image
 
 
-def draw_weights(axes: Axes, names: Sequence[str], width: int, table: np.ndarray) -> None:
+def _draw_weights(axes: Axes, names: Sequence[str], width: int, table: np.ndarray) -> None:
     """Draw the weight norms; of many parameters, those whose gradients were the largest."""
     chosen = sorted(np.argsort(-table[:, 0].max(0), kind="stable")[: len(LINES)])
     steps = width * np.arange(len(table))
     for colour, p in zip(LINES, chosen, strict=False):
-        axes.plot(steps, known(table)[:, 2, p], color=colour, label=short(names)[p])
+        axes.plot(
+            steps, _fill_forward(table)[:, 2, p], color=colour, label=strip_common_prefix(names)[p]
+        )
     if len(chosen) < len(names):
         note(axes, f"the {len(chosen)} of {len(names)} parameters with the largest gradients")
 
 
 def through_time_picture(runs: Sequence[SpikeRun]) -> Figure:
-    """How the loss depends on each time step of the input, where the gradient is largest."""
+    """Gradient of the loss by each time step of the input, where it is largest."""
     shown = [(run.label, run.through_time) for run in runs if run.through_time]
     figure, grid = panels(len(shown), heights=(1.6,))
     for axes, (label, seen) in zip(grid[0], shown, strict=True):

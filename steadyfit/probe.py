@@ -1,4 +1,4 @@
-"""What one optimizer step does to the parameters.
+"""The parameters of one optimizer, compared before and after its step.
 
 Dimensions: P parameters of one optimizer, A of them with a gradient in this step, N elements of
 those.
@@ -17,20 +17,20 @@ from torch.optim import Optimizer
 from . import processes
 from .layout import Layout, dense, local
 
-DECOUPLED = tuple(
+_DECOUPLED = tuple(
     getattr(torch.optim, name)
     for name in ("AdamW", "Adafactor", "Muon")
     if hasattr(torch.optim, name)
 )
 
-LAYOUTS = 64  # sets of active parameters whose layout is remembered
+_LAYOUTS = 64  # sets of active parameters whose layout is remembered
 
 Factors = Tensor | list[float]  # (A,), a list where `Layout.on_host`
 
 
 @dataclass
 class Update:
-    """What a step did, on the device; None until the step is taken."""
+    """The effect of a step, on the device; None until the step is taken."""
 
     squares: Tensor | None = None  # squared norms (A,) of the proposed update
     gradient: Tensor | None = None  # squared norms (A,) as the step used it; None if nobody clips
@@ -55,14 +55,14 @@ class StepProbe:
     ``reduce`` puts the parts together.
 
     Attributes:
-        is_stepping: Whether the optimizer is at it: its closure evaluates loss and gradients.
+        is_stepping: True while the optimizer is at it: its closure evaluates loss and gradients.
         params: All parameters of the optimizer (P).
         layout: Those with a gradient (A), since they were last looked for.
         back: The way from the new parameters to the old ones, weight decay left out, as ``layout``
             gathers it; there while ``limits`` are asked.
         shortened: Factors (A,) by which a limit has shortened the update itself already.
-        asks_products: Whether somebody wants to know what a step promises, to first order, to take
-            off the loss: the sum of ``update.products``.
+        asks_products: Set by who wants to know what a step promises, to first order, to take off
+            the loss: the sum of ``update.products``.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -99,7 +99,7 @@ class StepProbe:
         self._all = list(range(len(self.params)))
         self._groups = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._layouts: dict[tuple[int, ...], Layout] = {}  # by the indices of the active
-        copies = [shards(p) for p in self.params]
+        copies = [_shards(p) for p in self.params]
         self.is_sharded = any(count > 1 for count in copies)
         self._shards = torch.tensor(copies, dtype=torch.float32)  # (P,)
         self.layout = Layout([], [], [])
@@ -119,7 +119,7 @@ class StepProbe:
         if active != self.layout.active:
             key = tuple(active)
             if key not in self._layouts:
-                if len(self._layouts) == LAYOUTS:
+                if len(self._layouts) == _LAYOUTS:
                     self._layouts.clear()
                 owners = [self._groups[i] for i in key]
                 self._layouts[key] = Layout(active, owners, [self.params[i] for i in key])
@@ -128,7 +128,7 @@ class StepProbe:
 
     @property
     def active(self) -> list[Tensor]:
-        """What this process holds of the parameters with a gradient (A)."""
+        """The parts of the parameters with a gradient (A) that this process holds."""
         params = self.params
         if self.is_sharded:
             return [local(params[i]).detach() for i in self.layout.active]
@@ -182,7 +182,7 @@ class StepProbe:
 
     @property
     def is_armed(self) -> bool:
-        """Whether the coming step is compared."""
+        """True if the coming step is going to be compared."""
         return bool(self._asked)
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class StepProbe:
 
     def _take_decay_off(self, before: list[Tensor]) -> None:
         """Decoupled weight decay is not a part of the update."""
-        decoupled = isinstance(self.optimizer, DECOUPLED)
+        decoupled = isinstance(self.optimizer, _DECOUPLED)
         for number, group in enumerate(self.optimizer.param_groups):
             decays = group.get("decoupled_weight_decay", decoupled) and group.get("weight_decay")
             if decays and (tensors := self.layout.of_group(before, number)):
@@ -280,7 +280,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def index_of(optimizer: Optimizer | None, watched: Sequence[Optimizer]) -> int:
-    """Which of the watched optimizers this is; None stands for the only one.
+    """Find an optimizer among the watched ones; None stands for the only one.
 
     Raises:
         ValueError: It is none of them, or there are several.
@@ -294,7 +294,7 @@ def index_of(optimizer: Optimizer | None, watched: Sequence[Optimizer]) -> int:
 
 
 def names_of(params: Iterable[Tensor], model: nn.Module) -> list[str]:
-    """What a model calls parameters, without what ``torch.compile`` puts into names."""
+    """Names of parameters in a model, without what ``torch.compile`` puts into them."""
     known: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     names = [known.get(p, f"parameter {i}") for i, p in enumerate(params)]
     return [name.replace("_orig_mod.", "") for name in names]
@@ -321,7 +321,7 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def shards(parameter: Tensor) -> int:
+def _shards(parameter: Tensor) -> int:
     """Into how many parts a parameter is cut over the processes; 1 if it is whole in each."""
     count = 1
     for dimension, placement in enumerate(getattr(parameter, "placements", ())):

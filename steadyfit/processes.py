@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 
-def count() -> int:
+def _count() -> int:
     available = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if available else 1
 
 
 def is_first() -> bool:
-    return count() == 1 or torch.distributed.get_rank() == 0
+    return _count() == 1 or torch.distributed.get_rank() == 0
 
 
 def average(tensor: Tensor) -> Tensor:
     """The mean of a tensor over the processes, on the device; every process has to ask."""
-    if (processes := count()) == 1:
+    if (processes := _count()) == 1:
         return tensor
     tensor = tensor / processes
     torch.distributed.all_reduce(tensor)
@@ -26,7 +26,7 @@ def average(tensor: Tensor) -> Tensor:
 
 def average_all(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same of some one-dimensional tensors, in one collective."""
-    if count() == 1:
+    if _count() == 1:
         return tensors
     whole = average(torch.cat(list(tensors.values())))
     return dict(zip(tensors, whole.split([len(t) for t in tensors.values()]), strict=True))

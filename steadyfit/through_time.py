@@ -1,9 +1,8 @@
-"""How strongly the loss of a batch depends on each time step of its input.
+"""Dependence of the loss of a batch on each time step of its input.
 
 Dimensions: B batch, T time, D features.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .watching.records import save
+from .watching.records import read_records, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,31 +60,28 @@ class WorstStep:
 
     @classmethod
     def read(cls, folder: Path) -> "WorstStep | None":
-        """What a run folder knows of it: from ``worst_spike.pt``, or else ``spikes.jsonl``."""
+        """Read it from ``worst_spike.pt`` of a run folder, or else from ``spikes.jsonl``."""
         if (path := folder / "worst_spike.pt").exists():
             return cls(**torch.load(path, map_location="cpu", weights_only=True))
-        path = folder / "spikes.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
         found = [
-            cls(record["step"], record["epoch"], record["batches"], float(gradient["value"]))
-            for record in map(json.loads, lines)
-            if (gradient := record["signals"].get("gradient")) and gradient["kind"] == "spike"
+            cls(record.step, record.epoch, record.batches, gradient.value)
+            for record in read_records(folder / "spikes.jsonl")
+            if (gradient := record.signals.get("gradient")) and gradient.kind == "spike"
         ]
-        found = [worst for worst in found if math.isfinite(worst.grad_norm)]
         return max(found, key=lambda worst: worst.grad_norm, default=None)
 
     def save(self, folder: Path) -> None:
         save(vars(self), folder / "worst_spike.pt")
 
     def remake(self, data: Any) -> list[list[Tensor]]:
-        """Its batches, made again by a datamodule of this process."""
+        """Make its batches again, by a datamodule of this process."""
         count = len(data.train_dataloader())
         return [data.training_batch(self.epoch, b) for b in self.batches if b < count]
 
 
 @dataclass
 class ThroughTime:
-    """|dL/dx_t| at the worst step.
+    """Gradients |dL/dx_t| at the worst step.
 
     Attributes:
         worst: That step.
@@ -106,7 +102,7 @@ class ThroughTime:
 
     @property
     def proof(self) -> str:
-        """Whether what was made again is what happened, in words."""
+        """Comparison of what was made again with what happened, in words."""
         recorded = self.worst.grad_norm
         if math.isclose(self.grad_norm, recorded, rel_tol=1e-3):
             return f"gradient norm {recorded:.4g}, reproduced"
@@ -115,12 +111,12 @@ class ThroughTime:
 
 
 def is_sequence(batch: Any) -> bool:
-    """Whether a batch is float sequences (B, T, D) and their targets."""
+    """Tell if a batch is float sequences (B, T, D) and their targets."""
     first = batch[0] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
     return isinstance(first, Tensor) and first.is_floating_point() and first.ndim == 3
 
 
-class Loss(nn.Module):
+class _Loss(nn.Module):
     """The loss () of a LitModel as a module, so that it can be called with other weights."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -152,7 +148,7 @@ def through_time(
     for x, target in batches:
         x = x.detach().requires_grad_()
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # also in eval mode
-            loss = functional_call(Loss(module), weights, ([x, target],)) / len(batches)
+            loss = functional_call(_Loss(module), weights, ([x, target],)) / len(batches)
             by_input, *by_weight = torch.autograd.grad(
                 loss, [x, *weights.values()], materialize_grads=True
             )

@@ -14,19 +14,23 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 if TYPE_CHECKING:
     import numpy as np
     from kaggle_place import Refusal
     from kaggle_server import KaggleServer
     from lightning import LightningDataModule, LightningModule
+
+settings.register_profile("slow cores", max_examples=30, deadline=None)
+settings.load_profile("slow cores")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = [
@@ -304,3 +308,38 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
         return message
 
     return run
+
+
+@pytest.fixture
+def decoders_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode image files here: a process started for each of many tests takes minutes in all."""
+    from datamodules.image_files import image_cache
+    from datamodules.image_files.decode_images import decode
+
+    def decode_here(folder: Path, size: tuple[int, int], names: Sequence[str]) -> image_cache.Chunk:
+        pixels, reasons = b"", {}
+        for position, name in enumerate(names):
+            try:
+                pixels += decode(folder / name, size)
+            except ValueError as error:
+                pixels += bytes(3 * size[0] * size[1])
+                reasons[position] = str(error)
+        return pixels, reasons
+
+    monkeypatch.setattr(image_cache, "decode_chunk", decode_here)
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The caches of images that were made, one entry each time."""
+    from datamodules.image_files import image_cache
+
+    done: list[Path] = []
+    make_cache = image_cache.make_cache
+
+    def count(path: Path, *arguments: Any) -> image_cache.Decoded:
+        done.append(path)
+        return make_cache(path, *arguments)
+
+    monkeypatch.setattr(image_cache, "make_cache", count)
+    return done

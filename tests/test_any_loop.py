@@ -1,9 +1,8 @@
 """``SpikeMonitor`` and ``clip_updates`` in loops of plain torch, of Fabric and of Hugging Face."""
 
-import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loop import Batch, make_data, make_model, no_scaler, spiked, state_of, training
+from small_training import same
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -26,78 +27,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "any_loop.md"
 SECTION = re.compile(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 BLOCKS = SECTION.findall(PAGE.read_text())
 PLAIN, HUGGING_FACE = BLOCKS[0][1], BLOCKS[-1][1]
-
-Batch = tuple[Tensor, Tensor]
-
-
-def make_model(*more: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), *more, nn.Tanh(), nn.Linear(16, 1))
-
-
-def make_data(steps: int = 60, factors: Mapping[int, float] | None = None) -> list[Batch]:
-    """Batches of noise, in some of which the targets are multiplied."""
-    generator = torch.Generator().manual_seed(1)
-    data = [
-        (torch.randn(16, 8, generator=generator), torch.randn(16, 1, generator=generator))
-        for _ in range(steps)
-    ]
-    for step, factor in (factors or {}).items():
-        data[step][1].mul_(factor)
-    return data
-
-
-def no_scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", enabled=False)
-
-
-def training(
-    model: nn.Module,
-    optimizer: Optimizer,
-    monitor: SpikeMonitor | None,
-    data: Sequence[Batch],
-    scaler: torch.amp.GradScaler | None = None,
-    accumulate: int = 1,
-) -> Iterator[int]:
-    """Train; yields before each optimizer step, and once more after the last."""
-    scaler = scaler or no_scaler()
-    for step, start in enumerate(range(0, len(data), accumulate)):
-        yield step
-        losses = []
-        for x, y in data[start : start + accumulate]:
-            losses.append(mse_loss(model(x), y))
-            scaler.scale(losses[-1] / accumulate).backward()
-        scaler.unscale_(optimizer)
-        if monitor:
-            loss = torch.stack(losses).mean()
-            monitor.before_step(loss, scaled=scaler.is_enabled())
-        scaler.step(optimizer)
-        if scaler.is_enabled():
-            scaler.update()
-        optimizer.zero_grad()
-    if monitor:
-        monitor.flush()
-    yield step + 1
-
-
-def state_of(model: nn.Module, optimizer: Optimizer) -> list[Any]:
-    return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal in every bit, in nested containers."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def spiked(monitor: SpikeMonitor) -> list[int]:
-    return [record["step"] for record in monitor.records if record["spiked"]]
-
 
 # The page
 
@@ -166,10 +95,10 @@ def test_the_trainer_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monitor = callback.monitor
     assert monitor.global_step == 60
     assert 45 in spiked(monitor)
-    (record,) = [r for r in monitor.records if r["step"] == 45]
-    assert record["by_share"][0]["name"] == "lm_head.weight"
-    assert record["signals"]["loss"]["value"] == pytest.approx(math.log(32), rel=0.2)
-    assert record["update_factor"] is not None
+    (record,) = [r for r in monitor.records if r.step == 45]
+    assert record.by_share[0].name == "lm_head.weight"
+    assert record.signals["loss"].value == pytest.approx(math.log(32), rel=0.2)
+    assert record.update_factor is not None
     assert (tmp_path / "spikes.jsonl").exists()
     assert len(model._forward_hooks) == 0
 
@@ -214,12 +143,12 @@ def test_an_overflow_is_recorded_and_neither_counted_nor_acted_on(reaction: Any)
     before: list[Any] = []
     for _ in training(model, optimizer, monitor, make_data(factors={0: 1e3, 40: 1e36}), scaler):
         before.append([p.detach().clone() for p in model.parameters()])
-    overflowed = [r["step"] for r in monitor.records if not r["spiked"]]
+    overflowed = [r.step for r in monitor.records if not r.spiked]
     assert overflowed == [0, 40]
     assert monitor.counts["overflow"] == 2
     assert monitor.counts["gradient"] == monitor.counts["loss"] == monitor.counts["skipped"] == 0
     assert not monitor.should_stop
-    assert all(record["reaction"] == "log" for record in monitor.records)
+    assert all(record.reaction == "log" for record in monitor.records)
     for step in (0, 40):
         assert same(before[step], before[step + 1])
     assert not same(before[41], before[42])
@@ -282,7 +211,7 @@ def test_a_skipped_step_changes_no_bit_and_reads_nothing(name: str, scaled: bool
         if monitor is None:
             assert not same(states[35], states[36])
             continue
-        skipped = [r["step"] for r in monitor.records if r["reaction"] == "skip"]
+        skipped = [r.step for r in monitor.records if r.reaction == "skip"]
         assert skipped == ([35] if scaled else [35, 45])
         for step in skipped:
             assert same(states[step], states[step + 1])
@@ -380,8 +309,8 @@ def test_fabric_is_the_bare_loop() -> None:
     bare = SpikeMonitor(models[1], optimizers[1], reaction="skip", every=10)
     list(training(models[1], optimizers[1], bare, data))
     assert monitor.records == bare.records
-    assert [r["step"] for r in monitor.records if r["reaction"] == "skip"] == [45]
-    assert {p["name"] for p in monitor.records[0]["by_share"]} <= {
+    assert [r.step for r in monitor.records if r.reaction == "skip"] == [45]
+    assert {p.name for p in monitor.records[0].by_share} <= {
         name for name, _ in models[0].named_parameters()
     }
     assert same(models[0].state_dict(), models[1].state_dict())
@@ -396,7 +325,7 @@ def test_fabric_with_a_scaler() -> None:
     model = make_model()
     optimizer = AdamW(model.parameters(), lr=1e-3)
     monitor = fabric_loop(fabric, model, optimizer, make_data(factors={45: 100}))
-    assert monitor.records[0]["step"] == 0
+    assert monitor.records[0].step == 0
     assert monitor.counts["overflow"] == 1
     assert spiked(monitor) == [45]
     assert 0.1 < monitor.monitors[0].detectors["gradient"].center < 10

@@ -1,6 +1,7 @@
 """The states before the worst spikes: whole, few, exact, and nearly free."""
 
 import json
+import math
 import shutil
 import signal
 from functools import partial
@@ -21,6 +22,7 @@ from callbacks import GradientSpikeMonitor
 from core.runs import load_checkpoint
 from steadyfit._monitor_hooks import BlackBoxHooks
 from steadyfit.watching.black_box import BlackBox
+from steadyfit.watching.records import SpikeRecord, Verdict
 from train import main
 
 KILLED = """
@@ -127,26 +129,18 @@ def test_copying_costs_below_one_percent_and_no_read(network: str, steps: int) -
     assert plain.operators < boxed.operators < 1.01 * plain.operators
 
 
-def record(step: int, height: float) -> dict[str, Any]:
-    return {
-        "step": step,
-        "spiked": ["loss"],
-        "signals": {"loss": {"value": height, "center": 1.0}},
-        "max_loss_after": None,
-    }
+def record(step: int, height: float) -> SpikeRecord:
+    return SpikeRecord(step, spiked=["loss"], signals={"loss": Verdict(height, "spike", center=1)})
 
 
-def train(box: BlackBox, records: list[dict[str, Any]], steps: range) -> None:
+def train(box: BlackBox, records: list[SpikeRecord], steps: range) -> None:
     weights = torch.zeros(2)
     for step in steps:
         weights.fill_(step)
-        known = [r for r in records if r["step"] < step]
-        box.judge(step, known)
+        box.judge(step, [r for r in records if r.step < step])
         if step >= box.due:
             box.take(step, {"weights": weights, "steps": [step]}, trained=1, multiple=10)
-        if box._writer:
-            box._writer.join()
-    box.close(steps.stop, records)
+    box.judge(math.inf, records)
 
 
 def test_the_states_before_the_worst_spikes_are_kept(tmp_path: Path) -> None:

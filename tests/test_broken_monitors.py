@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 
 from steadyfit import SpikeMonitor, clip_updates, read_records
 from steadyfit.probe import StepProbe
+from steadyfit.watching import optimizer_monitor
 
 
 def small() -> nn.Sequential:
@@ -88,7 +89,7 @@ def test_a_resumed_loop_keeps_its_records_and_a_new_one_none_of_another(tmp_path
     resumed.load_state_dict(state)
     train(model, resumed, 60, spikes=(40,))
     resumed.finish()
-    found = [r["step"] for r in read_records(tmp_path / "spikes.jsonl") if r["spiked"]]
+    found = [r.step for r in read_records(tmp_path / "spikes.jsonl") if r.spiked]
     assert (found[0], found[-1] >= 140) == (30, True)
     other = SpikeMonitor(model, optimizer, folder=tmp_path, every=10)
     train(model, other, 20)
@@ -116,10 +117,11 @@ def test_parameters_that_are_added_between_reads(reaction: Any) -> None:
     assert "spike" in monitor.finish()
 
 
-def test_an_empty_parameter_has_a_record() -> None:
+def test_an_empty_parameter_has_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_monitor, "TOP_K", 9)
     model = small()
     model.register_parameter("nothing", nn.Parameter(torch.zeros(0, 5)))
-    monitor = SpikeMonitor(model, torch.optim.SGD(model.parameters(), lr=0.01), top_k=9)
+    monitor = SpikeMonitor(model, torch.optim.SGD(model.parameters(), lr=0.01))
     train(model, monitor, 60, spikes=(50,))
     monitor.flush()
     assert monitor.counts["gradient"] == 1

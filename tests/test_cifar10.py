@@ -100,10 +100,12 @@ def test_all_options_can_be_given_on_the_command_line(root: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BaseDataModule, "data")
     arguments = ["--data=CIFAR10DataModule", f"--data.data_dir={root}", "--data.verify=false"]
-    config = parser.parse_args([*arguments, "--data.batch_size=7", "--data.flip=alternating"])
+    config = parser.parse_args(
+        [*arguments, "--data.batch_size=7", "--data.augmentation.flip=alternating"]
+    )
     datamodule = parser.instantiate(config).data
     assert (datamodule.batch_size, datamodule.verify) == (7, False)
-    assert datamodule.augmentation["flip"] == "alternating"
+    assert datamodule.augmentation.flip == "alternating"
 
 
 # --- verification ---------------------------------------------------------------------------------

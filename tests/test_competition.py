@@ -19,6 +19,8 @@ from core.errors import UserError
 from core.sample_file import SampledSubmission, read_table
 from datamodules import CompetitionDataModule
 
+pytestmark = pytest.mark.usefixtures("decoders_in_process")
+
 DIGITS = {"competition": "digit-recognizer", "image_size": (28, 28, 1), "mean": (0.1,), "std": (1,)}
 DOGS = {"competition": "dogs-vs-cats-redux-kernels-edition", "image_size": (16, 16, 3)}
 
@@ -218,7 +220,7 @@ def test_two_sample_files_are_refused(digits: Path) -> None:
 def test_a_broken_photo_is_named(dogs: Path, part: str) -> None:
     next(iter(sorted((dogs / part).iterdir()))).write_bytes(b"")
     datamodule = data(dogs, **DOGS)
-    with pytest.raises(UserError, match=rf"1 images in .*{part} cannot be read, the first is "):
+    with pytest.raises(UserError, match=r"jpg cannot be read"):
         datamodule.read(part)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_train import rows, sentence
 
 import train
-from callbacks.run.wandb_logger import held_metrics
+from callbacks.run.wandb_logger import logged_metrics
 from core.errors import UserError
 from core.runs import Run, load_checkpoint
 from lit_models import LitClassifier
@@ -282,7 +282,7 @@ def test_differences_go_no_deeper_than_the_class() -> None:
     "args",
     [
         ["--trainer.max_steps=27", "--trainer.max_epochs=-1"],
-        ["--trainer.max_steps=25", "--trainer.max_epochs=3", "--data.flip=random"],
+        ["--trainer.max_steps=25", "--trainer.max_epochs=3", "--data.augmentation.flip=random"],
     ],
     ids=["max_steps", "both"],
 )
@@ -377,7 +377,7 @@ SETTINGS: dict[str, list[str]] = {
     "--model.lr_scheduler": ["null", "OneCycle", "InverseSquareRoot"],
     "--model.network.dropout": ["0.0", "0.3"],
     "--model.label_smoothing": ["0.0", "0.1"],
-    "--data.crop": ["0", "2"],
+    "--data.augmentation.crop": ["0", "2"],
     "--data.epoch_size": ["null", "300"],
     "--data.eval_batch_size": ["1000", "77"],
     "--seed_everything": ["0", "1"],
@@ -462,5 +462,5 @@ def test_any_id_of_wandb_is_found_again(home: Path, monkeypatch: pytest.MonkeyPa
     end_wandb()
     folders = sorted(home.glob("runs/mnist_lenet/r/wandb/offline-run-*"))
     assert [folder.name.partition("_")[2][7:] for folder in folders] == ["exp-1.b [c]"] * 2
-    steps = [step for f in folders for step, name in held_metrics(f) if name == "train/loss"]
+    steps = [step for f in folders for step, name in logged_metrics(f) if name == "train/loss"]
     assert steps == list(range(20))

@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import WandbLogger
 
+from callbacks import CorrectionTable
 from callbacks.run.correction_table import corrections
+from datamodules import GrammarDataModule
 from datamodules.text.corrections import CorrectedText, Line, Piece, as_object, edits_of, marked
 from datamodules.text.subwords import MIN_VOCAB_SIZE, Subwords, padded
 from metrics.correction import score_corrections
@@ -43,7 +48,7 @@ def test_only_what_changes_is_written_anew(text: str, words: str, expected: str)
     assert line.corrected(extract_edits(" ".join(line.words), words)) == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=60))
 def test_a_line_that_is_right_stays_byte_for_byte(text: str) -> None:
     assert Line.of_text(text).corrected([]) == text
@@ -161,3 +166,29 @@ def test_table_of_one_and_of_several_people() -> None:
     ]
     two = M2Sentence("She go .", {0: [Edit(1, 2, "goes")], 2: []})
     assert list(corrections([two], ["x"])) == ["source", "output", "reference0", "reference2"]
+
+
+class Tables(WandbLogger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Any] = {}
+
+    def log_table(self, key: str, *_: Any, dataframe: Any = None, **__: Any) -> None:
+        self.tables[key] = dataframe
+
+
+def test_the_first_rows_of_the_table_are_on_wandb(tmp_path: Path) -> None:
+    data, logger = GrammarDataModule(), Tables()
+    data.examples = [GOLD[0]] * 120
+    data.corrected = ["She goes home ."] * 120
+    trainer: Any = SimpleNamespace(
+        datamodule=data,
+        log_dir=tmp_path,
+        loggers=[logger],
+        sanity_checking=False,
+        is_global_zero=True,
+    )
+    CorrectionTable().on_test_end(trainer, None)  # type: ignore[arg-type]
+    assert len((tmp_path / "corrections_test.csv").read_text().splitlines()) == 1 + 120
+    assert len(logger.tables["tables/corrections_test"]) == 100

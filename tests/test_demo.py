@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.results import svm_baseline
 from core.errors import UserError
 from core.sample_file import read_table
-from datamodules.images.baseline import svm_baseline
 from datamodules.images.demo import (
     COPIES,
     HELD_OUT,

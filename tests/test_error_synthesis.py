@@ -50,7 +50,7 @@ def check(tokens: list[str], source: list[str], edits: list[Edit]) -> None:
 # --- errors and their edits -----------------------------------------------------------------------
 
 
-@settings(deadline=None)  # the first look-up loads the dictionary
+@settings(max_examples=50, deadline=None)  # the first look-up loads the dictionary
 @given(sentences, st.sampled_from(["all", *KINDS]), st.integers(0, 99))
 def test_edits_restore_the_clean_sentence(tokens: list[str], kind: str, index: int) -> None:
     options: dict[str, Any] = {"clean": 0, "mean_errors": 9}
@@ -111,7 +111,7 @@ def test_each_kind_alone(kind: str) -> None:
 )
 def test_typical_errors(kind: str, tokens: str, wrong: str) -> None:
     synthesis = only(kind)
-    made = {" ".join(synthesis.corrupt(tokens.split(), 0, index)[0]) for index in range(400)}
+    made = (" ".join(synthesis.corrupt(tokens.split(), 0, index)[0]) for index in range(400))
     assert wrong in made
 
 
@@ -133,6 +133,7 @@ def test_what_is_left_alone(kind: str, tokens: str) -> None:
 def test_rules_of_a_kind_share_its_weight() -> None:
     for kind in KINDS:
         assert math.isclose(sum(RULES[kind].values()), 1), kind
+    assert RULES.keys() == KINDS.keys()
 
 
 # --- how many, and which --------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_share_of_clean_sentences_and_mean_number_of_errors(
     clean: float, mean_errors: float
 ) -> None:
     synthesis = ErrorSynthesis(clean=clean, mean_errors=mean_errors)
-    numbers = [len(synthesis.corrupt(LONG, 0, index)[1]) for index in range(1000)]
+    numbers = [len(synthesis.corrupt(LONG, 0, index)[1]) for index in range(600)]
     wrong = [number for number in numbers if number]
     assert len(wrong) / len(numbers) == pytest.approx(1 - clean, abs=0.05)
     assert sum(wrong) / len(wrong) == pytest.approx(mean_errors, rel=0.1)
@@ -157,16 +158,15 @@ def test_clean_alone() -> None:
 def test_kinds_are_as_frequent_as_their_weights() -> None:
     weights = {kind: 0.0 for kind in KINDS} | {"article": 3, "spelling": 1}
     synthesis = ErrorSynthesis(weights, clean=0, mean_errors=1)
-    kinds = Counter(synthesis.corrupt(LONG, 0, index)[1][0].kind for index in range(1000))
-    assert kinds["article"] == pytest.approx(750, abs=50)
+    kinds = Counter(synthesis.corrupt(LONG, 0, index)[1][0].kind for index in range(400))
+    assert kinds["article"] == pytest.approx(300, abs=30)
     assert kinds.total() == kinds["article"] + kinds["spelling"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_weight_0_switches_a_kind_off(kind: str) -> None:
-    synthesis = ErrorSynthesis({kind: 0}, clean=0, mean_errors=9)
+def test_weight_0_switches_a_kind_off() -> None:
+    synthesis = ErrorSynthesis({"spelling": 0}, clean=0, mean_errors=9)
     kinds = {e.kind for index in range(40) for e in synthesis.corrupt(LONG, 0, index)[1]}
-    assert kind not in kinds
+    assert "spelling" not in kinds
     assert len(kinds) > 6
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from core.errors import UserError
 from metrics.correction import score_corrections
-from metrics.edits import Edit, EditScore, apply_edits, best_sum, extract_edits, score_edits
-from metrics.gleu import ITERATIONS, corpus_gleu
-from metrics.m2 import M2Sentence, read_m2, write_m2
-from metrics.maxmatch import agreeing_edits, m2_score
+from metrics.edits import Edit, EditScore, apply_edits, best_sum, compare, extract_edits
+from metrics.gleu import corpus_gleu
+from metrics.m2 import M2Sentence, read_m2
+from metrics.maxmatch import _best_edits, _shortest_alignments, m2_scores
 
 SOURCE = "he go to the school every days ."
 BETTER = "he goes to school every day ."
@@ -26,7 +26,7 @@ def gleu_by_definition(
 ) -> float:
     """The definition, word by word and without a thought for speed; tokens are letters here."""
     scores = []
-    for j in range(ITERATIONS):
+    for j in range(500):
         random.seed(j * 101)
         chosen = [those[random.randint(0, len(those) - 1)] for those in references]
         lengths = [sum(len(line.split()) for line in lines) for lines in (hypotheses, chosen)]
@@ -62,8 +62,7 @@ def random_corpus(seed: int, num_references: int) -> tuple[list[str], list[str],
     return sources, [changed(line) for line in sources], references
 
 
-@pytest.mark.parametrize("num_references", [1, 3])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "num_references"), [(0, 1), (0, 3), (1, 3)])
 def test_gleu_is_what_its_definition_says(seed: int, num_references: int) -> None:
     corpus = random_corpus(seed, num_references)
     expected = gleu_by_definition(*corpus)
@@ -100,21 +99,6 @@ def test_gleu_of_empty_lines() -> None:
     assert corpus_gleu([""], [""], [[""]]) == 0  # no n-gram at all: the authors call it 0
     assert corpus_gleu([SOURCE], ["he goes ."], [["he goes ."]]) == 0  # too short for four tokens
     assert corpus_gleu(["", SOURCE], ["", BETTER], [[""], [BETTER]]) == 100
-
-
-def test_lines_that_do_not_belong_together() -> None:
-    with pytest.raises(UserError, match="got 1 sources, 2 hypotheses and references for 1 sent"):
-        corpus_gleu([SOURCE], [BETTER, BETTER], [[BETTER]])
-    with pytest.raises(UserError, match="got 1 sources, 1 hypotheses and references for 2 sent"):
-        corpus_gleu([SOURCE], [BETTER], [[BETTER]] * 2)
-    with pytest.raises(UserError, match="sentence 1 has 2, sentence 2 has 1"):
-        corpus_gleu([SOURCE] * 2, [BETTER] * 2, [[BETTER, BETTER], [BETTER]])
-    with pytest.raises(UserError, match="sentence 1 has 0"):
-        corpus_gleu([SOURCE], [BETTER], [[]])
-    with pytest.raises(UserError, match="at least one sentence, got none"):
-        corpus_gleu([], [], [])
-    with pytest.raises(TypeError, match="a list of lines for each sentence"):
-        corpus_gleu([SOURCE], [BETTER], [BETTER])
 
 
 def same(*edits: tuple[int, int, str]) -> list[Edit]:
@@ -178,42 +162,35 @@ def test_edits_that_cannot_be_applied() -> None:
 
 def test_precision_recall_and_f() -> None:
     gold = same((0, 1, "x"), (2, 2, "y"), (4, 5, ""))
-    score = score_edits([same((0, 1, "x"), (2, 2, "z"))], [[gold]])
+    score = compare(same((0, 1, "x"), (2, 2, "z")), gold)
     assert score == EditScore(correct=1, proposed=2, gold=3)
     assert (score.precision, score.recall) == (1 / 2, 1 / 3)
     assert score.f() == pytest.approx(1.25 * (1 / 6) / (0.25 / 2 + 1 / 3))
     assert score.f(1) == pytest.approx(2 / 5)
-    assert score_edits([gold], [[gold]]) == EditScore(3, 3, 3)
-    swapped = score_edits([gold], [[same((0, 1, "x"), (2, 2, "z"))]])
-    assert (swapped.precision, swapped.recall) == (score.recall, score.precision)
+    assert compare(gold, gold) == EditScore(3, 3, 3)
 
 
 def test_scores_without_edits() -> None:
-    nothing, something = [[]], [same((0, 1, "x"))]  # type: ignore[var-annotated]
-    assert score_edits(nothing, [nothing]).f() == 1
-    missed, needless = score_edits(nothing, [something]), score_edits(something, [nothing])
+    assert EditScore().f() == 1
+    missed, needless = EditScore(gold=1), EditScore(proposed=1)
     assert (missed.precision, missed.recall, missed.f()) == (1, 0, 0)
     assert (needless.precision, needless.recall, needless.f()) == (0, 1, 0)
 
 
 def test_the_most_favourable_annotator_counts() -> None:
-    a, b = same((0, 1, "x")), same((1, 2, "y"))
-    assert score_edits([a], [[b, a]]) == EditScore(1, 1, 1)
-    assert score_edits([b], [[a, [*a, *b]]]) == EditScore(1, 1, 2)
-    assert score_edits([a], [[b, []]]) == EditScore(0, 1, 0)  # nothing right: fewer missed
+    right, wrong, half = EditScore(1, 1, 1), EditScore(0, 1, 1), EditScore(1, 1, 2)
+    assert best_sum([[wrong, right]]) == right
+    assert best_sum([[wrong, half]]) == half
+    assert best_sum([[wrong, EditScore(0, 1, 0)]]) == EditScore(0, 1, 0)  # fewer missed
+    many_missed, two_wrong = EditScore(0, 1, 8), EditScore(0, 2, 0)  # a missed one counts a quarter
+    assert best_sum([[many_missed, two_wrong]]) == two_wrong
+    assert best_sum([[EditScore(0, 1, 2), two_wrong]]) == EditScore(0, 1, 2)
 
 
 def test_one_of_several_corrections_is_enough() -> None:
     gold = [Edit(4, 4, "the", others=("a", "his"), kind="ArtOrDet")]
     for words, correct in [("the", 1), ("his", 1), ("her", 0)]:
-        assert score_edits([same((4, 4, words))], [[gold]]).correct == correct
-
-
-def test_edits_of_different_corpora() -> None:
-    with pytest.raises(UserError, match="for 2 sentences and gold edits for 1"):
-        score_edits([[], []], [[[]]])
-    with pytest.raises(UserError, match="Sentence 2 has no annotator"):
-        score_edits([[], []], [[[]], []])
+        assert compare(same((4, 4, words)), gold).correct == correct
 
 
 M2 = """\
@@ -231,9 +208,9 @@ A 3 4|||ArtOrDet|||-NONE-|||REQUIRED|||-NONE-|||0
 """
 
 
-def test_m2_is_read_and_written(tmp_path: Path) -> None:
+def test_m2_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.m2").write_text(M2)
-    cat, dog, otters = sentences = read_m2(tmp_path / "a.m2")
+    cat, dog, otters = read_m2(tmp_path / "a.m2")
     assert cat == M2Sentence("The cat sat at mat .", {0: same((3, 4, "on"), (4, 4, "the"))})
     assert [(edit.kind, edit.others) for edit in cat.edits[0]] == [
         ("Prep", ()),
@@ -241,8 +218,6 @@ def test_m2_is_read_and_written(tmp_path: Path) -> None:
     ]
     assert dog.edits == {0: same((1, 2, "dogs")), 1: []}
     assert apply_edits(otters.source, otters.edits[0]) == "Giant otters is apex predator ."
-    write_m2(tmp_path / "b.m2", sentences)
-    assert (tmp_path / "b.m2").read_text() == M2
 
 
 def test_m2_of_other_programs(tmp_path: Path) -> None:
@@ -267,7 +242,7 @@ def test_m2_of_other_programs(tmp_path: Path) -> None:
         ("\nA 1 2|||NN|||dogs|||REQUIRED|||-NONE-|||0", "before the S line of its sentence"),
     ],
 )
-def test_broken_m2_is_told_with_its_line(line: str, message: str, tmp_path: Path) -> None:
+def test_broken_m2_is_refused_with_its_line(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.m2"
     path.write_text(f"S The cat .\n\nS The dog .\n{line}\n")
     number = 4 + line.count("\n")
@@ -277,7 +252,7 @@ def test_broken_m2_is_told_with_its_line(line: str, message: str, tmp_path: Path
 
 
 def test_m2_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.m2 could not be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.m2 cannot be read: No such file"):
         read_m2(tmp_path / "none.m2")
     (tmp_path / "a.m2").write_bytes(b"S a\n\nS caf\xe9\n")
     with pytest.raises(UserError, match="line 3: not UTF-8"):
@@ -292,12 +267,21 @@ def test_m2_score_of_its_authors_example(tmp_path: Path) -> None:
     (tmp_path / "a.m2").write_text(M2.removesuffix("\n") + more)
     gold = read_m2(tmp_path / "a.m2")
     lines = ["A cat sat on the mat .", "The dog .", "Giant otters are apex predator ."]
-    score = m2_score(lines, gold)
+    score = best_sum(m2_scores(lines, gold))
     assert score == EditScore(correct=4, proposed=5, gold=5)
     assert (score.precision, score.recall, score.f()) == pytest.approx((0.8, 0.8, 0.8))
-    assert m2_score([s.source for s in gold[1:]], gold[1:]) == EditScore(0, 0, 1)
-    with pytest.raises(UserError, match="2 corrections for the 3 sentences"):
-        m2_score(lines[:2], gold)
+    nothing = m2_scores([s.source for s in gold[1:]], gold[1:])
+    assert best_sum(nothing) == EditScore(0, 0, 1)
+
+
+def maxmatch(source: str, correction: str, gold: list[Edit]) -> EditScore:
+    ((score,),) = m2_scores([correction], [M2Sentence(source, {0: gold})])
+    return score
+
+
+def best_edits(source: str, correction: str, gold: list[Edit]) -> list[Edit]:
+    old, new = source.split(), correction.split()
+    return _best_edits(new, _shortest_alignments(old, new), gold)
 
 
 @pytest.mark.parametrize(
@@ -313,17 +297,16 @@ def test_m2_score_of_its_authors_example(tmp_path: Path) -> None:
         ("a b", "b a", [(0, 1, "b"), (1, 2, "a")]),
     ],
 )
-def test_an_edit_is_right_however_it_is_told(
+def test_an_edit_is_right_however_it_is_cut(
     source: str, correction: str, gold: list[tuple[int, int, str]]
 ) -> None:
-    assert agreeing_edits(source, correction, same(*gold)) == same(*gold)
-    sentence = M2Sentence(source, {0: same(*gold)})
-    assert m2_score([correction], [sentence]) == EditScore(*[len(gold)] * 3)
+    assert best_edits(source, correction, same(*gold)) == same(*gold)
+    assert maxmatch(source, correction, same(*gold)) == EditScore(*[len(gold)] * 3)
 
 
 def test_an_edit_with_three_unchanged_words_is_not_found() -> None:
     gold = same((0, 5, "x b c d y"))
-    assert agreeing_edits("a b c d e", "x b c d y", gold) == same((0, 1, "x"), (4, 5, "y"))
+    assert best_edits("a b c d e", "x b c d y", gold) == same((0, 1, "x"), (4, 5, "y"))
 
 
 @pytest.mark.parametrize(
@@ -335,21 +318,21 @@ def test_an_edit_with_three_unchanged_words_is_not_found() -> None:
         ("c b b", "b", [], [(0, 2, "")]),  # fewest unchanged words inside
     ],
 )
-def test_which_of_the_ways_to_tell_an_edit_counts(
+def test_best_of_the_shortest_alignments(
     source: str,
     correction: str,
     gold: list[tuple[int, int, str]],
     found: list[tuple[int, int, str]],
 ) -> None:
-    assert agreeing_edits(source, correction, same(*gold)) == same(*found)
+    assert best_edits(source, correction, same(*gold)) == same(*found)
 
 
 def test_a_gold_edit_is_right_once() -> None:
-    sentence = M2Sentence("a b", {0: same((1, 1, "x"))})
-    assert m2_score(["a x x b"], [sentence]) == EditScore(correct=1, proposed=2, gold=1)
+    score = maxmatch("a b", "a x x b", same((1, 1, "x")))
+    assert score == EditScore(correct=1, proposed=2, gold=1)
 
 
-def ways_to_tell(old: list[str], new: list[str]) -> Iterator[tuple[Edit, ...]]:
+def alignments(old: list[str], new: list[str]) -> Iterator[tuple[Edit, ...]]:
     """All cuts of all alignments in which every edit is one step: enough for small sentences."""
     fewest = fewest_changes(old, new)
 
@@ -369,28 +352,21 @@ def ways_to_tell(old: list[str], new: list[str]) -> Iterator[tuple[Edit, ...]]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_way_of_telling_agrees_better(seed: int) -> None:
+def test_no_alignment_agrees_better(seed: int) -> None:
     rng = random.Random(seed)
     old, new = (rng.choices("abc", k=rng.randint(0, 5)) for _ in range(2))
     source, correction = " ".join(old), " ".join(new)
-    ways = list(ways_to_tell(old, new))
-    for way in rng.sample(ways, min(len(ways), 5)):
-        score = m2_score([correction], [M2Sentence(source, {0: list(way)})])
-        assert score.correct == score.gold == len(way)
-    way = rng.choice(ways)
-    gold = way[::2]  # an annotator who overlooks every other edit
-    found = agreeing_edits(source, correction, gold)
-    assert apply_edits(source, found) == correction
-    score = m2_score([correction], [M2Sentence(source, {0: list(gold)})])
+    found = list(alignments(old, new))
+    for edits in rng.sample(found, min(len(found), 5)):
+        score = maxmatch(source, correction, list(edits))
+        assert score.correct == score.gold == len(edits)
+    edits = rng.choice(found)
+    gold = list(edits[::2])  # an annotator who overlooks every other edit
+    assert apply_edits(source, best_edits(source, correction, gold)) == correction
+    score = maxmatch(source, correction, gold)
     assert score.correct == len(gold)
-    assert score.proposed <= len(way)
+    assert score.proposed <= len(edits)
 
 
 def test_nothing_to_score_has_no_scores() -> None:
     assert score_corrections([], []) == {}
-
-
-def test_before_the_first_right_edit_missed_edits_count_a_quarter() -> None:
-    many_missed, two_wrong = EditScore(0, 1, 8), EditScore(0, 2, 0)
-    assert best_sum([[many_missed, two_wrong]]) == two_wrong
-    assert best_sum([[EditScore(0, 1, 2), two_wrong]]) == EditScore(0, 1, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, end_wandb, offline_wandb
+from conftest import CONFIGS, end_wandb
 from fake_data import write_books
 from processes import by_two
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lit_models import LitSeq2Seq
 from lit_models.networks import Transformer
 from lit_models.seq2seq import _changes
 from metrics.edits import apply_edits
+from pipeline.history import update
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,8 @@ def test_real_corrections_take_the_place_of_made_ones(root: Path, tmp_path: Path
 
 @pytest.mark.parametrize("text", ["One two. Three four.", "a b c d " * 30, "", "x" * 500])
 def test_long_lines_are_read_in_pieces(root: Path, text: str) -> None:
-    books = data(root, text=[text, "End."], max_tokens=10)
+    books = data(root, text=[text, "End."])
+    books.max_tokens = 10
     source, lengths, ids = books.read_predict()
     assert lengths.max() <= 11
     assert len(source) == len(ids) == len(books.pieces)
@@ -136,7 +138,8 @@ def test_sentence_that_is_cut_has_no_target_and_is_scored_whole(root: Path, tmp_
     long = " ".join(["go"] * 30)
     source = write(tmp_path / "a.src", long, "She go .")
     write(tmp_path / "a.trg", long + " .", "She goes .")
-    books = data(root, test=str(source), max_tokens=16)
+    books = data(root, test=str(source))
+    books.max_tokens = 16
     _, _, _, ids, target = books.draw("test", 0)
     assert len(ids) > 2
     ends = (target != IGNORED).sum(1)
@@ -159,7 +162,6 @@ def test_a_run_reads_any_text_without_its_books(root: Path, tmp_path: Path) -> N
     ("options", "said"),
     [
         ({"vocab_size": 100}, "vocab_size must be at least 262"),
-        ({"max_tokens": 3}, "max_tokens must be at least 8, got 3"),
         ({"epoch_size": 0}, "epoch_size must be at least 1"),
     ],
 )
@@ -200,7 +202,8 @@ def test_a_file_is_read_in_a_new_order_in_each_epoch(root: Path, tmp_path: Path)
 def test_what_is_too_long_counts_for_nothing(root: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.src", "word " * 60, "It is .")
     write(tmp_path / "a.trg", "word " * 60, "It is .")
-    books = data(root, train=str(source), test=str(source), max_tokens=20)
+    books = data(root, train=str(source), test=str(source))
+    books.max_tokens = 20
     *_, target = books.draw("train", 0)
     assert sorted((target != IGNORED).sum(1).tolist())[0] == 0
     assert target.shape[1] <= 21
@@ -212,9 +215,26 @@ def test_trains_without_validation(root: Path) -> None:
     assert len(books.train_dataloader()) == 5
 
 
-def test_nothing_to_correct(root: Path) -> None:
-    with pytest.raises(UserError, match="nothing to correct: give --text LINE or --text_file"):
-        data(root).setup("predict")
+def test_nothing_to_correct(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    for options, said in (
+        ({}, "nothing to correct: give --text LINE or --text_file"),
+        ({"text_file": str(tmp_path / "empty.txt")}, r"nothing to correct: .*empty\.txt is empty"),
+        ({"text_file": "none.txt"}, r"none\.txt cannot be read: No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            data(root, **options).setup("predict")
+
+
+def test_settings_that_are_gone_are_read_at_their_default() -> None:
+    recorded = {
+        "class_path": "datamodules.GrammarDataModule",
+        "init_args": {"val_books": ["burgess-busterbrown", "carroll-alice"], "max_tokens": 80},
+    }
+    assert update(recorded)["init_args"] == {}
+    recorded["init_args"] = {"max_tokens": 100}
+    with pytest.raises(UserError, match=r"has no max_tokens .* 100; derive a class"):
+        update(recorded)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -283,11 +303,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with books and a run that has learned to take out doubled words."""
     home = tmp_path_factory.mktemp("home")
     write_books(home / "data")
-    with pytest.MonkeyPatch.context() as patch, offline_wandb():
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setattr(GrammarDataModule, "test_size", 40)
         config = f"--config={CONFIGS / 'grammar.yaml'}"
-        train.main(["fit", config, *SMALL, "--run=x", "--trainer.max_epochs=10", "--test=true"])
+        flags = ["--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=4", "--test=true"]
+        train.main(["fit", config, *SMALL, "--run=x", *flags])
+        end_wandb()
     return home
 
 
@@ -307,8 +329,6 @@ def test_learns_the_errors_it_is_shown(run: Path) -> None:
     right = [row["output"] == row["reference"] for row in examples]
     assert sum(right) > 30
     assert table(run / "corrections.csv")[0].keys() == examples[0].keys()
-    shown = run.glob("wandb/*/files/media/table/tables/corrections_test*.json")
-    assert 40 in [len(json.loads(path.read_text())["data"]) for path in shown]
 
 
 def test_corrects_lines_of_any_kind(
@@ -337,9 +357,9 @@ def test_corrects_lines_of_any_kind(
 def test_a_speller_before_a_network_that_has_none(run: Path) -> None:
     lines = ["My sistr walked to the the house every day .", "the old man ."]
     found = jfleg.correctors(GrammarDataModule(), str(run))
-    alone, behind = found["network"](lines), found["network + speller"](lines)
+    alone, together = found["network"](lines), found["network + speller"](lines)
     assert "sister" not in alone[0]
-    assert behind[0] == "My sister walked to the house every day ."
+    assert together[0] == "My sister walked to the house every day ."
     assert found["rules + speller"](lines)[1] == "The old man ."
 
 
@@ -366,16 +386,21 @@ def test_reads_standard_input(
     assert second["output"] == ""
 
 
-def test_tests_without_the_books(
+def test_tests_on_another_corpus_without_the_books(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path / "a.src", "The the end .", "word " * 60, "It is .")
-    write(tmp_path / "a.trg", "The end .", "word " * 60, "It is .")
-    flags = ["--data.data_dir=nowhere", f"--data.test={source}", "--data.max_tokens=20"]
+    doubled, right = (
+        f"My sister walked to {words} house every day ." for words in ("the the", "the")
+    )
+    source = write(tmp_path / "a.src", doubled, "word " * 60, "It is .")
+    write(tmp_path / "a.ref0", right, "word " * 60, "It is .")
+    monkeypatch.setattr(GrammarDataModule, "max_tokens", 20)
     # the last batch holds nothing but pieces of the long line, which have no target
-    flags += ["--data.eval_batch_size=1", "--trainer.accelerator=cpu"]
-    train.main(["test", f"--run={run}", *flags])
-    assert len(table(run / "corrections_test.csv")) == 3
+    flags = ["--data.data_dir=nowhere", f"--data.test={source}", "--data.eval_batch_size=1"]
+    train.main(["test", f"--run={run}", *flags, "--trainer.accelerator=cpu"])
+    first, *others = table(run / "corrections_test.csv")
+    assert first["output"] == first["reference"] == right
+    assert len(others) == 2
 
 
 def test_two_runs_have_no_average(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,24 +410,9 @@ def test_two_runs_have_no_average(run: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_mistakes_of_the_user(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("empty.txt").touch()
-    for arguments, said in {
-        ("--text_file=empty.txt",): "nothing to correct: empty.txt is empty.",
-        ("--text_file=none.txt",): "none.txt cannot be read: No such file or directory.",
-        (): "nothing to correct: give --text LINE or --text_file FILE.",
-        ("--text=a", "--n_best=0"): "n_best must be at least 1, got 0",
-    }.items():
-        with pytest.raises(SystemExit):
-            predict.main([str(run), *arguments, "--accelerator=cpu"])
-        assert said in capsys.readouterr().err
-
-
-def test_tests_on_another_corpus(run: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.src", "My sister walked to the the house every day .")
-    write(tmp_path / "a.ref0", "My sister walked to the house every day .")
-    train.main(["test", f"--run={run}", f"--data.test={source}", "--trainer.accelerator=cpu"])
-    (row,) = table(run / "corrections_test.csv")
-    assert row["output"] == row["reference"]
+    with pytest.raises(SystemExit):
+        predict.main([str(run), "--text=a", "--n_best=0", "--accelerator=cpu"])
+    assert "n_best must be at least 1, got 0" in capsys.readouterr().err
 
 
 def by_processes(count: int, script: Any, *args: str) -> None:

@@ -1,6 +1,7 @@
-"""What a study file may hold, and how a run is found by its point."""
+"""Study files, and the point that arguments mean."""
 
 import importlib.metadata
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import CONFIGS
 from core.errors import UserError
 from pipeline.studies.grid import PointRecord, Study
 
-STUDIES = sorted(p for p in (CONFIGS / "studies").glob("*.yaml") if "_groups" not in p.stem)
+STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
 ROOT = CONFIGS.parent
 
 
@@ -26,7 +27,7 @@ def sweep(**changes: Any) -> dict[str, Any]:
         "metric": {"name": "val/accuracy", "goal": "maximize"},
         "parameters": {
             "data.train_fraction": {"values": [0.5, 1.0]},
-            "variant": {"values": ["plain", "both"]},
+            "variant": {"values": ["plain", "both --model.lr=2 --config=more.yaml"]},
             "seed_everything": {"values": [0, 1]},
         },
         "command": [
@@ -45,8 +46,6 @@ def sweep(**changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    groups = {"variant": {"plain": [], "both": ["--model.lr=2", "--config=more.yaml"]}}
-    (tmp_path / "small_groups.yaml").write_text(yaml.safe_dump(groups))
     (tmp_path / "some.yaml").write_text("trainer: {}\n")
     (tmp_path / "more.yaml").write_text("data: {}\n")
     return tmp_path
@@ -58,8 +57,7 @@ def load(content: Any) -> Study:
 
 
 def args_of(study: Study, point: dict[str, Any], *flags: str) -> list[str]:
-    command = study.command(point, flags)
-    return command[command.index("fit") + 1 :]
+    return study.arguments(point, flags)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -70,20 +68,11 @@ def test_study_files_are_sweeps_to_wandb(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     jsonschema.Draft7Validator(json.loads(schema.read_text())).validate(content)
     study = Study.load(path)
-    behind_fit = study.template[study.template.index("fit") + 1]
-    assert behind_fit.startswith("--config=")
-    assert (ROOT / behind_fit.removeprefix("--config=")).is_file()
+    assert (ROOT / study.template[0].removeprefix("--config=")).is_file()
     assert f"--study={path.relative_to(ROOT)}" in study.template
     for line in path.read_text().splitlines():  # its header says how to run it and to read it
         if line.startswith("#   python study.py"):
             assert str(path.relative_to(ROOT)) in shlex.split(line)
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_group_value_is_used(path: Path) -> None:
-    study = Study.load(path)
-    for name, flags in study.groups.items():
-        assert set(flags) == set(study.parameters[name])
 
 
 @pytest.mark.usefixtures("folder")
@@ -99,18 +88,19 @@ def test_points_in_the_order_of_wandb() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_command_is_the_one_of_an_agent() -> None:
-    """The flags come from W&B's own function; the rest is replaced as its agent does it."""
+def test_an_agent_types_what_we_do() -> None:
+    """W&B's own function sends whole values, of which the name is what we type."""
     # imports for seconds, which all processes that collect this file would wait for
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
     study = load(sweep())
-    for point in study.points:
-        sent = {"args": {key: {"value": value} for key, value in point.items()}}
-        flags = create_sweep_command_args(sent)["args"]
-        ours = study.command(point)
-        assert ours[:2] == ["/usr/bin/env", "OMP_NUM_THREADS=1"]
-        assert ours[3:] == ["train.py", "fit", "--config=some.yaml", "--study=small.yaml", *flags]
+    assert study.environment == {"OMP_NUM_THREADS": "1"}
+    values = [each["values"] for each in sweep()["parameters"].values()]
+    for point, sent in zip(study.points, itertools.product(*values), strict=True):
+        args = {key: {"value": v} for key, v in zip(point, sent, strict=True)}
+        flags = create_sweep_command_args({"args": args})["args"]
+        theirs = ["--config=some.yaml", "--study=small.yaml", *flags]
+        assert study.read(theirs) == study.read(study.arguments(point))
 
 
 @pytest.mark.usefixtures("folder")
@@ -127,20 +117,6 @@ def test_typed_arguments_mean_a_point() -> None:
     ]
     own = ["--data.train_fraction=1.0", "--model.lr=2", "--config=more.yaml", "--seed_everything=1"]
     assert read.all == ["--config=some.yaml", *own, "--trainer.x=3"]
-
-
-@pytest.mark.usefixtures("folder")
-def test_an_agents_run_has_the_record_of_ours() -> None:
-    """Whatever the order in which the server sends a point, and with 1 for 1.0."""
-    study = load(sweep())
-    point = study.points[7]
-    ours = study.record(args_of(study, point))
-    assert ours["point"] == point
-    theirs = [
-        *("--config=some.yaml", "--study=small.yaml"),
-        *("--seed_everything=1", "--variant=both", "--data.train_fraction=1"),
-    ]
-    assert study.record(theirs) == ours
 
 
 @pytest.mark.usefixtures("folder")
@@ -170,7 +146,7 @@ def test_a_changed_group_or_overlay_is_another_setting() -> None:
     Path("more.yaml").write_text("data: {x: 1}\n")
     changed = study.record(args)["settings"]
     assert changed != before
-    study.groups["variant"]["both"] = ["--model.lr=3", "--config=more.yaml"]
+    study.groups["variant"]["both"][0] = "--model.lr=3"
     assert study.record(args)["settings"] not in (before, changed)
 
 
@@ -199,37 +175,34 @@ def grid_of(**parameters: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "named"),
     [
         (grid_of(), "small.yaml has an empty grid"),
-        (grid_of(a={"values": []}), "a needs `values` with a list that is not empty"),
-        (grid_of(a={"min": 0, "max": 1}), "a needs `values`"),
-        (grid_of(a=3), "a needs `values`"),
-        (grid_of(a={"values": [1, None]}), "a has the value null, which cannot be typed"),
-        (grid_of(a={"values": [1, 2, 1]}), "has two runs of the point a=1"),
-        (grid_of(variant={"values": ["new"]}), "small_groups.yaml does not say what variant 'new'"),
+        (grid_of(a={"values": []}), "a needs `values`"),
+        (grid_of(a={"min": 0, "max": 1}), "{'min': 0, 'max': 1}"),
+        (grid_of(a={"values": [1], "distribution": "normal"}), "'distribution'"),
+        (grid_of(a={"values": [1, None]}), "[1, None]"),
+        (grid_of(a={"values": [1, 2, 1]}), "the point a=1"),
+        (grid_of(a={"values": ["x", "x --y=1"]}), "the point a=x"),
+        (grid_of(a={"values": ["x", "y --z"]}), "a: write --z as --NAME=VALUE"),
         (sweep(parameters=["a"]), "parameters must hold keys and values, got ['a']"),
-        (sweep(metric="val/accuracy"), "metric must hold keys and values, got 'val/accuracy'"),
+        (sweep(metric="val/accuracy"), "'val/accuracy'"),
         (sweep(method="bayes"), "method must be grid, got 'bayes'"),
         (sweep(program="mine.py"), "program must be train.py, got 'mine.py'"),
-        (sweep(variants=[]), "has the unknown key variants; known are command"),
-        (sweep(command=["train.py"]), "must go on with --config"),
-        (sweep(command=["fit", "--seed=1", "--config=x"]), "must go on with --config"),
-        (sweep(command=["fit", "--config=x"]), "must hold --study= and the path of this file"),
-        (
-            sweep(command=["fit", "--config=x", "--study=other.yaml", "${args}"]),
-            "must hold --study=",
-        ),
-        (sweep(command=["fit", "--config=x", "--study=small.yaml"]), "must hold ${args} once"),
+        (sweep(variants=[]), "the unknown key variants"),
+        (sweep(command=["--config=x", "--study=small.yaml", "${args}"]), "command must hold fit"),
+        (sweep(command=["fit", "--seed=1", "--config=x"]), "'fit --seed=1 --config=x'"),
+        (sweep(command=["fit", "--config=x", "--study=o.yaml", "${args}"]), "--study=o.yaml"),
+        (sweep(command=["fit", "--config=x", "--study=small.yaml"]), "once ${args}"),
         ([1, 2], "must hold keys and values"),
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_a_wrong_file_is_told(content: Any, sentence: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_a_wrong_file_is_told(content: Any, named: str) -> None:
+    with pytest.raises(UserError) as error:
         load(content)
-    assert sentence in str(told.value)
-    assert "\n" not in str(told.value)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
@@ -238,23 +211,6 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(UserError, match="is not YAML"):
         Study.load(tmp_path / "bad.yaml")
-
-
-@pytest.mark.parametrize(
-    ("groups", "sentence"),
-    [
-        ({"variant": None}, "variant must hold its values, got None"),
-        ({"variant": {"plain": [], "both": "--x=1"}}, "variant 'both' must be a list of flags"),
-        ({"variant": {"plain": [], "both": None}}, "variant 'both' must be a list of flags"),
-        ({"variant": {"plain": [], "both": ["x=1"]}}, "variant 'both' must be a list of flags"),
-    ],
-)
-@pytest.mark.usefixtures("folder")
-def test_wrong_groups_are_told(groups: Any, sentence: str) -> None:
-    Path("small_groups.yaml").write_text(yaml.safe_dump(groups))
-    with pytest.raises(UserError) as told:
-        load(sweep())
-    assert sentence in str(told.value)
 
 
 @pytest.mark.usefixtures("folder")

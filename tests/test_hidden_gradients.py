@@ -16,8 +16,8 @@ from benchmarks.step_overhead import Meter
 from callbacks.pictures.hidden_gradients import (
     HiddenGradients,
     Trace,
+    _scalars,
     heat_maps,
-    scalars,
     trace,
 )
 from core.errors import UserError
@@ -317,8 +317,8 @@ def test_heat_maps_hold_every_measurement() -> None:
 
 
 def test_a_gradient_that_is_nowhere_has_no_ratio() -> None:
-    values = scalars({"0": made([0.0, 0.0], 0.9)})
+    values = _scalars({"0": made([0.0, 0.0], 0.9)})
     assert math.isnan(values["hidden_gradient/ratio"])
     assert math.isnan(values["hidden_gradient/decades"])
     assert values["spectral_radius/0"] == 0.9
-    assert scalars({"0": made([1e-3, 1.0])})["hidden_gradient/decades"] == pytest.approx(-3)
+    assert _scalars({"0": made([1e-3, 1.0])})["hidden_gradient/decades"] == pytest.approx(-3)

@@ -1,6 +1,5 @@
 """Recorded configurations are read by later versions."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,16 @@ from pipeline.parser import Parser
 OLD_RUNS = Path(__file__).parent / "old_runs"
 SETTINGS = (
     Removed("lit_models.LitClassifier", "tta", "none", "9.9", "take an older version."),
-    Renamed("datamodules.DigitsDataModule", "crop", "augmentation.crop", "9.9"),
+    Renamed("datamodules.DigitsDataModule", "val_size", "splits.val", "9.9"),
 )
 
 
 @pytest.mark.parametrize(
     "path", sorted(OLD_RUNS.glob("*/*/config.yaml")), ids=lambda p: p.parts[-3]
 )
-def test_what_has_not_moved_is_left_as_it_is(path: Path) -> None:
-    recorded = yaml.safe_load(path.read_text())
-    network = recorded["model"]["init_args"]["network"]["init_args"]
-    gone = {"padded_size": network.pop("padded_size")} if "padded_size" in network else {}
-    recorded["model"]["init_args"].pop("cutmix", None)
-    expected = deepcopy(recorded)
-    network.update(gone)  # defaults are dropped, all else stays
-    assert update(recorded) == expected
+def test_what_is_up_to_date_is_left_as_it_is(path: Path) -> None:
+    recorded = update(yaml.safe_load(path.read_text()))
+    assert update(recorded) == recorded
 
 
 @pytest.mark.parametrize(
@@ -65,9 +59,28 @@ def test_a_setting_that_has_become_a_class() -> None:
     assert update(recorded) == {"class_path": "lit_models.LitClassifier", "init_args": {}}
 
 
+@pytest.mark.parametrize("name", ["GradientNormClipping", "callbacks.AdaptiveGradientClipping"])
+def test_a_class_that_is_gone_is_answered_with_what_to_do(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name} .*UpdateClipping.*spike_rivals"):
+        update({"trainer": {"callbacks": [{"class_path": name}]}})
+
+
 def test_renamed_settings_go_on_by_their_new_name() -> None:
-    recorded = [{"class_path": "datamodules.DigitsDataModule", "init_args": {"crop": 2, "flip": 1}}]
-    assert update(recorded, SETTINGS)[0]["init_args"] == {"augmentation": {"crop": 2}, "flip": 1}
+    recorded = [
+        {"class_path": "datamodules.DigitsDataModule", "init_args": {"val_size": 2, "mean": 1}}
+    ]
+    assert update(recorded, SETTINGS)[0]["init_args"] == {"splits": {"val": 2}, "mean": 1}
+
+
+@pytest.mark.parametrize("name", ["DigitsDataModule", "datamodules.DigitsDataModule"])
+def test_augmentation_is_one_setting(name: str) -> None:
+    """Crop, flip and eleven others were settings of the data."""
+    recorded = {"class_path": name, "init_args": {"crop": 2, "augmentation": {"flip": "random"}}}
+    nested = {"augmentation": {"crop": 2, "flip": "random"}}
+    assert update(recorded) == {"class_path": name, "init_args": nested}
+    assert update({"init_args": {"crop": 2}}) == {"init_args": {"crop": 2}}  # of whatever class
+    assert update("--data.trivial") == "--data.augmentation.trivial"
+    assert update("--data.init_args.crop") == "--data.init_args.augmentation.crop"
 
 
 def test_paths_and_texts_that_only_look_alike_stay() -> None:

@@ -17,6 +17,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with what must stay at home."""
     root = tmp_path / "repository"
     names = ["train.py", "core/__init__.py", "core/x.py", "configs/a.yaml", "requirements.txt"]
+    names += ["core/x.toml"]
     names += [".env", "kaggle.json", "core/key.pem", "runs/x/config.yaml", "data/names/a.txt"]
     for name in [*names, "untracked.py"]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,14 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-CODE = ["configs/a.yaml", "core/__init__.py", "core/x.py", "requirements.txt", "train.py"]
+CODE = [
+    "configs/a.yaml",
+    "core/__init__.py",
+    "core/x.py",
+    "core/x.toml",
+    "requirements.txt",
+    "train.py",
+]
 
 
 def test_code_travels_and_nothing_else(repository: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_any_loop import make_data, make_model, same, spiked, state_of, training
+from plain_loop import make_data, make_model, spiked, state_of, training
+from small_training import same
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import LBFGS, SGD, Adam, Optimizer
@@ -159,9 +160,9 @@ def test_a_buffer_that_is_replaced_is_watched() -> None:
     data = make_data()
     data[40][0].mul_(1e6)
     list(training(model, optimizer, monitor, data))
-    [record] = [r for r in monitor.records if "buffer" in r["spiked"]]
-    assert record["step"] == 40
-    assert record["signals"]["buffer"]["name"] == "0.mean"
+    [record] = [r for r in monitor.records if "buffer" in r.spiked]
+    assert record.step == 40
+    assert record.signals["buffer"].name == "0.mean"
 
 
 class Counting(SGD):
@@ -202,7 +203,7 @@ def test_the_memory_of_lbfgs_goes_back() -> None:
 
         optimizer.step(closure)
     monitor.flush()
-    assert [r["step"] for r in monitor.records if r["reaction"] == "skip"] == [40]
+    assert [r.step for r in monitor.records if r.reaction == "skip"] == [40]
     assert same(states[40], states[41])
 
 
@@ -212,7 +213,7 @@ def test_rollback_takes_lazy_modules() -> None:
     optimizer = SGD(model.parameters(), lr=0.01)
     monitor = SpikeMonitor(model, optimizer, reaction="rollback", every=10)
     list(training(model, optimizer, monitor, make_data(factors={55: 1e4})))
-    assert [r["step"] for r in monitor.records if r["reaction"] == "rollback"] == [55]
+    assert [r.step for r in monitor.records if r.reaction == "rollback"] == [55]
 
 
 # What is watched
@@ -250,7 +251,7 @@ def test_a_layer_that_is_thawed_is_no_spike(reaction: Any) -> None:
     totals = [row["grad_norm/total"] for row in norms]
     assert min(totals[64:70]) > 2 * max(totals[40:64])
     assert not monitor.should_stop
-    assert not [r for r in monitor.records if r["reaction"] != "log"]
+    assert not [r for r in monitor.records if r.reaction != "log"]
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-28])
@@ -418,8 +419,8 @@ def test_rollback_finds_the_states_that_were_loaded() -> None:
         states[step] = state_of(model, optimizer)
         if step == 60:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    [record] = [r for r in monitor.records if r["reaction"] == "rollback"]
-    assert record["step"] == 66
+    [record] = [r for r in monitor.records if r.reaction == "rollback"]
+    assert record.step == 66
     assert same(states[67], states[50])
 
 
@@ -586,9 +587,7 @@ def test_a_flush_changes_no_skip(exact: bool) -> None:
                     monitor = SpikeMonitor(model, both, reaction="skip", every=25)
                     monitor.load_state_dict(state)
         monitor.flush()
-        skipped.append(
-            [(r["step"], r["optimizer"]) for r in monitor.records if r["reaction"] == "skip"]
-        )
+        skipped.append([(r.step, r.optimizer) for r in monitor.records if r.reaction == "skip"])
     assert skipped[0] == skipped[1]
     assert skipped[0]
 
@@ -664,7 +663,7 @@ def test_rollback_behind_a_change_of_the_parameters() -> None:
     for step in training(model, optimizer, monitor, make_data(100, factors={95: 1e5})):
         if step == 70:
             del optimizer.param_groups[0]["params"][2:]
-    assert [r["step"] for r in monitor.records if r["reaction"] == "rollback"] == [95]
+    assert [r.step for r in monitor.records if r.reaction == "rollback"] == [95]
     assert len(monitor.monitor_of(0).ratios.uses) == 2
 
 

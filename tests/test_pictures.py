@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 from callbacks import ConfusionMatrix, LearningCurves, Mistakes, SampleSheet
 from callbacks.pictures.base import PictureCallback
-from callbacks.pictures.confusion_matrix import ConfusionCounts, confusion_matrix
+from callbacks.pictures.confusion_matrix import confusion_matrix
 from callbacks.pictures.learning_curves import learning_curves
 from callbacks.pictures.mistakes import mistakes, mistakes_sheet, most_probable
 from callbacks.pictures.sample_sheet import from_each_class, mosaic, sample_sheet, seen_by_network
-from core.errors import UserError
+from datamodules.images.augmentation import Augmentation
 from datamodules.images.base import ImageDataModule
 
 NAMES = ("ant", "bee", "cow")
@@ -120,15 +121,25 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # The run folder
 
 
-def test_all_pictures_land_in_the_run_folder(tmp_path: Path, empty_folder: Path) -> None:
-    logger = CSVLogger(tmp_path, name="run", version="")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all pictures, trained, validated and tested in an empty folder."""
+    home = tmp_path_factory.mktemp("pictures")
+    logger = CSVLogger(home, name="run", version="")
     pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
-    trainer = make_trainer(tmp_path, *pictures, logger=logger)
+    trainer = make_trainer(home, *pictures, logger=logger)
     model, data = Reader(), PlantedData()
-    trainer.fit(model, data)
-    trainer.validate(model, data, verbose=False)
-    trainer.test(model, data, verbose=False)
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    current = tmp_path_factory.mktemp("current")
+    with chdir(current):
+        trainer.fit(model, data)
+        trainer.validate(model, data, verbose=False)
+        trainer.test(Reader(), data, verbose=False)
+    assert not list(current.iterdir())
+    return home / "run"
+
+
+def test_all_pictures_land_in_the_run_folder(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
     assert names == {
         "metrics.csv",
         "sample_sheet.png",
@@ -140,24 +151,21 @@ def test_all_pictures_land_in_the_run_folder(tmp_path: Path, empty_folder: Path)
         "mistakes.csv",
         "mistakes.png",
     }
-    for path in (tmp_path / "run").glob("*.png"):
+    for path in run.glob("*.png"):
         grey = np.asarray(Image.open(path).convert("L"))
         assert grey.shape[0] > 100
         assert (grey < 128).mean() > 0.005, f"{path.name} is blank"
-    assert not list(empty_folder.iterdir())
 
 
 def test_without_a_logger_the_root_folder_is_the_run_folder(
     tmp_path: Path, empty_folder: Path
 ) -> None:
     run = tmp_path / "run"
-    pictures = [SampleSheet(), LearningCurves(), ConfusionMatrix(), Mistakes()]
-    trainer = make_trainer(run, *pictures)
+    trainer = make_trainer(run, LearningCurves(), ConfusionMatrix())
     trainer.fit(Reader(), PlantedData())
     trainer.test(Reader(), PlantedData(), verbose=False)
     names = {path.name for path in run.iterdir()}
-    expected = {"confusion_matrix_test.csv", "confusion_matrix_test.png"}
-    assert names == {"sample_sheet.png", "mistakes.csv", "mistakes.png", *expected}
+    assert names == {"confusion_matrix_test.csv", "confusion_matrix_test.png"}
     assert not list(empty_folder.iterdir())
 
 
@@ -223,7 +231,7 @@ def test_samples_are_of_their_class_and_spread_over_the_set() -> None:
 
 
 def test_augmented_samples_are_what_the_loader_makes_of_the_stored_ones() -> None:
-    data = PlantedData(flip="random", cutout=2)
+    data = PlantedData(augmentation=Augmentation(flip="random", cutout=2))
     data.setup("fit")
     stored, augmented = seen_by_network(data, torch.tensor([[4, 9, 11], [2, 7, 0]]))
     assert torch.equal(stored[1, 0], data.splits["train"][0][2])
@@ -235,7 +243,7 @@ def test_augmented_samples_are_what_the_loader_makes_of_the_stored_ones() -> Non
 
 
 def test_the_sheet_disturbs_neither_random_numbers_nor_the_loader() -> None:
-    data = PlantedData(crop=2, flip="random")
+    data = PlantedData(augmentation=Augmentation(crop=2, flip="random"))
     data.setup("fit")
     first = [images.clone() for images, _ in data.train_dataloader()]
     state = torch.get_rng_state()
@@ -331,7 +339,6 @@ def diverged(metrics: pd.DataFrame) -> pd.DataFrame:
     ("change", "panels"),
     [
         (lambda metrics: metrics.iloc[:1], 3),
-        (lambda metrics: metrics.drop(columns=["val/loss", "val/accuracy"]), 3),
         (lambda metrics: metrics[["step", "val/loss"]], 1),
         (lambda metrics: metrics[["step", "lr-SGD"]], 2),
         (lambda metrics: metrics[["step", "train/loss"]] * -1, 1),
@@ -340,7 +347,6 @@ def diverged(metrics: pd.DataFrame) -> pd.DataFrame:
     ],
     ids=[
         "one row",
-        "no validation",
         "no training",
         "rate",
         "negative",
@@ -353,7 +359,7 @@ def test_curves_of_odd_metrics_can_be_drawn(
 ) -> None:
     figure = learning_curves(change(metrics_table()))
     assert len(figure.axes) == panels
-    assert (rendered(figure) < 128).any()
+    figure.draw_without_rendering()
 
 
 def test_curves_are_drawn_no_more_often_than_asked(
@@ -365,10 +371,11 @@ def test_curves_are_drawn_no_more_often_than_asked(
         "save",
         lambda self, trainer, name, figure: drawn.append(trainer.global_step),
     )
-    for min_interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [6])):
+    for interval, expected in ((0.0, [3, 3, 6, 6, 6]), (1e9, [6])):
         drawn.clear()
-        logger = CSVLogger(tmp_path, version=f"{min_interval}")
-        curves = LearningCurves(min_interval)
+        logger = CSVLogger(tmp_path, version=f"{interval}")
+        curves = LearningCurves()
+        curves.min_interval = interval
         make_trainer(tmp_path, curves, logger=logger, max_epochs=2).fit(Reader(), PlantedData())
         assert drawn == expected  # at validation, at the end of each epoch, and at the very end
 
@@ -385,18 +392,18 @@ def test_curves_show_how_far_a_failed_run_came(tmp_path: Path) -> None:
 # The confusion matrix
 
 
-def test_counts_equal_a_few_lines_of_numpy(tmp_path: Path) -> None:
-    make_trainer(tmp_path, ConfusionMatrix()).test(Reader(), PlantedData(), verbose=False)
+def test_counts_equal_a_few_lines_of_numpy(run: Path) -> None:
     images, target = planted(TEST_SIZE, seed=2)
     expected = np.zeros((3, 3), int)
     np.add.at(expected, (target.numpy(), images[:, 0, 0, 0].numpy()), 1)
-    header, *rows = csv.reader((tmp_path / "confusion_matrix_test.csv").read_text().splitlines())
+    header, *rows = csv.reader((run / "confusion_matrix_test.csv").read_text().splitlines())
     assert header == ["true/predicted", *NAMES]
     assert [row[0] for row in rows] == list(NAMES)
     assert np.array_equal(np.array([row[1:] for row in rows], int), expected)
 
 
-def test_a_second_test_starts_from_nothing(tmp_path: Path) -> None:
+def test_a_second_test_starts_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConfusionMatrix, "save", lambda *_: None)  # drawing takes longest
     trainer = make_trainer(tmp_path, ConfusionMatrix())
     for _ in range(2):
         trainer.test(Reader(), PlantedData(), verbose=False)
@@ -425,9 +432,8 @@ def test_a_hundred_classes_are_drawn_without_numbers() -> None:
 # Mistakes
 
 
-def test_planted_mistakes_are_listed_in_order(tmp_path: Path) -> None:
-    make_trainer(tmp_path, Mistakes(count=5)).test(Reader(), PlantedData(), verbose=False)
-    table = pd.read_csv(tmp_path / "mistakes.csv")
+def test_planted_mistakes_are_listed_in_order(run: Path) -> None:
+    table = pd.read_csv(run / "mistakes.csv")
     stored, targets = planted(TEST_SIZE, seed=2)
     preds, sureness = stored[:, 0, 0, 0].long(), stored[:, 0, 0, 1].float()
     wrong = (preds != targets).nonzero().flatten()
@@ -475,7 +481,7 @@ def test_no_mistakes_are_called_so() -> None:
     assert figure.get_suptitle() == "no mistakes in 3 images"
 
 
-# Cost and arguments
+# Cost
 
 
 def test_a_test_batch_is_never_read_from_the_device() -> None:
@@ -491,23 +497,3 @@ def test_a_test_batch_is_never_read_from_the_device() -> None:
             callback.on_test_batch_end(trainer, model, outputs, [images, target], batch_idx)
     with pytest.raises(RuntimeError, match="meta tensors"):
         target.max().item()
-
-
-def test_counts_are_kept_where_they_are_made() -> None:
-    confusion = ConfusionCounts(3, "meta")
-    confusion.update(torch.empty(5, device="meta").long(), torch.empty(5, device="meta").long())
-    assert confusion.table().device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SampleSheet(per_class=0), "per_class must be at least 1, got 0"),
-        (lambda: Mistakes(count=0), "count must be at least 1, got 0"),
-        (lambda: LearningCurves(min_interval=-1), "min_interval must not be negative, got -1"),
-    ],
-    ids=["SampleSheet", "Mistakes", "LearningCurves"],
-)
-def test_arguments_are_checked_there_and_then(make: Callable[[], Callback], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make()

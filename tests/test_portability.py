@@ -110,8 +110,8 @@ sys.modules |= dict.fromkeys(("py7zr", "lemminflect", "tokenizers"))
 from pathlib import Path
 import datamodules
 from core.errors import exit_on_user_error
-from datamodules.image_files.archives import unpack
-from datamodules.text.error_synthesis import lookup
+from datamodules.image_files.named_images import unpack
+from datamodules.text.english import lookup
 from datamodules.text.subwords import Subwords
 for use in (
     lambda: unpack(Path("train.7z"), Path("train")),

@@ -3,10 +3,8 @@
 Names that methods of ours override are among them: without the name nobody calls the method.
 """
 
-import importlib.util
 import signal
 import sys
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,19 +17,17 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from other_names import renamed
+from small_training import Plain, column, scaled
+from small_training import fit as fit_with
 from test_classification import Points, model, trainer, weights
-from test_gradient_spikes import Plain, column, scaled
-from test_gradient_spikes import fit as fit_with
 from test_termination import SignalAt, Small, same
-from test_training_cost import classifier, cost_of
 from test_wandb_logger import ROWS
 from torch import nn
 
 import train
 from benchmarks.step_overhead import RandomNumbers
 from callbacks import GradientSpikeMonitor, ProgressBar, Termination
-from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics
-from callbacks.training import training_cost
+from callbacks.run.wandb_logger import ResumableWandbLogger, logged_metrics
 from core.errors import UserError
 from pipeline.fast_loop import skip_noop_hooks
 from pipeline.parser import Parser
@@ -216,7 +212,7 @@ def test_rows_reach_wandb(
         finally:
             end_wandb()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert [step for step, name in held_metrics(folder) if name == "train/loss"] == [*ROWS]
+    assert [step for step, name in logged_metrics(folder) if name == "train/loss"] == [*ROWS]
 
 
 def test_a_resumed_wandb_run_says_what_is_twice(
@@ -228,7 +224,7 @@ def test_a_resumed_wandb_run_says_what_is_twice(
     earlier.mkdir(parents=True)
     (earlier / "run-abc.wandb").write_bytes(b":W&B")
     monkeypatch.setitem(sys.modules, "wandb.proto.wandb_internal_pb2", None)
-    assert not list(held_metrics(earlier))
+    assert not list(logged_metrics(earlier))
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert str(earlier) in said
@@ -259,21 +255,3 @@ def test_norms_of_a_fused_optimizer_are_unscaled(tmp_path: Path) -> None:
     norms = column(whole, "grad_norm/total")
     assert len(norms) == 5
     assert column(half, "grad_norm/total") == pytest.approx(norms, rel=0.02)
-
-
-def test_a_step_costs_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step is taken without values; if torch has no such tensors, real steps are followed."""
-    batch = [torch.randn(5, 6), torch.arange(5) % 3]
-    expected = cost_of(classifier(nn.Linear(6, 3), num_classes=3), batch)
-    spec = importlib.util.spec_from_file_location("training_cost_again", training_cost.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, again)
-    with monkeypatch.context() as patch:  # torch itself needs them
-        patch.setitem(sys.modules, "torch._subclasses.fake_tensor", None)
-        spec.loader.exec_module(again)
-    assert again.NEEDS_VALUES is None
-    lit = classifier(nn.Linear(6, 3), num_classes=3)
-    found = again.training_cost(lit, lit.configure_optimizers(), batch)
-    assert asdict(found) == asdict(expected)

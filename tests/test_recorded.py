@@ -11,7 +11,7 @@ from fake_data import write_names
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from benchmarks import calm_clipping, last_names, spike_fixes, spike_gpt
+from benchmarks import last_names, spike_fixes, spike_gpt
 from benchmarks.recorded import RunRecord
 from core.errors import UserError
 from steadyfit.measures import SpikeMeasures
@@ -222,28 +222,6 @@ def test_a_fix_acts_on_a_planted_spike(fix: str) -> None:
     if fix == "gradient norm":
         assert weight.grad is not None
         assert float(weight.grad.norm()) == pytest.approx(setting["max_norm"], rel=1e-4)
-
-
-# calm_clipping
-
-
-def test_each_way_is_trained_in_turns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[list[str]] = []
-
-    def cold(options: Any, seed: int) -> tuple[float, float]:
-        seen.append(options.settings)
-        return 100.0 + len(seen), 90.0 + seed
-
-    monkeypatch.setattr(calm_clipping, "cold", cold)
-    args = ["data", "--record", str(tmp_path / "x.jsonl"), "--seeds", "0", "1"]
-    for _ in range(2):
-        calm_clipping.main(args)
-    assert seen == [flags for _ in range(2) for flags in calm_clipping.WAYS.values()]
-    printed = capsys.readouterr().out
-    assert printed.count("| without | 2 | 90.50 ± 0.71 | 102.5 |") == 2
-    assert "seeds 0 1; commit" in printed
 
 
 # Last names

@@ -13,7 +13,7 @@ from conftest import CONFIGS, SMALL
 from processes import by_two, start_command, wait
 
 import predict
-from callbacks.run.wandb_logger import held_metrics
+from callbacks.run.wandb_logger import logged_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -120,9 +120,9 @@ def test_killed_at_a_random_step(
 def assert_one_wandb_run(run: Path) -> None:
     """The offline folders are parts of one run, which together hold every step once."""
     folders = sorted((run / "wandb").glob("offline-run-*"))
-    recorded = [step for f in folders for step, name in held_metrics(f) if name == "train/loss"]
+    recorded = [step for f in folders for step, name in logged_metrics(f) if name == "train/loss"]
     assert sorted(recorded) == list(range(STEPS))
-    timed = [step for f in folders for step, name in held_metrics(f) if name == "time/elapsed"]
+    timed = [step for f in folders for step, name in logged_metrics(f) if name == "time/elapsed"]
     assert sorted(timed) == steps_of(run, "timing.csv")
     assert len({folder.name[-8:] for folder in folders}) == 1
 

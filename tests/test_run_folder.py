@@ -22,7 +22,7 @@ import train
 from callbacks import AtomicCheckpointIO, BestCheckpoint, MetricsCSV, RunRecord, Timing
 from callbacks.run import run_folder
 from callbacks.run.checkpoints import LastCheckpoint
-from callbacks.run.wandb_logger import held_metrics, leveldb_records
+from callbacks.run.wandb_logger import leveldb_records, logged_metrics
 from core.errors import UserError, exit_on_user_error
 from core.files import atomic_write, sha256, temporary
 from core.provenance import provenance
@@ -383,9 +383,9 @@ def test_unfinished_file_is_read_up_to_its_last_whole_record() -> None:
     assert list(leveldb_records(log + fragment(1, b"cut short")[:-1])) == whole
 
 
-def test_held_metrics_of_a_real_offline_run(trained: Path) -> None:
+def test_logged_metrics_of_a_real_offline_run(trained: Path) -> None:
     (folder,) = sorted((trained / "wandb").glob("offline-run-*"))[:1]
-    held = set(held_metrics(folder))
+    held = set(logged_metrics(folder))
     assert {(step, "train/loss") for step in range(60)} <= held
     assert {(step, "val/accuracy") for step in (9, 19, 29, 39, 49, 59)} <= held
 

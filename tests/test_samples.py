@@ -35,7 +35,7 @@ from datamodules.loaders.resident import SampleId
 from datamodules.sequences.last_names import PAD, SYMBOLS, normalize
 from datamodules.text.subwords import words
 from lit_models.fixmatch import SemiSupervisedLoader
-from steadyfit.watching.records import read_records
+from steadyfit.watching.records import SpikeRecord, read_records
 
 Make = Callable[..., BaseDataModule]
 PARALLEL = [f"She {verb} to the {place} ." for verb in ("go", "walk") for place in "abcdefghi"]
@@ -382,7 +382,7 @@ def mislabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def fit(root: Path, name: str, *flags: str) -> list[dict[str, Any]]:
+def fit(root: Path, name: str, *flags: str) -> list[SpikeRecord]:
     train.main(
         [
             "fit", f"--config={CONFIGS / 'mnist_lenet.yaml'}", f"--data.data_dir={root}",
@@ -405,8 +405,8 @@ def test_a_bad_sample_is_found_in_the_records_and_left_out(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     records = fit(mislabelled, "before", "--trainer.max_epochs=9")
-    assert all(len(record["samples"]) == 8 for record in records)
-    counts = Counter(sample for record in records for sample in record["samples"])
+    assert all(len(record.samples or ()) == 8 for record in records)
+    counts = Counter(sample for record in records for sample in record.samples or ())
     (first, most), (_, next_most) = counts.most_common(2)
     assert (first, most > next_most + 1) == (BAD, True)
 
@@ -414,8 +414,8 @@ def test_a_bad_sample_is_found_in_the_records_and_left_out(
     flags = ["--data.exclude=bad.txt", "--trainer.max_epochs=9"]
     after = fit(mislabelled, "after", *flags)
     assert "Left out of training: 1 of 1 samples to exclude." in capsys.readouterr().out
-    assert not any("loss" in record["spiked"] for record in after)
-    assert BAD not in [sample for record in after for sample in record["samples"]]
+    assert not any("loss" in record.spiked for record in after)
+    assert BAD not in [sample for record in after for sample in record.samples or ()]
 
     (tmp_path / "bad.txt").write_text(f"{first}\n17\n")  # the record is what it was
     with pytest.raises(SystemExit):
@@ -484,7 +484,8 @@ def test_real_samples_are_found_again(name: str, real_data: Path) -> None:
 
 
 @pytest.mark.real_data
-def test_real_corrections_are_found_again(real_data: Path) -> None:
+def test_real_corrections_are_found_again(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GrammarDataModule, "max_tokens", 1000)
     source = real_data / "jfleg" / "dev" / "dev.src"
-    data = begun(GrammarDataModule, real_data, train=str(source), vocab_size=300, max_tokens=1000)
+    data = begun(GrammarDataModule, real_data, train=str(source), vocab_size=300)
     check_names(data, line_of, sources_in, epoch=1, batches=2)

@@ -90,7 +90,7 @@ def train(
         "parameters": [whole(p) for p in model.parameters()],
         "names": history.names,
         "sizes": [p.numel() for p in monitor.monitors[0].params],
-        "flags": [(r["step"], r["spiked"], r["reaction"]) for r in monitor.records],
+        "flags": [(r.step, r.spiked, r.reaction) for r in monitor.records],
         "rows": rows,
     }
 
@@ -161,7 +161,7 @@ def test_two_processes_see_and_do_what_one_does(name: str, trained: tuple[Path, 
     assert first["rows"].keys() == one["rows"].keys()
     assert second["rows"] == {}
     records = read_records(folder / f"{name} 0 of 2" / "spikes.jsonl")
-    assert [(r["step"], r["spiked"], r["reaction"]) for r in records] == first["flags"]
+    assert [(r.step, r.spiked, r.reaction) for r in records] == first["flags"]
     assert not (folder / f"{name} 1 of 2").exists()
 
 
@@ -250,7 +250,7 @@ def train_in_parallel(folder: Path, rank: int, count: int, limited: bool) -> Any
         optimizer.step()
         seen.append([p.detach().clone() for p in model.parameters()])
     monitor.flush()
-    return seen, [(r["step"], r["spiked"], r["reaction"]) for r in monitor.records]
+    return seen, [(r.step, r.spiked, r.reaction) for r in monitor.records]
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -321,7 +321,7 @@ trainer = Trainer(
     callbacks=[monitor, UpdateClipping(0.5, max_decrease=0.05)],
 )
 trainer.fit(Model())
-flags = [[r["step"], r["spiked"], r["reaction"]] for r in monitor.records]
+flags = [[r.step, r.spiked, r.reaction] for r in monitor.records]
 with open(f"{folder}/flags{trainer.global_rank}.json", "w") as file:
     json.dump(flags, file)
 """

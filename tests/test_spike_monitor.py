@@ -44,7 +44,7 @@ def quiet(steps: int, level: float = 1.0) -> list[float]:
 
 
 def spiked(monitor: SpikeMonitor) -> list[int]:
-    return [record["step"] for record in monitor.records if record["spiked"]]
+    return [record.step for record in monitor.records if record.spiked]
 
 
 def test_a_new_level_that_lasts_leaves_no_spikes() -> None:
@@ -69,7 +69,7 @@ def test_an_overflow_that_the_scaler_throws_away_says_nothing_of_the_loss() -> N
     model.train_with(monitor, quiet(100), scaled=True)
     model.train_with(monitor, [math.inf], [math.inf], scaled=True)
     assert (monitor.counts["overflow"], monitor.counts["loss"]) == (1, 0)
-    assert "loss" not in monitor.records[-1]["signals"]
+    assert "loss" not in monitor.records[-1].signals
 
 
 @pytest.mark.parametrize("reaction", ["log", "skip"])
@@ -89,9 +89,9 @@ def test_a_step_that_promises_more_than_its_loss_can_fall_is_a_spike(reaction: A
             taken = kept - model.weight.item()
     monitor.flush()
     [record] = monitor.records
-    assert (record["step"], before > kept) == (50, True)
-    assert "promise" in record["spiked"]
-    assert record["signals"]["promise"]["value"] == pytest.approx(0.1 / 0.01)
+    assert (record.step, before > kept) == (50, True)
+    assert "promise" in record.spiked
+    assert record.signals["promise"].value == pytest.approx(0.1 / 0.01)
     assert "nan" not in format_spike(record)
     assert taken == (0 if reaction == "skip" else pytest.approx(0.1))
 
@@ -110,7 +110,7 @@ def test_a_loss_that_is_zero_promises_nothing() -> None:
     with pytest.warns(UserWarning, match="the loss of step 0 is 0"):
         model.train_with(monitor, quiet(60), [0.0] * 60)
     assert monitor.counts["promise"] == 0
-    assert not any("promise" in record["signals"] for record in monitor.records)
+    assert not any("promise" in record.signals for record in monitor.records)
 
 
 def test_a_loss_that_grows_slowly_is_told() -> None:
@@ -118,10 +118,10 @@ def test_a_loss_that_grows_slowly_is_told() -> None:
     losses = [loss * 1.01 ** max(0, step - 100) for step, loss in enumerate(quiet(200))]
     model.train_with(monitor, quiet(200), losses)
     [record] = monitor.records
-    assert (record["spiked"], record["signals"]["loss"]["kind"]) == ([], "drift")
-    assert 100 < record["step"] < 170  # before it has doubled
+    assert (record.spiked, record.signals["loss"].kind) == ([], "drift")
+    assert 100 < record.step < 170  # before it has doubled
     assert monitor.counts["drift"] == 1
-    last = f"The loss grew slowly up to step {record['step']}."
+    last = f"The loss grew slowly up to step {record.step}."
     assert monitor.finish() == f"No spike in 200 optimizer steps. {last}"
 
 
@@ -139,19 +139,13 @@ def test_what_was_learned_goes_on() -> None:
     assert spiked(second) == [150]
 
 
-@pytest.mark.parametrize("name", ["top_k", "every", "weight_norm_every"])
-def test_settings_out_of_range_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
-        make(**{name: 0})
-
-
 def test_the_file_of_records_grows_and_is_whole_after_every_read(tmp_path: Path) -> None:
     """A record was written again, with all the others, at each read."""
     model, monitor = make(folder=tmp_path, every=10)
     sizes = []
     for _ in range(8):
         model.train_with(monitor, [*quiet(90), 50.0, *quiet(9)])
-        assert [r["step"] for r in read_records(tmp_path / "spikes.jsonl")] == spiked(monitor)
+        assert [r.step for r in read_records(tmp_path / "spikes.jsonl")] == spiked(monitor)
         sizes.append((tmp_path / "spikes.jsonl").stat().st_size)
     assert sizes == sorted(sizes)
     assert read_records(tmp_path / "spikes.jsonl") == monitor.records
@@ -163,5 +157,5 @@ def test_steps_without_a_finite_value_are_one_record(tmp_path: Path) -> None:
     model.train_with(monitor, quiet(100))
     model.train_with(monitor, [math.nan] * 1000)
     (record,) = read_records(tmp_path / "spikes.jsonl")
-    assert (record["step"], record["until"]) == (100, 1099)
+    assert (record.step, record.until) == (100, 1099)
     assert monitor.counts["gradient"] == 1000

@@ -1,7 +1,6 @@
 """What is measured of a spiky training, and the pictures that show it."""
 
 import io
-import json
 import math
 import shutil
 from pathlib import Path
@@ -34,7 +33,7 @@ from steadyfit.measures import (
     measure,
     rolling_median,
 )
-from steadyfit.panels import decimate, short
+from steadyfit.panels import decimate, strip_common_prefix
 from steadyfit.pictures import (
     SpikeRun,
     curves_picture,
@@ -49,6 +48,7 @@ from steadyfit.through_time import (
     is_sequence,
     through_time,
 )
+from steadyfit.watching.records import RecordFile, SpikeRecord, Verdict
 
 CONFIG = Path(__file__).parent.parent / "configs" / "temporal_order_lstm.yaml"
 
@@ -255,9 +255,9 @@ def test_an_infinite_gradient_stands_out_of_the_heat_map() -> None:
 
 
 def test_names_are_cut_to_what_tells_them_apart() -> None:
-    assert short(["net.core.w", "net.core.b"]) == ["w", "b"]
-    assert short(["net.core.w", "net.head.w"]) == ["core.w", "head.w"]
-    assert short(["weight"]) == ["weight"]
+    assert strip_common_prefix(["net.core.w", "net.core.b"]) == ["w", "b"]
+    assert strip_common_prefix(["net.core.w", "net.head.w"]) == ["core.w", "head.w"]
+    assert strip_common_prefix(["weight"]) == ["weight"]
 
 
 def test_a_long_line_keeps_its_spikes() -> None:
@@ -368,12 +368,11 @@ def test_batches_of_a_step_are_found_in_the_metrics() -> None:
 
 def test_without_kept_weights_the_largest_recorded_spike_is_the_worst(tmp_path: Path) -> None:
     assert WorstStep.read(tmp_path) is None
-    records = [
-        {"step": s, "epoch": 0, "batches": [s], "signals": {"gradient": {"kind": k, "value": v}}}
-        for s, k, v in ((1, "spike", 5.0), (2, "spike", 9.0), (3, "spike", "inf"), (4, "ok", 99.0))
-    ]
-    lines = [json.dumps(record) + "\n" for record in records]
-    (tmp_path / "spikes.jsonl").write_text("".join(lines))
+    seen = ((1, "spike", 5.0), (2, "spike", 9.0), (3, "nonfinite", math.inf), (4, "warning", 99.0))
+    file = RecordFile(tmp_path / "spikes.jsonl")
+    file.begin(
+        [SpikeRecord(s, batches=[s], signals={"gradient": Verdict(v, k)}) for s, k, v in seen]
+    )
     assert WorstStep.read(tmp_path) == WorstStep(2, 0, [2], 9.0)
 
 

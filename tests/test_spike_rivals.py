@@ -1,6 +1,8 @@
 """Remedies of others do what their papers say, each beside a reference of a few lines."""
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,15 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from benchmarks.spike_rivals import SPAM, AdaGC, StableAdamW, ZClip
-from callbacks import GradientNormClipping
+from benchmarks.spike_rivals import (
+    AGC,
+    SPAM,
+    AdaGC,
+    AutoClip,
+    StableAdamW,
+    ZClip,
+    total_norm,
+)
 
 
 def gradients(steps: int, scales: tuple[float, ...] = (1.0, 3.0)) -> list[list[Tensor]]:
@@ -43,18 +52,81 @@ def test_adagc_bounds_each_tensor_by_its_own_average() -> None:
     torch.testing.assert_close(rule.averages.tolist(), averages)
 
 
-def test_zclip_is_the_rule_of_the_callback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written twice, with floats for a loop without Lightning."""
-    callback = GradientNormClipping(max_norm=5.0, warm_up=6)
-    params, rule = parameters(), ZClip(max_norm=5.0, warm_up=6)
+def zclip(norms: list[float], warm_up: int, decay: float, max_norm: float) -> list[float]:
+    """The norms after clipping, as arXiv:2504.02507 has it in section 3."""
+    seen: list[float] = []
+    used: list[float] = []
+    mean = variance = 0.0
+    for norm in norms:
+        clipped = min(norm, max_norm)
+        if len(seen) < warm_up:
+            seen.append(clipped)
+            mean = sum(seen) / len(seen)
+            variance = sum((x - mean) ** 2 for x in seen) / len(seen)
+        else:
+            std = math.sqrt(max(variance, 1e-12))  # all may have been clipped
+            z = (norm - mean) / std
+            if z > 2.5:
+                clipped = min(mean + 2.5 * std * 2.5 / z, max_norm)
+            old = mean
+            mean = decay * mean + (1 - decay) * clipped
+            variance = decay * variance + (1 - decay) * decay * (clipped - old) ** 2
+        used.append(clipped)
+    return used
+
+
+def autoclip(norms: list[float], percentile: float, history: int) -> list[float]:
+    """The norms after clipping, as arXiv:2007.14469 has it in section 3."""
+    used = []
+    for end in range(1, len(norms) + 1):
+        ordered = sorted(norms[:end][-history:])
+        place = percentile / 100 * (len(ordered) - 1)
+        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+        used.append(min(norms[end - 1], low + (high - low) * (place - math.floor(place))))
+    return used
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [
+        (ZClip(5.0, warm_up=6), partial(zclip, warm_up=6, decay=0.97, max_norm=5.0)),
+        (ZClip(math.inf, warm_up=9, decay=0.9), partial(zclip, warm_up=9, decay=0.9, max_norm=9e9)),
+        (AutoClip(60, history=7), partial(autoclip, percentile=60, history=7)),
+    ],
+    ids=["zclip", "zclip without a largest norm", "autoclip"],
+)
+def test_norms_are_clipped_by_the_rule(rule: Any, reference: Any) -> None:
+    params, before, after = parameters(), [], []
     for given in gradients(30, scales=(0.5, 0.7)):
-        norm = torch.stack([g.norm() for g in given]).norm()
-        limit = float(callback._zclip(0, norm))
         for p, g in zip(params, given, strict=True):
             p.grad = g.clone()
+        before.append(total_norm(params))
         rule.clip(params)
-        for p, g in zip(params, given, strict=True):
-            torch.testing.assert_close(p.grad, g * min(1.0, limit / float(norm)), rtol=1e-4, atol=0)
+        after.append(total_norm(params))
+    assert after == pytest.approx(reference(before), rel=1e-4)
+    assert after != before
+
+
+def test_agc_clips_unit_by_unit_and_leaves_the_last_layer_alone() -> None:
+    """Rows of a weight matrix, all inputs of a filter, a whole bias."""
+    torch.manual_seed(0)
+    module, rule = LightningModule(), AGC(0.02)
+    module.network = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 4))
+    for p in module.parameters():
+        p.grad = torch.randn_like(p)
+    given = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    rule.on_train_start(Trainer(logger=False), module)
+    rule.clip(list(module.parameters()))
+    for (name, weight), gradient in zip(module.named_parameters(), given, strict=True):
+        assert weight.grad is not None
+        if name.startswith("network.2"):
+            assert torch.equal(weight.grad, gradient)
+            continue
+        units = len(weight) if weight.ndim > 1 else 1
+        rows = zip(*(x.reshape(units, -1) for x in (weight, gradient, weight.grad)), strict=True)
+        for w, g, r in rows:
+            factor = min(1.0, 0.02 * max(w.norm().item(), 1e-3) / g.norm().item())
+            torch.testing.assert_close(r, g * factor, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [SPAM, StableAdamW])
@@ -111,7 +183,7 @@ def test_spam_cuts_elements_and_begins_anew() -> None:
     assert cut > 3
 
 
-def test_adagc_is_a_callback_of_lightning() -> None:
+def test_they_are_callbacks_of_lightning() -> None:
     params, rule = parameters(), AdaGC(warm_up=1)
     for p in params:
         p.grad = torch.ones(6)

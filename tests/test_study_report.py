@@ -1,4 +1,4 @@
-"""What a study says: its numbers, its pictures, and what it refuses to say."""
+"""The report of a study: its numbers, its pictures, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,8 @@ import study
 from core.errors import UserError
 from pipeline.studies import report as study_report
 from pipeline.studies.grid import Study
-from pipeline.studies.metrics import steps_until, summary
-from pipeline.studies.report import curves_picture, learning_curves_of
+from pipeline.studies.metrics import read_metrics, steps_until, summary
+from pipeline.studies.report import curves_picture
 
 RATES, VARIANTS, SEEDS = [0.1, 0.2], ["plain", "steep"], [0, 1, 2]
 
@@ -62,7 +62,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 @pytest.fixture
 def _no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_report, "keep_on_wandb", lambda *args: None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -183,7 +183,7 @@ def test_lists_and_powers_of_ten_are_values_too(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("_no_wandb")
-def test_runs_from_before_a_change_are_not_mixed_with_those_behind_it(
+def test_runs_from_before_a_change_are_not_mixed_with_those_after_it(
     finished: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path("runs/small") / finished.name_of(finished.points[5])
@@ -303,7 +303,7 @@ def test_runs_of_agents_are_read_from_wandb(
 ) -> None:
     runs = [wandb_run(f"run-{n}", p) for n, p in enumerate(finished.points)]
     runs.append(wandb_run("crashed", finished.points[0], state="crashed"))
-    monkeypatch.setattr(study_report, "keep_on_wandb", lambda *args: None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(wandb, "Api", lambda: Server(runs))
     sweep = ("--sweep", "me/steadyfit/abc")
     here = said(capsys, "--hue", "variant")
@@ -318,51 +318,8 @@ def test_runs_of_agents_are_read_from_wandb(
     assert "run-3 and again are both runs of the point rate=0.1,variant=steep" in sentence
 
 
-# compare
-
-
-def make_run(name: str, rate: float) -> Path:
-    folder = Path("runs") / name
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("seed_everything: 0\n")
-    metrics(rate, "plain", 0).to_csv(folder / "metrics.csv", index=False)
-    return folder
-
-
-def test_learning_curves_side_by_side_have_the_same_axes(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    runs = {"a": metrics(0.1, "plain", 0), "b": metrics(0.2, "steep", 0)}
-    texts = {name: table.set_index("step").astype(str) for name, table in runs.items()}
-    figure = learning_curves_of(texts)
-    loss_a, loss_b, accuracy_a, _ = figure.axes
-    assert [axes.get_title(loc="left") for axes in (loss_a, loss_b)] == ["a", "b"]
-    assert loss_a.get_ylim() == loss_b.get_ylim()
-    assert loss_a.get_yscale() == loss_b.get_yscale() == "log"
-    assert accuracy_a.get_xlim() == loss_a.get_xlim()
-
-    first, second = make_run("x/one", 0.1), make_run("y/one", 0.2)
-    study.main(["compare", str(first), "y/one"])
-    path = second / "comparison" / "learning_curves.png"
-    assert f"The learning curves of 2 runs are in {path}" in capsys.readouterr().out
-    assert path.stat().st_size > 10_000
-    study.main(["compare", str(first), "y/one", "--labels", "a", "b", "--output", "here.png"])
-    assert Path("here.png").exists()
-
-
-def test_what_cannot_be_compared_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    run = str(make_run("x/one", 0.1))
-    assert "none is not a run folder" in refused(capsys, "compare", run, "none")
-    sentence = refused(capsys, "compare", run, "--labels", "a", "b")
-    assert "--labels needs one label for each of 1, got 2" in sentence
-    sentence = refused(capsys, "compare", *[run] * 7, "--labels", *"abcdefg")
-    assert "7 runs cannot be read side by side" in sentence
-    sentence = refused(capsys, "compare", run, run)
-    assert "two runs have the same label; name each run once" in sentence
-    Path(run, "metrics.csv").write_text("step,other\n0,1\n")
-    assert "no loss and no accuracy to draw" in refused(capsys, "compare", run)
-    Path(run, "metrics.csv").write_text("")
-    assert "metrics.csv cannot be read" in refused(capsys, "compare", run)
-    Path(run, "metrics.csv").unlink()
-    with pytest.raises(UserError, match="train the run first, with its loggers"):
-        study_report.read_metrics(Path(run))
+def test_a_run_without_metrics_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("")
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"metrics\.csv"):
+            read_metrics(folder)

@@ -151,8 +151,8 @@ def test_one_delay_for_all_is_not_told() -> None:
     [
         (lambda: RunningMeanDataModule(length=0), "length must be at least 1, got 0."),
         (lambda: RunningMeanDataModule(epoch_size=0), "epoch_size must be at least 1, got 0."),
-        (lambda: EchoDataModule(delay=-1), "delay must not be negative, got -1."),
-        (lambda: EchoDataModule(max_delay=-2), "max_delay must not be negative, got -2."),
+        (lambda: EchoDataModule(delay=-1), "delay must be at least 0, got -1."),
+        (lambda: EchoDataModule(max_delay=-2), "max_delay must be at least 0, got -2."),
         (
             lambda: EchoDataModule(min_length=9, max_length=8),
             "min_length must be from 1 to max_length, got 9 and 8.",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from datamodules.base import BaseDataModule
+from datamodules.images.augmentation import Augmentation
 from datamodules.images.base import ImageDataModule
 from datamodules.sequences.temporal_order import (
     LEVELS,
@@ -113,7 +114,7 @@ def test_the_last_step_is_always_the_end() -> None:
         ({"stream": "dirty"}, "stream must be one of clean, notebook, got 'dirty'"),
         ({"epoch_size": 0}, "epoch_size must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"val_size": -1}, "val_size must not be negative"),
+        ({"val_size": -1}, "val_size must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], complaint: str) -> None:
@@ -416,7 +417,9 @@ class Images(ImageDataModule):
 
 def augmented_images() -> Images:
     torch.manual_seed(1)
-    data = Images(batch_size=8, val_size=10, crop=2, flip="random", cutout=3)
+    data = Images(
+        batch_size=8, val_size=10, augmentation=Augmentation(crop=2, flip="random", cutout=3)
+    )
     data.setup("fit")
     return data
 

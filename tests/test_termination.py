@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,21 @@ def same(a: LightningModule, b: LightningModule) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+Fitted = tuple[Small, LightningModule]
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fitted]:
+    """Uninterrupted runs, one for each setting."""
+
+    @cache
+    def fit(**settings: Any) -> Fitted:
+        small = Small(tmp_path_factory.mktemp("whole"), **settings)
+        return small, small.fit()
+
+    return fit
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 @pytest.mark.parametrize(
@@ -113,12 +129,16 @@ def same(a: LightningModule, b: LightningModule) -> bool:
     ],
 )
 def test_stops_where_it_can_go_on(
-    hook: str, time: int, settings: dict[str, Any], step: int, tmp_path: Path
+    hook: str,
+    time: int,
+    settings: dict[str, Any],
+    step: int,
+    whole_runs: Callable[..., Fitted],
+    tmp_path: Path,
 ) -> None:
     """No accumulated gradient, no validation and no end of an epoch is lost."""
-    whole = Small(tmp_path / "whole", **settings)
+    whole, expected = whole_runs(**settings)
     parts = Small(tmp_path / "parts", **settings)
-    expected = whole.fit()
     with pytest.raises(SIGTERMException) as stop:
         parts.fit(SignalAt(hook, time))
     assert stop.value.code == 143
@@ -220,9 +240,13 @@ class OneOfTwo:
         self.global_step = 0
 
 
-@pytest.mark.parametrize("epoch", [1, 3, 19, 30, 49, 50, 51, 130, 1000])
-@pytest.mark.parametrize("every", [0, 1, 7, 50, 1000])
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("epoch", "every", "accumulate"),
+    [
+        *((1, 1, 1), (3, 50, 4), (19, 7, 1), (30, 1000, 4), (49, 50, 1), (50, 50, 1)),
+        *((50, 0, 4), (51, 50, 1), (130, 7, 4), (1000, 0, 1), (1000, 1, 4), (1000, 1000, 1)),
+    ],
+)
 def test_flags_are_exchanged_often_enough_and_no_oftener(
     epoch: int, every: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

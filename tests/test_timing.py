@@ -16,7 +16,7 @@ from test_classification import Memory, Points, model, trainer
 
 from callbacks import MetricsCSV, ProgressBar, Timing
 from callbacks.run import progress
-from callbacks.run.wandb_logger import held_metrics
+from callbacks.run.wandb_logger import logged_metrics
 from callbacks.training import timing
 from callbacks.training.timing import memory
 from datamodules.loaders.resident import ResidentLoader
@@ -41,7 +41,7 @@ def test_a_run_leaves_its_times_beside_its_metrics(trained: Path) -> None:
     assert sorted(rows, key=lambda row: row["time/elapsed"]) == rows
     assert all(0 < row["time/data_wait"] < 1 for row in rows)
     (folder,) = (trained / "wandb").glob("offline-run-*")
-    assert [s for s, name in held_metrics(folder) if name == "time/memory"] == [
+    assert [s for s, name in logged_metrics(folder) if name == "time/memory"] == [
         int(row["step"]) for row in rows
     ]
 

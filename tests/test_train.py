@@ -423,15 +423,14 @@ def test_a_run_can_test_itself_when_it_is_trained(
 
 
 def write_study(folder: Path, small: list[str]) -> str:
+    sizes = ["short --trainer.max_epochs=1", "long --trainer.max_epochs=2"]
     content = {
         "program": "train.py",
         "method": "grid",
-        "parameters": {"size": {"values": ["short", "long"]}, "seed_everything": {"values": [3]}},
+        "parameters": {"size": {"values": sizes}, "seed_everything": {"values": [3]}},
         "command": ["fit", small[0], "--study=tiny.yaml", *small[1:], "${args}"],
     }
-    groups = {"size": {"short": ["--trainer.max_epochs=1"], "long": ["--trainer.max_epochs=2"]}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    (folder / "tiny_groups.yaml").write_text(yaml.safe_dump(groups))
     return "--study=tiny.yaml"
 
 

@@ -293,7 +293,7 @@ def test_overfitting_takes_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> 
 
     step = LitClassifier.training_step
     monkeypatch.setattr(LitClassifier, "training_step", seeing)
-    fit("--trainer.max_epochs=3", "--trainer.overfit_batches=2", "--data.crop=2")
+    fit("--trainer.max_epochs=3", "--trainer.overfit_batches=2", "--data.augmentation.crop=2")
     _, *batches = seen  # the first one tries whether network and data fit
     assert len(batches) == 6
     assert all(torch.equal(batch, batches[i % 2]) for i, batch in enumerate(batches))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from core.errors import UserError
-from datamodules.images.base import ImageDataModule
+from datamodules.images.augmentation import Augmentation
 from datamodules.images.trivial_augment import COLOURS, KINDS, TrivialAugment
 
 change = TrivialAugment()
@@ -114,7 +114,7 @@ def test_pixels_stay_in_their_range() -> None:
 
 def test_beside_other_effects_it_is_refused() -> None:
     with pytest.raises(UserError, match="trivial takes the place of rotate to blur"):
-        ImageDataModule(trivial=True, blur=1.0)
+        Augmentation(trivial=True, blur=1.0)
 
 
 def test_a_cpu_makes_a_change_of_those_that_drew_it(monkeypatch: pytest.MonkeyPatch) -> None:

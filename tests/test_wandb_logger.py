@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import end_wandb
 
-from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics, sent_together
+from callbacks.run.wandb_logger import ResumableWandbLogger, batched_publish, logged_metrics
 
 ROWS = {step: {"train/loss": 1 / (step + 1), "grad_norm/total": 2.0} for step in range(50)}
 
@@ -46,12 +46,12 @@ def test_rows_of_many_steps_wait_once_and_arrive_in_order_also_before_a_failure(
     assert len(waits) == 1
     logger.log_metrics({"val/loss": 0.5}, step=49)  # by its own way again
     assert len(waits) == 2
-    with pytest.raises(ZeroDivisionError), sent_together(logger.experiment):
+    with pytest.raises(ZeroDivisionError), batched_publish(logger.experiment):
         logger.log_metrics({"train/loss": 1.0}, step=50)
         raise ZeroDivisionError
     end_wandb()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    found = list(held_metrics(folder))
+    found = list(logged_metrics(folder))
     assert [step for step, name in found if name == "train/loss"] == [*ROWS, 50]
     assert (49, "val/loss") in found
 

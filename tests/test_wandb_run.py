@@ -17,7 +17,7 @@ from wandb.sdk.lib import run_stopping
 import predict
 import train
 from callbacks.run.run_folder import RunRecord
-from callbacks.run.wandb_logger import ResumableWandbLogger, held_metrics
+from callbacks.run.wandb_logger import ResumableWandbLogger, logged_metrics
 from core import provenance
 from core.runs import Run
 from core.wandb_runs import describe, keeps_artifacts, logger_settings
@@ -74,7 +74,7 @@ def test_the_summary_has_best_values(finished: Path) -> None:
 
 def test_each_value_of_a_step_comes_once(finished: Path) -> None:
     """Lightning's monitor of the learning rate told it on log steps, besides the rows of all."""
-    held = held_metrics(folders(finished)[0])
+    held = logged_metrics(folders(finished)[0])
     pairs = Counter((step, name) for step, name in held if name != "epoch" and name[0] != "_")
     assert sum(name.startswith("lr-") for _, name in pairs) == len(rows(finished))
     assert [pair for pair, count in pairs.items() if count > 1] == []
@@ -177,7 +177,7 @@ def test_rows_come_once_after_a_kill_and_best_values_are_those_of_the_whole(
         end_wandb()
         second = folders(run)[1]
         assert of_type(second, "run")[0]["job_type"] == "train"  # the first had not said it
-        recorded = Counter(pair for folder in folders(run) for pair in held_metrics(folder))
+        recorded = Counter(pair for folder in folders(run) for pair in logged_metrics(folder))
         assert {pair: n for pair, n in recorded.items() if n > 1 and pair[1] != "epoch"} == {}
         assert sum(name == "test/accuracy" for _, name in recorded) == 1
         file.write_bytes(written)

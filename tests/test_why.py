@@ -1,4 +1,4 @@
-"""Why a run spiked: a run is trained again, forked before the spike, and changed.
+"""``spikes.py why``: a run is trained again, forked before the spike, and changed.
 
 Real trainings of a few seconds each; what is planted is that of `benchmarks/spike_plants.py`.
 """
@@ -12,28 +12,30 @@ from typing import Any
 
 import pytest
 import torch
-from fake_data import draw, labels_of, write_batch, write_books, write_cifar10
+from fake_data import write_books
 
 import spikes
 from benchmarks.spike_plants import ONCE
 from benchmarks.spike_why import configuration
 from callbacks.run.run_folder import MetricsCSV
+from core.errors import UserError
 from core.runs import Run, load_checkpoint
-from pipeline.why.again import Again, Course, Follow
-from pipeline.why.changes import Noise, OtherSamples, Rate
+from pipeline.why.again import Again, Course, Rows
+from pipeline.why.changes import Noise, OtherSamples, StepChange, scaled_rate
 from pipeline.why.control import Control, compare, repeat
 from pipeline.why.experiments import SHORT, Case
 from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
 from pipeline.why.trials import Tally
 from pipeline.why.verdict import Verdict
+from steadyfit.watching.records import ParameterEvidence, RecordFile, SpikeRecord
 from train import main
 
-Trained = Callable[..., tuple[Path, int]]
+Planted = Callable[..., tuple[Path, int]]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """A run with something planted, trained once for all tests."""
     known: dict[str, tuple[Path, int]] = {}
 
@@ -54,18 +56,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What is in a run folder beside ``why*``."""
+    """Files of a run folder but ``why*``."""
     files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("why")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("from_start", [False, True], ids=["from a checkpoint", "from the start"])
-@pytest.mark.parametrize("task", ["cnn", "lstm"])
+@pytest.mark.parametrize(
+    ("task", "from_start"), [("cnn", True), ("lstm", False)], ids=["from the start", "checkpoint"]
+)
 def test_a_run_is_repeated_bit_for_bit(
-    trained: Trained, tmp_path: Path, task: str, from_start: bool
+    planted: Planted, tmp_path: Path, task: str, from_start: bool
 ) -> None:
-    folder, _ = trained(task, "rate jump")  # which its best checkpoint comes before
+    folder, _ = planted(task, "rate jump")  # which its best checkpoint comes before
     copy = tmp_path / "planted" / "x"
     shutil.copytree(folder, copy)
     if from_start:
@@ -80,7 +83,7 @@ def test_a_run_is_repeated_bit_for_bit(
     assert (control.since is None) == from_start
 
     def fork(*changes: Any) -> Course:
-        return again.train(tmp_path / "state.ckpt", Follow(Course(), spike.end + 1), changes)
+        return again.train(tmp_path / "state.ckpt", Course(spike.end + 1), changes)
 
     first, second = fork(), fork()
     assert first.rows == second.rows
@@ -88,7 +91,7 @@ def test_a_run_is_repeated_bit_for_bit(
     changed = fork(Noise(spike.start, 1e-6, 0))
     assert compare(changed.rows, rows)[1] is not None
     assert compare(fork().rows, rows)[1] is None  # a change leaves nothing in the next fork
-    slower = fork(Rate(spike.start, 0.5))
+    slower = fork(StepChange(scaled_rate(0.5), spike.start))
     assert slower.rates == first.rates  # the schedule goes on as it was
     assert slower.rows[spike.start]["train/loss"] == first.rows[spike.start]["train/loss"]
     assert slower.rows[spike.start + 1]["train/loss"] != first.rows[spike.start + 1]["train/loss"]
@@ -101,8 +104,8 @@ def test_a_run_is_repeated_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["cnn", "lstm"])
-def test_a_sample_is_named(trained: Trained, task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, step = trained(task, "sample x 100")
+def test_a_sample_is_named(planted: Planted, task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, step = planted(task, "sample x 100")
     before = contents(folder)
     spikes.main(["why", str(folder), f"--step={step}", "--trust"])
     said = capsys.readouterr().out
@@ -126,9 +129,9 @@ def test_a_sample_is_named(trained: Trained, task: str, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_the_printed_command_goes_on_from_before_the_spike(
-    trained: Trained, capsys: pytest.CaptureFixture[str]
+    planted: Planted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, step = trained("lstm", "calm stretch")
+    folder, step = planted("lstm", "calm stretch")
     spikes.main(["why", str(folder), f"--step={step}", "--trust"])
     facts = json.loads((folder / "why.json").read_text())
     assert facts["cause"] == "moment"
@@ -200,9 +203,9 @@ def test_other_kinds_of_training_are_explained(
 
 @pytest.mark.slow
 def test_what_does_not_come_again_is_the_machine(
-    trained: Trained, capsys: pytest.CaptureFixture[str]
+    planted: Planted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, step = trained("lstm", "flipped bit")
+    folder, step = planted("lstm", "flipped bit")
     spikes.main(["why", str(folder), f"--step={step}", "--trust"])
     facts = json.loads((folder / "why.json").read_text())
     assert facts["cause"] == "irreproducible"
@@ -212,9 +215,9 @@ def test_what_does_not_come_again_is_the_machine(
 
 @pytest.mark.slow
 def test_one_that_is_interrupted_goes_on(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    planted: Planted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = trained("lstm", "rate jump")
+    folder, _ = planted("lstm", "rate jump")
     command = ["why", str(folder), "--trust"]
     usual, trainings = Again.train, 0
 
@@ -242,8 +245,14 @@ def rows_of(losses: list[float]) -> dict[int, dict[str, float]]:
     return {step: {"train/loss": loss} for step, loss in enumerate(losses)}
 
 
-def record_of(step: int, *signals: str) -> dict[str, Any]:
-    return {"step": step, "spiked": list(signals), "by_share": [{"name": "w"}]}
+def course_of(rows: Rows, *spikes: SpikeRecord) -> Course:
+    course = Course(stop=0)
+    course.rows, course.spikes = rows, [*spikes]
+    return course
+
+
+def record_of(step: int, *signals: str) -> SpikeRecord:
+    return SpikeRecord(step, spiked=list(signals), by_share=[ParameterEvidence("w", 1.0, 1.0, 0.0)])
 
 
 def test_a_spike_is_gone_below_half_its_height_on_the_logarithmic_scale() -> None:
@@ -251,12 +260,12 @@ def test_a_spike_is_gone_below_half_its_height_on_the_logarithmic_scale() -> Non
     spike = Spike.of([record_of(40, "gradient"), record_of(41, "loss")], rows)
     assert (spike.first, spike.peak, spike.usual, spike.height) == (40, 41, 1.0, 9.0)
     assert spike.limit == pytest.approx(3.0)
-    assert spike.is_in(Course(rows), spike.onset, spike.end)
+    assert spike.is_in(course_of(rows), spike.onset, spike.end)
     calm = rows_of([1.0] * 40 + [2.0, 2.9, 2.0] + [1.0] * 20)
-    assert not spike.is_in(Course(calm), spike.first, spike.end)
+    assert not spike.is_in(course_of(calm), spike.first, spike.end)
     broken = rows_of([1.0] * 40 + [2.0, float("nan"), 2.0] + [1.0] * 20)
-    assert spike.is_in(Course(broken), spike.first, spike.end)
-    assert not Spike.of([record_of(40, "loss")], broken).is_in(Course(calm), 40, 46)
+    assert spike.is_in(course_of(broken), spike.first, spike.end)
+    assert not Spike.of([record_of(40, "loss")], broken).is_in(course_of(calm), 40, 46)
 
 
 def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
@@ -266,7 +275,7 @@ def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
     assert not spike.is_own
     assert spike.onset == 41
     calm = rows_of([0.003] * 40 + [0.16, 0.003] + [0.003] * 20)
-    assert not spike.is_in(Course(calm), spike.onset, spike.end)
+    assert not spike.is_in(course_of(calm), spike.onset, spike.end)
     bad = rows_of([0.003] * 40 + [4.2, 0.3] + [0.003] * 20)
     assert Spike.of([record_of(40, "loss")], bad).is_own
 
@@ -274,9 +283,9 @@ def test_a_batch_that_sets_a_spike_off_is_not_the_spike() -> None:
 def test_a_spike_without_a_loss_is_what_the_monitor_sees() -> None:
     rows = rows_of([1.0] * 80)
     spike = Spike.of([record_of(40, "buffer")], rows)
-    assert spike.is_in(Course(rows, spikes=[record_of(40, "buffer")]), 40, 50)
-    assert not spike.is_in(Course(rows, spikes=[record_of(40, "gradient")]), 40, 50)
-    assert not spike.is_in(Course(rows, spikes=[record_of(39, "buffer")]), 40, 50)
+    assert spike.is_in(course_of(rows, record_of(40, "buffer")), 40, 50)
+    assert not spike.is_in(course_of(rows, record_of(40, "gradient")), 40, 50)
+    assert not spike.is_in(course_of(rows, record_of(39, "buffer")), 40, 50)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +302,9 @@ def test_a_warm_up_is_no_jump_of_the_rate(
     rates: list[float], expected: tuple[int, float] | None
 ) -> None:
     spike = Spike.of([record_of(15, "loss")], rows_of([1.0] * 15 + [9.0] * 10))
-    case = Case(spike, None, Course(rates=dict(enumerate(rates))), set())  # type: ignore[arg-type]
+    course = Course(stop=0)
+    course.rates = dict(enumerate(rates))
+    case = Case(spike, None, course, set())  # type: ignore[arg-type]
     assert case.jump() == (expected and (expected[0], pytest.approx(expected[1])))
 
 
@@ -332,7 +343,7 @@ def test_bad_input_gets_one_sentence(
         lines = "".join(f"{step},1.0\n" for step in range(80))
         (folder / "metrics.csv").write_text(f"step,train/loss\n{lines}")
     if prepare == "spike":
-        (folder / "spikes.jsonl").write_text(f"{json.dumps(record_of(40, 'loss'))}\n")
+        RecordFile(folder / "spikes.jsonl").begin([record_of(40, "loss")])
     with pytest.raises(SystemExit):
         spikes.main(["why", str(folder), *arguments])
     error = capsys.readouterr().err
@@ -349,7 +360,8 @@ def test_a_shorter_memory_is_the_remedy_where_there_is_no_other(tmp_path: Path) 
     tallies = [Tally(name, lines=[{"gone": gone}] * 3) for name, gone in lost.items()]
     report = Report(Run(tmp_path), spike, {}, Control("checkpoints/best.ckpt", 10))
     report.verdict = Verdict("moment", "it is.")
-    report.trials = SimpleNamespace(tallies=tallies)  # type: ignore[assignment]
+    case = SimpleNamespace(states=set())
+    report.trials = SimpleNamespace(tallies=tallies, case=case)  # type: ignore[assignment]
     said = report.remedy()
     assert "train it again from the start" in said  # a state holds the memory that it had
     assert said.endswith("--model.optimizer.betas=[0.8,0.9]")
@@ -357,26 +369,12 @@ def test_a_shorter_memory_is_the_remedy_where_there_is_no_other(tmp_path: Path) 
     assert report.remedy().endswith("--model.optimizer.lr=0.005")
 
 
-def test_data_that_have_changed_since_are_refused(
-    small: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    batches = write_cifar10(tmp_path / "data")
-    flags = ["--data.data_dir=data", "--model.lr_scheduler=null", "--trainer.logger=MetricsCSV"]
-    fit = ["fit", *small, *flags, "--run=x"]
-    main([*fit, "--trainer.max_epochs=1"])
-    folder = Path("runs/cifar10_cpu/x")
-    write_batch(batches / "data_batch_1", draw(labels_of(40, 9), 9), labels_of(40, 9))
-    with pytest.warns(UserWarning, match="the data are others"):  # who wants to train on may
-        main([*fit, "--trainer.max_epochs=2"])
-    last = max(MetricsCSV(str(folder)).rows)
-    (folder / "spikes.jsonl").write_text(f"{json.dumps(record_of(last, 'loss'))}\n")
-    with pytest.raises(SystemExit):
-        spikes.main(["why", str(folder)])
-    assert "the data have changed since" in capsys.readouterr().err
+def test_data_that_have_changed_since_are_refused(trained: Path, tmp_path: Path) -> None:
+    rows = MetricsCSV(str(trained)).rows
+    spike = Spike.of([record_of(max(rows), "loss")], rows)
+    other: Any = SimpleNamespace(datamodule=SimpleNamespace(digest="0" * 64))
+    with pytest.raises(UserError, match="the data have changed since"):
+        repeat(Run(trained), other, spike, rows, tmp_path / "state.ckpt")
 
 
 def test_noise_is_relative_and_of_the_seed() -> None:

@@ -1,27 +1,22 @@
-"""Where the pictures of a run go."""
+"""Pictures of a run."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from callbacks.run.folder import FolderCallback
 from core.files import atomic_write
 
 
-class PictureCallback(Callback):
+class PictureCallback(FolderCallback):
     """A callback that leaves pictures in the run folder and, if there is one, on the W&B run."""
 
-    folder: Path | None = None  # none under fast_dev_run, which leaves nothing behind
     data: LightningDataModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning broadcasts the answer, so all ranks have to ask, and a rank that fails later,
-        # in on_exception, could not ask any more.
-        folder = trainer.log_dir
-        self.folder = None if folder is None else Path(folder)
+        super().setup(trainer, pl_module, stage)
         self.data = getattr(trainer, "datamodule", None)  # an attribute Lightning does not declare
 
     @property
@@ -38,5 +33,5 @@ class PictureCallback(Callback):
             figure.savefig(file, format="png", dpi=120)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                # without a step, W&B puts it at the last optimizer step it was told
+                # without a step, W&B puts it at the last optimizer step it knows
                 logger.log_image(f"pictures/{name}", [str(path)])

@@ -1,4 +1,4 @@
-"""Which classes are taken for which. Dimensions: B batch, K classes."""
+"""Confusion matrix of validation and test. Dimensions: B batch, K classes."""
 
 import csv
 from collections.abc import Sequence
@@ -20,28 +20,6 @@ from core.files import atomic_write
 READABLE = 20  # classes; with more of them the numbers would overlap
 
 
-class ConfusionCounts:
-    """Counts of (true class, predicted class), kept on the device and never read there.
-
-    torchmetrics counts with ``torch.bincount``, which on a GPU reads the device twice in each call.
-
-    Args:
-        num_classes: Number of classes K.
-    """
-
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        self.num_classes = num_classes
-        self.counts = torch.zeros(num_classes**2, dtype=torch.long, device=device)
-
-    def update(self, preds: Tensor, target: Tensor) -> None:  # (B,), (B,)
-        cells = target * self.num_classes + preds
-        self.counts.scatter_add_(0, cells, torch.ones_like(cells))
-
-    def table(self) -> Tensor:
-        """Counts (K, K): a row for each true class, a column for each prediction."""
-        return self.counts.reshape(self.num_classes, self.num_classes)
-
-
 class ConfusionMatrix(PictureCallback):
     """Count the predictions of ``test`` and ``validate`` by true and predicted class.
 
@@ -51,25 +29,22 @@ class ConfusionMatrix(PictureCallback):
     """
 
     def __init__(self) -> None:
-        self.confusion: ConfusionCounts | None = None  # while a test or a validation runs
+        self.counts: Tensor | None = None  # (K * K,), while a test or a validation runs
         self.class_names: tuple[str, ...] = ()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.class_names = getattr(self.data, "class_names", ())
         if self.class_names:
-            self.confusion = ConfusionCounts(len(self.class_names), pl_module.device)
+            size = len(self.class_names) ** 2
+            self.counts = torch.zeros(size, dtype=torch.long, device=pl_module.device)
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: list[Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
-        if self.confusion is not None:
-            self.confusion.update(outputs["logits"].argmax(1), outputs["target"])
+        if self.counts is not None:
+            # not by torch.bincount, as torchmetrics does: on a GPU it reads the device twice
+            cells = outputs["target"] * len(self.class_names) + outputs["logits"].argmax(1)
+            self.counts.scatter_add_(0, cells, torch.ones_like(cells))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.finish(trainer, "test")
@@ -85,17 +60,18 @@ class ConfusionMatrix(PictureCallback):
 
     def finish(self, trainer: Trainer, split: str) -> None:
         """Add up the counts of all ranks; the first one writes them."""
-        if self.confusion is None:
+        if self.counts is None:
             return
-        counts = trainer.strategy.reduce(self.confusion.table(), reduce_op="sum").cpu().numpy()
-        self.confusion = None
+        table = self.counts.reshape(len(self.class_names), -1)
+        counts = trainer.strategy.reduce(table, reduce_op="sum").cpu().numpy()
+        self.counts = None
         if trainer.is_global_zero and self.folder is not None:
             name = f"confusion_matrix_{split}"
-            write_table(self.folder / f"{name}.csv", counts, self.class_names)
+            _write_table(self.folder / f"{name}.csv", counts, self.class_names)
             self.save(trainer, name, confusion_matrix(counts, self.class_names))
 
 
-def write_table(path: Path, counts: np.ndarray, class_names: Sequence[str]) -> None:
+def _write_table(path: Path, counts: np.ndarray, class_names: Sequence[str]) -> None:
     """Write counts (K, K) with the predicted classes in the header, the true ones at the left."""
     with atomic_write(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

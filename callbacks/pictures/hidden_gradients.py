@@ -1,4 +1,4 @@
-"""How much the loss depends on the state at each step of a recurrence: where gradients vanish.
+"""Gradient of the loss by the state at each step of a recurrence: where it vanishes.
 
 Dimensions: B batch, T time steps of a layer, H state, S measurements.
 """
@@ -21,32 +21,33 @@ from torch import Tensor, nn
 from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
 from core.files import atomic_write
+from lit_models.base import LitModel
 from lit_models.networks.unrolled import State
 from steadyfit.panels import (
     GREY,
     LINES,
     VERMILION,
-    around,
     count_axis,
+    log_norm,
     note,
-    short,
+    strip_common_prefix,
     whole_numbers,
 )
 
-CELLS: dict[str, Callable[..., Any]] = {
+_CELLS: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch.rnn_tanh_cell,
     "RNN_RELU": torch.rnn_relu_cell,
     "GRU": torch.gru_cell,
     "LSTM": torch.lstm_cell,
 }
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # SyncBatchNorm would wait for all ranks
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # SyncBatchNorm would wait for all ranks
 
 
 # The pure part
 
 
 class Trace(NamedTuple):
-    """What was seen of a layer.
+    """Norms at each step of a layer.
 
     Attributes:
         gradients: Norm of the total dL/dh[t] of each sample (T, B), or of the batch (T,).
@@ -62,13 +63,13 @@ class Trace(NamedTuple):
         return Trace(self.gradients.norm(dim=1), self.states.norm(dim=1), self.radius)
 
 
-class Layer(NamedTuple):
+class _Layer(NamedTuple):
     """States (B, ...) of a layer, in the order it computes them, and its recurrent matrix."""
 
     states: list[Tensor]
     matrix: Tensor | None
 
-    def keep(self, state: Tensor) -> None:
+    def append(self, state: Tensor) -> None:
         self.states.append(state.requires_grad_())  # so it would not if all weights were frozen
 
 
@@ -83,17 +84,17 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Trace]:
     random numbers are left as they were.
 
     Args:
-        module: What the states are in.
+        module: Has the states.
         loss: Calls it and returns a loss ().
 
     Returns:
-        What was seen of each layer, from bottom to top; of LSTMs also of the cell.
+        A trace of each layer, from bottom to top; of LSTMs also of the cell.
 
     Raises:
         UserError: There is no recurrent layer.
     """
-    with undisturbed(module):
-        with watched(module) as layers:
+    with _preserve_state(module):
+        with _capture_hidden_states(module) as layers:
             value = loss()
         layers = {name: layer for name, layer in layers.items() if layer.states}
         if not layers:
@@ -105,18 +106,20 @@ def trace(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Trace]:
         gradients = iter(torch.autograd.grad(value, every, materialize_grads=True))
     return {
         name: Trace(
-            norms([next(gradients) for _ in states]), norms(states), spectral_radius(matrix)
+            _norms([next(gradients) for _ in states]), _norms(states), _spectral_radius(matrix)
         )
-        for name, (states, matrix) in zip(short(list(layers)), layers.values(), strict=True)
+        for name, (states, matrix) in zip(
+            strip_common_prefix(list(layers)), layers.values(), strict=True
+        )
     }
 
 
-def norms(states: Sequence[Tensor]) -> Tensor:
+def _norms(states: Sequence[Tensor]) -> Tensor:
     """Norm of each sample at each step, (T, B); in float64, where small squares are not zero."""
     return torch.stack([*states]).detach().flatten(2).cpu().double().norm(dim=2)
 
 
-def spectral_radius(matrix: Tensor | None) -> float:
+def _spectral_radius(matrix: Tensor | None) -> float:
     """Largest |eigenvalue| of a matrix (H, H); NaN if it is not square or not finite."""
     if matrix is None or matrix.shape[0] != matrix.shape[1] or not matrix.isfinite().all():
         return math.nan
@@ -124,11 +127,11 @@ def spectral_radius(matrix: Tensor | None) -> float:
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def _preserve_state(module: nn.Module) -> Iterator[None]:
     """Compute in eval mode but for batch norm, as precisely as the weights are; leave no trace."""
     device = next(module.parameters()).device
     modes = {part: part.training for part in module.modules()}
-    norms = [p for p in modes if isinstance(p, NORMS) and p.training and p.track_running_stats]
+    norms = [p for p in modes if isinstance(p, _NORMS) and p.training and p.track_running_stats]
     module.eval()
     for norm in norms:
         norm.training, norm.track_running_stats = True, False  # by the batch, and averages stay
@@ -147,26 +150,26 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watched(module: nn.Module) -> Iterator[dict[str, Layer]]:
+def _capture_hidden_states(module: nn.Module) -> Iterator[dict[str, _Layer]]:
     """Collect the states of all layers while the module runs."""
-    layers: dict[str, Layer] = {}
+    layers: dict[str, _Layer] = {}
     hooks = []
     for name, part in module.named_modules():
         if isinstance(part, State):
             owner = module.get_submodule(name.rpartition(".")[0])
             is_cell = name.endswith("cell")
-            layer = Layer([], None if is_cell else getattr(owner, "weight_h", None))
+            layer = _Layer([], None if is_cell else getattr(owner, "weight_h", None))
             layers[name.removesuffix(".state")] = layer
-            hooks.append(part.register_forward_hook(lambda m, i, h, keep=layer.keep: keep(h)))
+            hooks.append(part.register_forward_hook(lambda m, i, h, append=layer.append: append(h)))
         elif isinstance(part, nn.RNNBase) and not part.bidirectional and not part.proj_size:
-            mine: list[list[Layer]] = []
+            mine: list[list[_Layer]] = []
             for k in range(part.num_layers):
-                layers[f"{name}.{k}"] = Layer([], getattr(part, f"weight_hh_l{k}"))
+                layers[f"{name}.{k}"] = _Layer([], getattr(part, f"weight_hh_l{k}"))
                 mine.append([layers[f"{name}.{k}"]])
                 if part.mode == "LSTM":
-                    layers[f"{name}.{k}.cell"] = Layer([], None)
+                    layers[f"{name}.{k}.cell"] = _Layer([], None)
                     mine[-1].append(layers[f"{name}.{k}.cell"])
-            hooks.append(part.register_forward_hook(unrolled(mine), with_kwargs=True))
+            hooks.append(part.register_forward_hook(_unroll(mine), with_kwargs=True))
     try:
         yield layers
     finally:
@@ -174,7 +177,7 @@ def watched(module: nn.Module) -> Iterator[dict[str, Layer]]:
             hook.remove()
 
 
-def unrolled(layers: list[list[Layer]]) -> Callable[..., Any]:
+def _unroll(layers: list[list[_Layer]]) -> Callable[..., Any]:
     """A forward hook that computes a fused network again, cell by cell.
 
     Args:
@@ -192,10 +195,10 @@ def unrolled(layers: list[list[Layer]]) -> Callable[..., Any]:
             state = tuple(part[k] for part in first) if first else (zeros,) * len(kept)
             states = []
             for step in x:
-                new = CELLS[rnn.mode](step, state if len(kept) > 1 else state[0], *weights)
+                new = _CELLS[rnn.mode](step, state if len(kept) > 1 else state[0], *weights)
                 state = (new,) if isinstance(new, Tensor) else new
                 for layer, part in zip(kept, state, strict=True):
-                    layer.keep(part)
+                    layer.append(part)
                 states.append(state[0])
             x = torch.stack(states)
             last.append(state)
@@ -246,8 +249,8 @@ class HiddenGradients(PictureCallback):
             self.batch = trainer.precision_plugin.convert_input(remake(0, 0) if remake else batch)
         layers = trace(pl_module, lambda: pl_module.evaluation_step(self.batch)["loss"])  # type: ignore[operator]
         self.measured[step] = {name: layer.of_batch() for name, layer in layers.items()}
-        if add := getattr(pl_module, "add_to_rows", None):
-            add({step: scalars(self.measured[step])})
+        if isinstance(pl_module, LitModel):
+            pl_module.add_to_rows({step: _scalars(self.measured[step])})
 
     def state_dict(self) -> dict[str, Any]:
         plain = {s: {n: tuple(t) for n, t in layers.items()} for s, layers in self.measured.items()}
@@ -259,23 +262,17 @@ class HiddenGradients(PictureCallback):
             s: {n: Trace(*t) for n, t in layers.items()} for s, layers in plain.items()
         }
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.draw(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self.draw(trainer)
-
-    def draw(self, trainer: Trainer) -> None:
+    def draw(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not self.measured or self.folder is None:
             return
-        write_csv(self.folder / "hidden_gradients.csv", self.measured)
+        _write_csv(self.folder / "hidden_gradients.csv", self.measured)
         self.save(trainer, "hidden_gradients", heat_maps(self.measured, trainer.global_step))
 
+    on_fit_end = on_exception = draw
 
-def scalars(layers: Mapping[str, Trace]) -> dict[str, float]:
-    """What the loggers see of a measurement."""
+
+def _scalars(layers: Mapping[str, Trace]) -> dict[str, float]:
+    """Values of a measurement for the loggers."""
     gradients = next(iter(layers.values())).gradients
     first, last = gradients[0].item(), gradients[-1].item()
     ratio = first / last if last else math.nan
@@ -287,7 +284,7 @@ def scalars(layers: Mapping[str, Trace]) -> dict[str, float]:
     }
 
 
-def write_csv(path: Path, measured: Mapping[int, Mapping[str, Trace]]) -> None:
+def _write_csv(path: Path, measured: Mapping[int, Mapping[str, Trace]]) -> None:
     with atomic_write(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "layer", "t", "gradient", "state"])
@@ -312,13 +309,16 @@ def heat_maps(measured: Mapping[int, Mapping[str, Trace]], end: int) -> Figure:
     steps = np.array(sorted(measured))
     edges = np.append(steps, max(end, steps[-1] + 1))
     names = list(measured[int(steps[0])])
-    tables = {name: table([measured[int(s)][name].gradients for s in steps]) for name in names}
+    tables = {  # (T, S), zero after the end of a shorter column
+        name: nn.utils.rnn.pad_sequence([measured[int(s)][name].gradients for s in steps]).numpy()
+        for name in names
+    }
     radii = {name: [measured[int(s)][name].radius for s in steps] for name in names}
     radii = {name: line for name, line in radii.items() if not np.isnan(line).all()}
     heights = [2.0] * len(names) + [1.0] * bool(radii)
     figure = Figure(figsize=(8, 1 + 1.2 * sum(heights)), layout="constrained")
     grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    scale = around([*tables.values()])
+    scale = log_norm([*tables.values()])
     colours = colormaps["viridis"].with_extremes(over=VERMILION, bad="white")
     for axes, (name, values) in zip(grid, tables.items(), strict=False):
         shown = np.where(np.isfinite(values), values, 10 * (scale.vmax or 1))
@@ -341,8 +341,3 @@ def heat_maps(measured: Mapping[int, Mapping[str, Trace]], end: int) -> Figure:
         grid[-1].legend(frameon=False)
     count_axis(grid, "optimizer step")
     return figure
-
-
-def table(columns: Sequence[Tensor]) -> np.ndarray:
-    """Columns of one length or several as an array (T, S); zero behind the end of a short one."""
-    return nn.utils.rnn.pad_sequence(list(columns)).numpy()

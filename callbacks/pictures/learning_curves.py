@@ -2,7 +2,7 @@
 
 import gc
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from callbacks.pictures.base import PictureCallback
-from core.errors import UserError
 from steadyfit.panels import BLUE, GREY, VERMILION, count_axis, dots
 
 if TYPE_CHECKING:  # a third of a second of imports, which only a picture needs
@@ -23,21 +22,15 @@ class LearningCurves(PictureCallback):
 
     While training the picture follows the validation, or the epochs where there is none; it is
     brought up to date at the end, and when training breaks off.
-
-    Args:
-        min_interval: Least time before the first picture and between two, in seconds.
     """
 
-    def __init__(self, min_interval: float = 30.0) -> None:
-        if min_interval < 0:
-            raise UserError(f"min_interval must not be negative, got {min_interval}.")
-        self.min_interval = min_interval
-        self.next_time = 0.0
+    min_interval = 30.0  # seconds before the first picture and between two
+    next_time = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.next_time = time.monotonic() + self.min_interval
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.sanity_checking and time.monotonic() >= self.next_time:
             self.refresh(trainer)
             # a figure is a web of cycles: tens of MiB that Python would come for after hours
@@ -45,15 +38,7 @@ class LearningCurves(PictureCallback):
 
     on_train_epoch_end = on_validation_end
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.refresh(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self.refresh(trainer)
-
-    def refresh(self, trainer: Trainer) -> None:
+    def refresh(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero or not self.folder:
             return
         for logger in trainer.loggers:
@@ -65,6 +50,8 @@ class LearningCurves(PictureCallback):
 
         self.save(trainer, "learning_curves", learning_curves(pd.read_csv(path)))
         self.next_time = time.monotonic() + self.min_interval
+
+    on_fit_end = on_exception = refresh
 
 
 def learning_curves(metrics: "pd.DataFrame") -> Figure:
@@ -92,7 +79,7 @@ def learning_curves(metrics: "pd.DataFrame") -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if name == "learning rate":
-            draw_rates(axes, rates)
+            _draw_rates(axes, rates)
         else:
             draw_metric(axes, name, metrics)
     count_axis(grid, "optimizer step")
@@ -119,7 +106,7 @@ def draw_metric(axes: Axes, name: str, metrics: "pd.DataFrame") -> None:
         axes.set_yscale("log")
 
 
-def draw_rates(axes: Axes, rates: "pd.DataFrame") -> None:
+def _draw_rates(axes: Axes, rates: "pd.DataFrame") -> None:
     """Draw the learning rate of each parameter group; far apart, they need a log scale."""
     styles = ["-", "--", ":", "-."]
     for position, column in enumerate(rates):

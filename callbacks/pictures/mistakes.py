@@ -4,7 +4,6 @@ Dimensions: N images of the test, M mistakes, B batch, K classes, H height, W wi
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +13,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.pictures.base import PictureCallback
-from core.errors import UserError
 from core.files import atomic_write
 
 if TYPE_CHECKING:  # not needed before the end of a test
     import pandas as pd
 
-COLUMNS = 5
-ID_LENGTH = 24  # characters of an id that fit below an image
+_COLUMNS = 5
+_ID_LENGTH = 24  # characters of an id that fit below an image
 
 Answers = list[Tensor]  # target, prediction and its probability, each (B,) or (N,)
 
@@ -33,15 +31,11 @@ class Mistakes(PictureCallback):
     ``prediction``, ``probability`` of the prediction and ``set``; the most confident come first, as
     in ``mistakes.png``. It needs an image set and test steps that return ``logits`` (B, K); other
     data it leaves alone.
-
-    Args:
-        count: Mistakes to draw.
     """
 
-    def __init__(self, count: int = 25) -> None:
-        if count < 1:
-            raise UserError(f"count must be at least 1, got {count}.")
-        self.count = count
+    count = 25  # mistakes to draw
+
+    def __init__(self) -> None:
         self.answers: list[Answers] = []  # of each batch, kept on the device and not read there
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,14 +58,14 @@ class Mistakes(PictureCallback):
         if data is None or not self.answers:
             return
         loader: Any = trainer.test_dataloaders
-        numbers = torch.cat(list(loader.shares())[: len(self.answers)])  # of this process
+        numbers = torch.cat(list(loader.batch_indices())[: len(self.answers)])  # of this process
         mine = [torch.cat(column).cpu() for column in zip(*self.answers, strict=True)]
-        parts = of_all_ranks([numbers.cpu(), *mine], trainer.world_size)
+        parts = _of_all_ranks([numbers.cpu(), *mine], trainer.world_size)
         if not trainer.is_global_zero or self.folder is None:
             return
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         rows, table = mistakes(columns, data.class_names, data.ids)
-        with atomic_write(Path(self.folder) / "mistakes.csv", "w", encoding="utf-8") as file:
+        with atomic_write(self.folder / "mistakes.csv", "w", encoding="utf-8") as file:
             table.to_csv(file, index=False, lineterminator="\n")
         images = data.splits["test"][0][rows[: self.count]]
         self.save(trainer, "mistakes", mistakes_sheet(images.numpy(), table, len(columns[0])))
@@ -83,8 +77,8 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     return preds, probability.nan_to_num(0.0)  # a network that diverged is not confident
 
 
-def of_all_ranks(tensors: list[Tensor], world_size: int) -> list[list[Tensor]]:
-    """What each process has, in tensors (n, ...) of any length."""
+def _of_all_ranks(tensors: list[Tensor], world_size: int) -> list[list[Tensor]]:
+    """Tensors (n, ...) of each process, n of any size."""
     if world_size == 1:
         return [tensors]
     parts: list[Any] = [None] * world_size
@@ -95,7 +89,7 @@ def of_all_ranks(tensors: list[Tensor], world_size: int) -> list[list[Tensor]]:
 def mistakes(
     columns: list[Tensor], class_names: Sequence[str], ids: Sequence[Any]
 ) -> tuple[Tensor, "pd.DataFrame"]:
-    """Which images (M,) are mistaken, the most confident first, and a row for each.
+    """Numbers (M,) of the mistaken images, the most confident first, and a row for each.
 
     Args:
         columns: Number of each image, its target, prediction, and the probability of that; (N,).
@@ -122,19 +116,19 @@ def mistakes(
 
 def mistakes_sheet(images: np.ndarray, table: "pd.DataFrame", samples: int) -> Figure:
     """Draw images uint8 (m, H, W, C), each under its row of the table of all M mistakes."""
-    rows = max(1, -(-len(images) // COLUMNS))
-    figure = Figure(figsize=(1.8 * COLUMNS, 2.5 * rows + 0.4), layout="constrained")
+    rows = max(1, -(-len(images) // _COLUMNS))
+    figure = Figure(figsize=(1.8 * _COLUMNS, 2.5 * rows + 0.4), layout="constrained")
     count = f"{len(table):,} mistakes" if len(table) else "no mistakes"
     first = "the most confident of " if len(images) < len(table) else ""
     figure.suptitle(f"{first}{count} in {samples:,} images")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     # the last row may not be full
     for axes, image, row in zip(grid, images, table.itertuples(), strict=False):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         id = str(row.id)
-        shown = id if len(id) <= ID_LENGTH else f"…{id[1 - ID_LENGTH :]}"
-        told = f"{row.probability:.1%} {row.prediction}\ntrue: {row.label}\n{shown}"
-        axes.set_title(told, fontsize="small")
+        shown = id if len(id) <= _ID_LENGTH else f"…{id[1 - _ID_LENGTH :]}"
+        caption = f"{row.probability:.1%} {row.prediction}\ntrue: {row.label}\n{shown}"
+        axes.set_title(caption, fontsize="small")
     return figure

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from callbacks.pictures.base import PictureCallback
-from core.errors import UserError
 
-GAP = 2  # white pixels between images
+_GAP = 2  # white pixels between images
 
 
 class SampleSheet(PictureCallback):
@@ -23,15 +22,9 @@ class SampleSheet(PictureCallback):
 
     Written to ``sample_sheet.png`` when ``fit`` starts. Other data than images it leaves alone. The
     augmentation is drawn by a small loader of its own, so training goes on as it would without.
-
-    Args:
-        per_class: Images of each class.
     """
 
-    def __init__(self, per_class: int = 6) -> None:
-        if per_class < 1:
-            raise UserError(f"per_class must be at least 1, got {per_class}.")
-        self.per_class = per_class
+    per_class = 6  # images
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = self.images
@@ -73,7 +66,7 @@ def sample_sheet(stored: Tensor, augmented: Tensor, class_names: Sequence[str]) 
         axes.imshow(mosaic(images), interpolation="nearest")
         axes.set_title(title)
         axes.set_xticks([])
-        axes.set_yticks(np.arange(rows) * (height + GAP) + height / 2, class_names)
+        axes.set_yticks(np.arange(rows) * (height + _GAP) + height / 2, class_names)
         axes.tick_params(length=0, labelsize="large")
         axes.spines[:].set_visible(False)
     return figure
@@ -83,7 +76,7 @@ def mosaic(images: Tensor) -> np.ndarray:
     """Lay out images (K, V, H, W, C), of one channel or three, as a single one on white."""
     colour = images.expand(*images.shape[:-1], 3)
     padded = np.pad(
-        colour.numpy(), ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255
+        colour.numpy(), ((0, 0), (0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=255
     )
     rows, columns, height, width, _ = padded.shape
     return padded.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)

@@ -1,4 +1,4 @@
-"""The pictures of what GradientSpikeMonitor has seen."""
+"""Pictures of what GradientSpikeMonitor has seen."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from callbacks.pictures.base import PictureCallback
 from core.errors import UserError
-from steadyfit._hooks import scale_left
+from steadyfit.lightning import scale_left
 from steadyfit.pictures import SpikeRun, spike_pictures
 from steadyfit.through_time import WorstStep, is_sequence, through_time
 
@@ -24,7 +24,7 @@ class SpikePictures(PictureCallback):
     on the device, which takes one copy of the parameters and no read, and are left in
     ``worst_spike.pt``.
 
-    Put it behind the monitor and in front of callbacks that clip gradients.
+    Put it after the monitor and in front of callbacks that clip gradients.
 
     Args:
         target: Validation accuracy (fraction) from which on the task counts as learned.

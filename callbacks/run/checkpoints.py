@@ -1,4 +1,4 @@
-"""The checkpoints that a run cannot do without, safe from a crash."""
+"""Checkpoints that a run cannot do without, safe from a crash."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """What ``fit --run NAME`` goes on from: the last epoch, or where training ended inside one.
+    """Keep the state to resume from: of the last epoch, or of where training ended inside one.
 
     Lightning counts an epoch that a time limit or ``max_steps`` cuts short as done, and whoever
     goes on would never see the rest of its samples.
@@ -101,5 +101,5 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def is_last_checkpoint(callback: Callback) -> bool:
-    """Whether it is what configurations of earlier versions had in the place of LastCheckpoint."""
+    """Return whether a callback is the predecessor of LastCheckpoint in older configurations."""
     return isinstance(callback, ModelCheckpoint) and callback.filename == "last"

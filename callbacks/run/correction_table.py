@@ -8,7 +8,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from core.errors import UserError
 from core.files import atomic_write
 from datamodules.text.grammar import GrammarDataModule
 from metrics.edits import apply_edits
@@ -17,6 +16,8 @@ from metrics.m2 import M2Sentence
 if TYPE_CHECKING:  # a quarter of a second of imports, for grammar alone
     import pandas as pd
 
+_SHOWN = 100  # rows on W&B
+
 
 class CorrectionTable(Callback):
     """Write ``corrections.csv`` after validation and ``corrections_test.csv`` after a test.
@@ -24,15 +25,7 @@ class CorrectionTable(Callback):
     A row is a sentence, what the network made of it, and what people made of it. The first rows are
     a table on W&B as well, ``tables/corrections``. Other data than a :class:`GrammarDataModule` are
     left alone.
-
-    Args:
-        shown: Rows on W&B.
     """
-
-    def __init__(self, shown: int = 100) -> None:
-        if shown < 1:
-            raise UserError(f"shown must be at least 1, got {shown}.")
-        self.shown = shown
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer, "corrections")
@@ -51,7 +44,7 @@ class CorrectionTable(Callback):
             rows.to_csv(file, index=False, lineterminator="\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table(f"tables/{name}", dataframe=rows.head(self.shown))
+                logger.log_table(f"tables/{name}", dataframe=rows.head(_SHOWN))
 
 
 def corrections(examples: list[M2Sentence], corrected: Sequence[str | None]) -> "pd.DataFrame":

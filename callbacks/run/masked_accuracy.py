@@ -1,17 +1,16 @@
-"""How many of the masked tokens, and of the next sentences, are told right."""
+"""Accuracy of masked tokens, and of next sentences."""
 
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from datamodules.text.masked_books import MaskedBooksDataModule
 from datamodules.text.subwords import IS_NEXT, NOT_NEXT
 
 
 class MaskedAccuracy(Callback):
-    """Tell the accuracy of masked tokens and that of next sentences apart.
+    """Log the accuracy of masked tokens and that of next sentences apart.
 
     Logged in validation as ``val/masked_accuracy`` and, with ``next_sentence``,
     ``val/next_sentence_accuracy``; after a test likewise, which is printed. ``val/accuracy`` counts
@@ -19,32 +18,11 @@ class MaskedAccuracy(Callback):
     """
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: list[Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.record(trainer, pl_module, outputs, "val")
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: list[Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.record(trainer, pl_module, outputs, "test")
-
-    def record(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, stage: str
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         if not isinstance(trainer.datamodule, MaskedBooksDataModule):  # type: ignore[attr-defined]
             return
+        stage = "test" if trainer.testing else "val"
         target = outputs["target"]
         right = (outputs["logits"].argmax(1) == target).float()
         of_sentences = (target == IS_NEXT) | (target == NOT_NEXT)
@@ -61,3 +39,5 @@ class MaskedAccuracy(Callback):
                 sync_dist=True,
                 logger=stage == "val",  # the step of a test is the checkpoint's, see LitModel
             )
+
+    on_test_batch_end = on_validation_batch_end

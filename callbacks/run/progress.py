@@ -14,7 +14,7 @@ from callbacks.training.timing import Timing
 
 INTERVAL = 0.2  # seconds between two drawings
 LOG_INTERVAL = 30.0  # seconds between two lines where there is no terminal
-TIMES: list[tuple[str, str, Callable[[float], str]]] = [  # in `Timing`, in the bar, and how
+_TIMES: list[tuple[str, str, Callable[[float], str]]] = [  # in `Timing`, in the bar, and how
     ("time/left", "left", lambda seconds: str(timedelta(seconds=round(seconds)))),
     ("time/samples_per_second", "samples/s", "{:,.0f}".format),
     ("time/data_wait", "wait", "{:.0%}".format),
@@ -40,7 +40,7 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self._next = 0.0
         self._validated: dict[str, str] = {}  # last values of validation, by name
-        self._told = 0  # optimizer steps up to the last line of an epoch
+        self._last_line = 0  # optimizer steps at the last line of an epoch
 
     @property
     def is_disabled(self) -> bool:  # what Lightning asks when it makes a bar
@@ -65,7 +65,7 @@ class ProgressBar(TQDMProgressBar):
             return f"{stage.value.replace('_', ' ').capitalize()} {place}"
         values = self.get_metrics(trainer, trainer.lightning_module) | self._validated
         # before the first log step there are none
-        return f"Epoch {trainer.current_epoch}, {place}: {joined(values)}".removesuffix(": ")
+        return f"Epoch {trainer.current_epoch}, {place}: {_join(values)}".removesuffix(": ")
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
@@ -75,7 +75,7 @@ class ProgressBar(TQDMProgressBar):
             name.removeprefix("train/"): f"{value:.3f}" for name, value in latest.items()
         }
         timing = [c.latest for c in trainer.callbacks if isinstance(c, Timing)]  # type: ignore[attr-defined]
-        times = {label: say(t[key]) for t in timing for key, label, say in TIMES if key in t}
+        times = {label: say(t[key]) for t in timing for key, label, say in _TIMES if key in t}
         first = {"left": times.pop("left")} if "left" in times else {}
         return first | values | times  # a narrow terminal cuts off the end
 
@@ -95,18 +95,18 @@ class ProgressBar(TQDMProgressBar):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             found, names = trainer.callback_metrics, ("val/loss", getattr(pl_module, "monitor", ""))
             self._validated = {n: f"{found[n].item():.4f}" for n in names if n in found}
-            self.print(f"Epoch {trainer.current_epoch}: {joined(self._validated)}")
+            self.print(f"Epoch {trainer.current_epoch}: {_join(self._validated)}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         self._tell_epoch(trainer, pl_module)
 
     def _tell_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._told:  # not again behind the validation
-            self._told = trainer.global_step
+        if trainer.global_step > self._last_line:  # not again after the validation
+            self._last_line = trainer.global_step
             values = self.get_metrics(trainer, pl_module)
-            self.print(f"Epoch {trainer.current_epoch}: {joined(values)}")
+            self.print(f"Epoch {trainer.current_epoch}: {_join(values)}")
 
 
-def joined(values: Mapping[str, object]) -> str:
+def _join(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())

@@ -1,4 +1,4 @@
-"""What keeps a run folder whole: its configuration and its metrics."""
+"""Configuration and metrics of a run folder."""
 
 import csv
 import io
@@ -183,13 +183,13 @@ class RunRecord(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping) and has_stopped(callback):
+            if isinstance(callback, EarlyStopping) and _has_stopped(callback):
                 trainer.should_stop = True  # Lightning would train one more epoch
         where = hardware(trainer.strategy.root_device, trainer.world_size)
         self.text = f"# hardware: {json.dumps(where)}\n{self.text}"
         if split := trainer.datamodule.split_digest:  # type: ignore[attr-defined]
             self.text = f"# split: {split}\n{self.text}"
-        # not on_train_start: a run killed behind its last step has nothing left to train
+        # not on_train_start: a run killed after its last step has nothing left to train
         for table in trainer.loggers:
             if isinstance(table, MetricsCSV):
                 table.restart_from(self.done, trainer.loggers)
@@ -221,7 +221,7 @@ class RunRecord(Callback):
             pl_module.flush_records(alone=True)
 
 
-def has_stopped(callback: EarlyStopping) -> bool:
-    """Whether it has ended the training that it was restored from."""
+def _has_stopped(callback: EarlyStopping) -> bool:
+    """Return whether it has ended the training that it was restored from."""
     reason = getattr(callback, "stopping_reason", None)
     return callback.stopped_epoch > 0 if reason is None else bool(reason.value)

@@ -4,16 +4,15 @@ import inspect
 import json
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from callbacks.run.folder import FolderCallback
 from callbacks.run.run_folder import MetricsCSV, RunRecord
 from core.files import atomic_write
 from lit_models.base import LitModel
@@ -21,14 +20,14 @@ from lit_models.base import LitModel
 Rows = dict[int, dict[str, float]]
 
 
-class SubmissionLog(Callback):
+class SubmissionLog(FolderCallback):
     """Write ``submission_log.json`` into the run folder, in the course's format.
 
     It holds the loss of every step, the training and the evaluation accuracy of every epoch in
     percent, the settings, the names and shapes of the parameters, and the source of the network.
     What concerns training is that of ``metrics.csv``; without one, nothing is written.
 
-    The course evaluates on its evaluation part behind every epoch, and so does this callback: it
+    The course evaluates on its evaluation part after every epoch, and so does this callback: it
     reads the ``test`` split. Use it for the course's log alone, and choose nothing by what it says.
     It draws no random numbers and logs no metric, so that training is the same without it.
 
@@ -55,27 +54,26 @@ class SubmissionLog(Callback):
         if not isinstance(pl_module, LitModel):
             return
         with trainer.precision_plugin.val_step_context():
-            counts = count_right(pl_module, self.evaluation)
+            counts = _count_right(pl_module, self.evaluation)
         right, samples = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.eval_accuracies.append(round(100 * right / samples, 4))
-        folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
         rows = next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), None)
         record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and folder and rows and record:
-            history = {**history_of(rows), "eval_accuracies": self.eval_accuracies}
+        if trainer.is_global_zero and self.folder and rows and record:
+            history = {**_history(rows), "eval_accuracies": self.eval_accuracies}
             content = {
                 "history": history,
-                "hparams": settings_of(yaml.safe_load(record.text)),
+                "hparams": _settings(yaml.safe_load(record.text)),
                 "last_name": self.last_name,
-                **description_of(pl_module.network),
+                **_description(pl_module.network),
             }
-            with atomic_write(Path(folder) / "submission_log.json", "w") as file:
+            with atomic_write(self.folder / "submission_log.json", "w") as file:
                 json.dump(content, file)
 
 
 @torch.no_grad()
-def count_right(model: LitModel, batches: Iterable[list[Tensor]]) -> Tensor:
-    """How many samples a model gets right, and how many there are (2,), on its device."""
+def _count_right(model: LitModel, batches: Iterable[list[Tensor]]) -> Tensor:
+    """Numbers of correctly classified samples and of all samples (2,), on the model's device."""
     counts = torch.zeros(2, device=model.device)
     model.eval()
     for batch in batches:
@@ -86,7 +84,7 @@ def count_right(model: LitModel, batches: Iterable[list[Tensor]]) -> Tensor:
     return counts
 
 
-def history_of(rows: Rows) -> dict[str, list[float]]:
+def _history(rows: Rows) -> dict[str, list[float]]:
     """The loss of every step and the mean accuracy of every epoch, from ``metrics.csv``."""
     steps = [row for _, row in sorted(rows.items()) if "train/loss" in row]
     epochs = groupby(steps, key=lambda row: row["epoch"])
@@ -99,7 +97,7 @@ def history_of(rows: Rows) -> dict[str, list[float]]:
     }
 
 
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that the course asks for, from a resolved configuration; None is not set."""
     model = config["model"]["init_args"]
     network, optimizer = model["network"].get("init_args", {}), model["optimizer"]
@@ -116,7 +114,7 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def description_of(network: nn.Module) -> dict[str, Any]:
+def _description(network: nn.Module) -> dict[str, Any]:
     """Names and shapes of a network's parameters, and the source of what makes and runs it."""
     cls = type(network)
     return {

@@ -1,4 +1,4 @@
-"""A run that is told to end keeps what it has learned."""
+"""Stop on SIGTERM without losing what was learned."""
 
 import shlex
 import signal
@@ -14,22 +14,23 @@ from lightning import LightningModule, Trainer, __version__
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.run.folder import FolderCallback
 from core.hosts import slurm_job
 from core.runs import Run
 
 FEWEST = 20  # batches between two exchanges of several processes
 MOST = 50  # optimizer steps between them, where epochs are long
-EXIT_STATUS = 143  # 128 + SIGTERM, as a shell reports it
-END, REQUEUE = 1, 2  # notes: SIGTERM, and the signal before the end of a SLURM job's time
+_EXIT_STATUS = 143  # 128 + SIGTERM, as a shell reports it
+_END, _REQUEUE = 1, 2  # notes: SIGTERM, and the signal before the end of a SLURM job's time
 
 
-class Termination(Checkpoint):
+class Termination(FolderCallback, Checkpoint):
     """SIGTERM to any process ends training with the checkpoint that ``fit --run`` goes on from.
 
     Schedulers and containers send it some seconds before SIGKILL, often to one process alone. Its
     handler only takes note. On log steps, where the loop waits for the device anyway, and at ends
     of epochs, but never within ``FEWEST`` batches, the processes exchange their notes in one
-    ``all_reduce``. All of them then stop at the same step: behind a batch that another one follows,
+    ``all_reduce``. All of them then stop at the same step: after a batch that another one follows,
     or at the end of the epoch, since a validation that is due must not be lost. A process on its
     own has nobody to ask and stops as soon as it can.
 
@@ -38,27 +39,29 @@ class Termination(Checkpoint):
     SLURM's warning, SIGUSR1, is answered likewise, and the job goes into the queue again. Lightning
     would train on meanwhile, and no run goes on from its ``hpc_ckpt_1.ckpt``.
 
-    As a ``Checkpoint`` it comes behind all callbacks that learn something from the step.
+    As a ``Checkpoint`` it comes after all callbacks that learn something from the step.
     """
 
     def __init__(self) -> None:
-        self.noted = 0  # what this process was told: END or REQUEUE
-        self.agreed = 0  # the most that any was told
+        self.noted = 0  # signal of this process: _END or _REQUEUE
+        self.agreed = 0  # the largest of all processes
         self.batches = 0  # trained since the processes last exchanged their notes
         self.postponed = False  # to the end of the epoch
         self.handler: Callable[..., Any] | None = None  # None where Lightning installs it
         self.previous_handler: Any = signal.SIG_DFL
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+
         def note(signum: int, *_: object) -> None:
-            self.noted = max(self.noted, END if signum == signal.SIGTERM else REQUEUE)
+            self.noted = max(self.noted, _END if signum == signal.SIGTERM else _REQUEUE)
 
         def end(signum: int, *_: object) -> NoReturn:
             if signum != signal.SIGTERM and trainer.is_global_zero:
                 requeue()
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signum)
-            raise SIGTERMException(EXIT_STATUS)
+            raise SIGTERMException(_EXIT_STATUS)
 
         # Lightning broadcasts the first process's flag and reads it in every step, and its handler
         # broadcasts in the midst of other collectives: one signal hangs or crashes all processes.
@@ -100,7 +103,7 @@ class Termination(Checkpoint):
             self.stop(trainer)
 
     def exchange(self, trainer: Trainer, due: bool) -> None:
-        """Learn whether any process was told to end; the same ``due`` on all of them."""
+        """Find the largest note of all processes; ``due`` is the same on all of them."""
         if trainer.world_size == 1:
             self.agreed = self.noted
         elif due and self.batches >= FEWEST:
@@ -124,27 +127,26 @@ class Termination(Checkpoint):
             return False
 
     def stop(self, trainer: Trainer) -> NoReturn:
-        # asked on all ranks: Lightning broadcasts the answer
-        run = Run(Path(trainer.log_dir or trainer.default_root_dir))
+        run = Run(self.folder or Path(trainer.default_root_dir))
         # all ranks wait until it is written
         trainer.save_checkpoint(run.last_checkpoint, weights_only=False)
         if trainer.is_global_zero:
-            signalled = "SIGTERM" if self.agreed == END else "SLURM"
+            signalled = "SIGTERM" if self.agreed == _END else "SLURM"
             print(
                 f"\nStopped by {signalled} after step {trainer.global_step}; the same command with "
                 f"--run={shlex.quote(run.folder.name)} goes on from {run.last_checkpoint}",
                 file=sys.stderr,
             )
-            if self.agreed == REQUEUE:
+            if self.agreed == _REQUEUE:
                 requeue()
         # Lightning's launcher kills the first process of a node when another one fails
-        raise SIGTERMException(EXIT_STATUS if trainer.local_rank == 0 else 0)
+        raise SIGTERMException(_EXIT_STATUS if trainer.local_rank == 0 else 0)
 
 
 def another_batch_follows(trainer: Trainer) -> bool:
-    """Whether the next thing is a batch, and no gradient waits for it.
+    """Return whether a batch comes next, and no gradient waits for it.
 
-    A checkpoint does not hold accumulated gradients, and behind one that is written in front of a
+    A checkpoint does not hold accumulated gradients, and after one that is written before a
     validation, or of the end of an epoch, Lightning goes on without them.
     """
     loop = trainer.fit_loop.epoch_loop

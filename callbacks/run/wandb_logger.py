@@ -45,8 +45,8 @@ class ResumableWandbLogger(WandbLogger):
         # W&B warns of this argument, which Lightning always gives (wandb/wandb#10909)
         init.pop("anonymous", None)
         if isinstance(settings := init.get("settings") or {}, dict):
-            init["settings"] = {"stop_fn": stop_training, **settings}
-        self._held: set[tuple[int | None, str]] | None = None
+            init["settings"] = {"stop_fn": _stop_training, **settings}
+        self._logged: set[tuple[int | None, str]] | None = None
         self._is_finite = True  # the losses so far
 
     @property
@@ -60,7 +60,7 @@ class ResumableWandbLogger(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run, which is begun when it is first asked for."""
         if self._experiment is None:
-            leave_out_job_inputs()
+            _skip_job_inputs()
         return super().experiment
 
     @rank_zero_only
@@ -78,33 +78,33 @@ class ResumableWandbLogger(WandbLogger):
     def log_history(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Log what was measured before an interruption; measured again, as a test, it is left out.
 
-        Otherwise a run that was killed behind its test would have the row of the test twice.
+        Otherwise a run that was killed after its test would have the row of the test twice.
         """
         for step, metrics in rows.items():
             self._log_missing(metrics, step)
-        if self._held is not None:
-            self._held |= {(step, name) for step, metrics in rows.items() for name in metrics}
+        if self._logged is not None:
+            self._logged |= {(step, name) for step, metrics in rows.items() for name in metrics}
 
     def _log_missing(self, metrics: Mapping[str, float], step: int | None) -> None:
-        if self._held is None:
+        if self._logged is None:
             folder = Path(self.save_dir or ".") / "wandb"
             current = Path(self.experiment.dir).parent
             earlier = [f for f in folder.glob(f"*-{escape(self.experiment.id)}") if f != current]
-            self._held = {pair for f in earlier for pair in held_metrics(f)}
-        missing = {k: v for k, v in metrics.items() if (step, k) not in self._held}
+            self._logged = {pair for f in earlier for pair in logged_metrics(f)}
+        missing = {k: v for k, v in metrics.items() if (step, k) not in self._logged}
         if missing.keys() - {"epoch"}:
             super().log_metrics(missing, step)
 
     @rank_zero_only
     def log_rows(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Log the metrics of several optimizer steps, and wait once until W&B has them."""
-        with sent_together(self.experiment):
+        with batched_publish(self.experiment):
             for step, metrics in sorted(rows.items()):
                 self.log_metrics(metrics, step)
 
 
 @cache
-def leave_out_job_inputs() -> None:
+def _skip_job_inputs() -> None:
     """Let a run begin without W&B's job queue, a third as long to load as torch, if nothing has.
 
     Each run asks it for the inputs of a job, of which there can be none where it is not loaded.
@@ -122,7 +122,7 @@ def leave_out_job_inputs() -> None:
     setattr(Run, name, if_any)
 
 
-def stop_training() -> None:
+def _stop_training() -> None:
     """Do on "Stop run" what SIGTERM does; W&B's own SIGINT would lose the epoch.
 
     Called in a thread of W&B's.
@@ -133,7 +133,7 @@ def stop_training() -> None:
 
 
 @contextmanager
-def sent_together(run: "Run") -> Iterator[None]:
+def batched_publish(run: "Run") -> Iterator[None]:
     """Send at the end what the run publishes in here.
 
     W&B sends from a thread of its own and waits for it in every call, which takes two to three
@@ -166,15 +166,15 @@ def sent_together(run: "Run") -> Iterator[None]:
         interface._asyncer.run(send)
 
 
-def held_metrics(folder: Path) -> Iterator[tuple[int, str]]:
-    """Every (optimizer step, metric) in an offline run's folder, as far as it was written."""
+def logged_metrics(folder: Path) -> Iterator[tuple[int, str]]:
+    """Pairs (optimizer step, metric) in an offline run's folder, as far as it was written."""
     try:
         from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
     except ImportError:
         print(f"This W&B cannot read {folder}, so what is logged again is twice in the W&B run.")
         return
     for path in folder.glob("run-*.wandb"):
-        for payload in leveldb_records(path.read_bytes()[7:]):  # behind ":W&B", magic and version
+        for payload in leveldb_records(path.read_bytes()[7:]):  # after ":W&B", magic and version
             record = Record.FromString(payload)
             items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
             if STEP in items:
@@ -183,13 +183,13 @@ def held_metrics(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 def leveldb_records(log: bytes, offset: int = 7, block: int = 32 * 1024) -> Iterator[bytes]:
-    """The records of a LevelDB log, up to the first that a crash cut short.
+    """Records of a LevelDB log, up to the first that a crash cut short.
 
     Blocks of 32 KiB hold fragments, each with a header of checksum (4 bytes), length (2) and type
     (1: whole, 2: first, 3: middle, 4: last part of a record).
 
     Args:
-        log: The file's bytes behind its own header.
+        log: The file's bytes after its own header.
         offset: Length of that header; blocks are counted from the start of the file.
         block: Size of a block in bytes.
     """

@@ -1,4 +1,4 @@
-"""What people look for on a W&B run, beside the rows of its metrics."""
+"""Summary, code and artifacts of a W&B run, beside the rows of its metrics."""
 
 import json
 import math
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from callbacks.run.folder import FolderCallback
 from callbacks.run.run_folder import MetricsCSV
 from callbacks.run.wandb_logger import STEP, ResumableWandbLogger
 from core.errors import UserError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wandb import Run as WandbRun
 
 
-class WandbSummary(Callback):
+class WandbSummary(FolderCallback):
     """Best values in the summary, uncommitted code, artifacts, and an alert when training ends.
 
     Args:
@@ -34,6 +34,7 @@ class WandbSummary(Callback):
         self.trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self.best = {"train/loss": "min", "val/loss": "min"}
@@ -42,21 +43,21 @@ class WandbSummary(Callback):
                 self.best[monitor] = getattr(callback, "mode", "min")
         if isinstance(pl_module, LitModel):
             self.best[pl_module.monitor] = "max"
-        for run in runs_of(trainer):
+        for run in _wandb_runs(trainer):
             for name, end in self.best.items():
                 run.define_metric(name, step_metric=STEP, step_sync=True, summary=f"{end},last")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trained = True
-        patch = Path(trainer.log_dir or ".") / "code.patch"  # asked on all ranks
-        for run in runs_of(trainer) if patch.exists() else []:
+        patch = (self.folder or Path()) / "code.patch"
+        for run in _wandb_runs(trainer) if patch.exists() else []:
             shutil.copy(patch, run.dir)
             run.save(Path(run.dir, patch.name), base_path=run.dir, policy="now")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or ".")  # asked on all ranks
+        folder = self.folder or Path()
         best = self.best_values(trainer)
-        for run in runs_of(trainer):
+        for run in _wandb_runs(trainer):
             run.summary.update(best)
             if self.tells_end and self.trained:
                 ended = [f"{k} {e} {best[k][e]:.4g}" for k, e in self.best.items() if k in best]
@@ -90,7 +91,7 @@ class WandbSummary(Callback):
         return found
 
 
-def runs_of(trainer: Trainer) -> "list[WandbRun]":
+def _wandb_runs(trainer: Trainer) -> "list[WandbRun]":
     """The W&B runs of a trainer that record anything."""
     if not trainer.is_global_zero:
         return []

@@ -1,1 +1,1 @@
-"""What changes training itself, and what it costs."""
+"""Changes to training itself, and its cost."""

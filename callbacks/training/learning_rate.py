@@ -9,7 +9,7 @@ from lightning.pytorch import callbacks
 class LearningRateMonitor(callbacks.LearningRateMonitor):
     """Lightning's, with the rate that each optimizer step is taken with, in the row of the step.
 
-    Lightning's own tells it on log steps alone, and so nothing of a warm-up of fewer steps.
+    Lightning's own logs it on log steps alone, and so nothing of a warm-up of fewer steps.
 
     Args:
         logging_interval: ``epoch``, or null and ``step``: every optimizer step.

@@ -12,7 +12,7 @@ from torch import Tensor
 class Lookahead(Callback):
     """Every few steps, move a slow copy of the weights towards them and go on from there.
 
-    Zhang et al., arXiv:1907.08610, on all that has a floating-point value, running averages of
+    Zhang et al., arXiv:1907.08610, on all that has a _floating-point value, running averages of
     normalisation too, with the schedule of arXiv:2404.00498, section 3.4: the share of the slow
     weights that is kept grows with the cube of the training done, and the last step ends on the
     slow weights alone. Unlike an average that only looks on, it changes the training itself.
@@ -40,7 +40,7 @@ class Lookahead(Callback):
             raise MisconfigurationException(
                 "Lookahead needs the length of training; set trainer.max_epochs or max_steps."
             )
-        fast = floating(pl_module)
+        fast = _floating(pl_module)
         if not self.slow:
             self.slow = [x.clone() for x in fast]
         self.slow = [slow.to(x.device) for slow, x in zip(self.slow, fast, strict=True)]
@@ -58,7 +58,7 @@ class Lookahead(Callback):
         if self.steps % self.every and not last:
             return
         keep = 1.0 if last else self.keep * (self.steps / total) ** 3
-        fast = floating(pl_module)
+        fast = _floating(pl_module)
         torch._foreach_lerp_(self.slow, fast, 1 - keep)
         torch._foreach_copy_(fast, self.slow)
 
@@ -69,6 +69,6 @@ class Lookahead(Callback):
         self.slow = state_dict["slow"]
 
 
-def floating(pl_module: LightningModule) -> list[Tensor]:
+def _floating(pl_module: LightningModule) -> list[Tensor]:
     """Parameters and buffers, but for counters."""
     return [x for x in pl_module.state_dict().values() if x.is_floating_point()]

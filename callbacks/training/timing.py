@@ -1,4 +1,4 @@
-"""How fast training goes, what it waits for, what memory it takes, and when it will end."""
+"""Speed of training, its wait for data, its memory and its end."""
 
 import math
 from time import perf_counter
@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
+from callbacks.run.folder import FolderCallback
 from callbacks.run.run_folder import MetricsCSV
 
 MIB = 2**20
 
 
-class TimingCSV(MetricsCSV):
+class _TimingCSV(MetricsCSV):
     """The times of a run, which ``metrics.csv`` has none of: it is the same after a resume."""
 
     filename = "timing.csv"
 
 
-class Timing(Callback):
+class Timing(FolderCallback):
     """Measure the speed of training, for ``timing.csv``, all other loggers and the progress bar.
 
     A row is of the steps since the row before, without validation, checkpoints and pictures, and
@@ -30,7 +30,7 @@ class Timing(Callback):
 
     - ``time/samples_per_second``: of all processes.
     - ``time/data_wait``: share of the time that training waited for its loader, unless a profiler
-      is set, which tells it too.
+      is set, which measures it too.
     - ``time/memory``: in MiB; on a GPU the most that tensors took since training began, elsewhere
       what the process holds now (RSS).
     - ``time/elapsed`` and ``time/left``: seconds of the whole training, from its first start on and
@@ -40,7 +40,7 @@ class Timing(Callback):
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
-        self._table: TimingCSV | None = None
+        self._table: _TimingCSV | None = None
         self._seconds = self._waited = 0.0  # since the last row; the loader's clock at that time
         self._samples = 0
         self._running: float | None = None  # since when; None while the clock stands still
@@ -49,9 +49,9 @@ class Timing(Callback):
         self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = trainer.log_dir  # asked on all ranks: Lightning broadcasts the answer
-        if folder and trainer.loggers and trainer.is_global_zero and stage == "fit":
-            self._table = TimingCSV(folder)
+        super().setup(trainer, pl_module, stage)
+        if self.folder and trainer.loggers and trainer.is_global_zero and stage == "fit":
+            self._table = _TimingCSV(str(self.folder))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -59,7 +59,7 @@ class Timing(Callback):
         self._done = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # not on_train_start: a run killed behind its last step has nothing left to train
+        # not on_train_start: a run killed after its last step has nothing left to train
         if self._table is not None:
             self._table.restart_from(self._done, trainer.loggers)
 

@@ -1,6 +1,6 @@
 """Decode image files to bytes on stdout; a program of its own, to run on every core.
 
-    python decode_images.py exact|fit HEIGHT WIDTH FOLDER < names, each ended by a zero byte
+    python decode_images.py HEIGHT WIDTH FOLDER < names, each ended by a zero byte
 
 The pixels of all files come first, zeros where one cannot be read, then JSON: why, by position.
 
@@ -17,29 +17,12 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow clips the others to white
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of their files
-MOST_PIXELS = 64_000_000  # that are decoded, each in up to three copies of four bytes
+_MOST_PIXELS = 64_000_000  # that are decoded, each in up to three copies of four bytes
 
 
 def decode(path: Path, size: tuple[int, int]) -> bytes:
-    """Pixels (H, W, 3) uint8 of an image of that size; grey, palette and transparency become RGB.
-
-    Raises:
-        ValueError: The image is missing, broken, or of another size or depth.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if (image.height, image.width) == size and image.mode in EIGHT_BIT_MODES:
-                return image.convert("RGB").tobytes()
-            found = f"{image.height} x {image.width} in mode {image.mode}"
-    except Exception as error:  # Pillow raises many kinds at files that are not whole
-        raise ValueError(f"{path} is not a whole image ({error})") from error
-    raise ValueError(f"{path}: expected {size[0]} x {size[1]} pixels of 8 bits, found {found}")
-
-
-def decode_photo(path: Path, size: tuple[int, int]) -> bytes:
     """Pixels (H, W, 3) uint8 of a photo of any size: its centre, upright, without its transparency.
 
     The largest part of the size's proportions is cut from the middle and scaled, so nothing is
@@ -50,10 +33,11 @@ def decode_photo(path: Path, size: tuple[int, int]) -> bytes:
     """
     height, width = size
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             image.draft("RGB", (2 * width, 2 * height))  # a JPEG can be decoded at half, a quarter
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > _MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            image.load()  # here, since the reading of EXIF data passes over what is broken
             return square(image, size).tobytes()
     except Exception as error:
         raise ValueError(reason(error)) from error
@@ -62,7 +46,7 @@ def decode_photo(path: Path, size: tuple[int, int]) -> bytes:
 def square(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The middle of an image in RGB, upright, scaled to height and width."""
     height, width = size
-    return ImageOps.fit(opaque(upright(image)), (width, height))
+    return ImageOps.fit(_opaque(upright(image)), (width, height))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -73,7 +57,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image) -> Image.Image:
     """RGB of any mode, on white where it is transparent, as a browser shows it."""
     if image.mode.startswith("I"):  # 16 bits
         image = image.point(lambda value: value * (1 / 256)).convert("L")
@@ -84,20 +68,19 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a photo, without its path."""
+    """The fault of a photo, without its path."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        return f"no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} image"
     return getattr(error, "strerror", None) or str(error)
 
 
-def main(how: str, height: str, width: str, folder: str) -> None:
+def main(height: str, width: str, folder: str) -> None:
     warnings.simplefilter("ignore")  # of large photos; too large ones raise an error
     size = (int(height), int(width))
-    reader = {"exact": decode, "fit": decode_photo}[how]
     reasons = {}
     for position, name in enumerate(sys.stdin.buffer.read().split(b"\0")[:-1]):
         try:
-            pixels = reader(Path(folder, os.fsdecode(name)), size)
+            pixels = decode(Path(folder, os.fsdecode(name)), size)
         except ValueError as error:
             pixels, reasons[position] = bytes(3 * size[0] * size[1]), str(error)
         sys.stdout.buffer.write(pixels)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.image_files.decode_images import decode_photo, square
+from datamodules.image_files.decode_images import decode, square
 
 
 def read_images(given: Any, size: tuple[int, int, int]) -> Tensor:
@@ -30,22 +30,22 @@ def read_images(given: Any, size: tuple[int, int, int]) -> Tensor:
         return given.cpu() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     if isinstance(given, str | Path | Image.Image):
         raise UserError("predict takes several images at once; put one into a list.")
-    pixels = list(in_size(given, size))
+    pixels = list(_in_size(given, size))
     if not pixels:
         raise UserError("there are no images to predict.")
     return torch.from_numpy(np.stack(pixels))
 
 
-def in_size(given: Any, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
+def _in_size(given: Any, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
     """Each image as uint8 (H, W, C)."""
     height, width, channels = size
     for item in given:
         try:
             if isinstance(item, str | Path):
-                pixels = decode_photo(Path(item), (height, width))
+                pixels = decode(Path(item), (height, width))
                 image = Image.frombytes("RGB", (width, height), pixels)
             else:
-                found = item if isinstance(item, Image.Image) else Image.fromarray(as_array(item))
+                found = item if isinstance(item, Image.Image) else Image.fromarray(_as_array(item))
                 image = square(found, (height, width))
         except (TypeError, ValueError) as error:
             name = item if isinstance(item, str | Path) else f"a {type(item).__name__}"
@@ -53,7 +53,7 @@ def in_size(given: Any, size: tuple[int, int, int]) -> Iterator[np.ndarray]:
         yield np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(size)
 
 
-def as_array(item: Any) -> np.ndarray:
+def _as_array(item: Any) -> np.ndarray:
     """An array as Pillow takes it, of a tensor (C, H, W) as well: grey without an axis for it."""
     if isinstance(item, Tensor):
         if item.is_floating_point():

@@ -10,11 +10,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,14 +24,13 @@ from rich.progress import track
 from core.errors import UserError
 from core.files import atomic_write
 from datamodules.image_files import decode_images
-from datamodules.loaders.ahead import ahead
+from datamodules.loaders.prefetch import prefetch
 
-How = Literal["exact", "fit"]  # images of that very size, or any photo scaled and cropped to it
-CHUNK = {"exact": 3000, "fit": 64}  # that one decoder process is started for: 0.2 to 1 s of work
-# files asked for their size and time whenever a cache is used: asking each of very many small ones
-# would make each later start four times as long
-PROBES = {"exact": 100, "fit": sys.maxsize}
+# files of a set that was handed out as a whole which are asked for their size and time whenever its
+# cache is used: asking each of very many small ones would make a later start four times as long
+PROBES = 100
 
+Size = tuple[int, int]  # height and width of the pixels
 Chunk = tuple[bytes, dict[int, str]]  # pixels, and why images cannot be read, by position
 
 
@@ -44,34 +43,62 @@ class Decoded:
     unreadable: dict[int, str]  # why an image could not be read, by position; its pixels are 0
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Places of the pixels of one folder.
+def decode_once(
+    folder: Path,
+    files: Sequence[str],
+    size: Size,
+    beside: Path,
+    cache_dir: Path | None = None,
+    *,
+    strict: bool = False,
+) -> Decoded:
+    """Images of a folder, decoded the first time and mapped from a cache afterwards.
+
+    File times only tell that nothing happened. Where they differ, files were touched, or the cache
+    was made elsewhere: it counts if the files have the bytes of which it was made.
 
     Args:
-        source: The folder.
-        beside: Folder in or beside it where they are kept if it can be written.
-        cache_dir: Where they are kept instead; sets may share it.
-        end: End of the names of their files, such as the size.
+        folder: Where the files are.
+        files: Their paths below it, in the order of the images.
+        size: Height and width of the pixels.
+        beside: Folder in or beside it where the cache is kept if that can be written.
+        cache_dir: Where it is kept instead; sets may share it.
+        strict: The files were handed out as a whole: images that cannot be read are refused.
+
+    Raises:
+        UserError: The cache cannot be written or, if ``strict``, an image cannot be read. There is
+            no new cache then.
     """
+    key, shape = _quick_key(folder, files, size, strict), (len(files), *size, 3)
+    content = cache(partial(_content_digest, folder, files))
+    path = _cache_path(folder, size, beside, cache_dir)
+    name = f"{glob.escape(folder.resolve().name)}*.npy"  # of whatever size, made here or elsewhere
+    caches = [found for place in (path.parent, beside) for found in place.glob(name)]
+    records = [(found, record) for found in caches if (record := read_record(found))]
+    for found, record in records:
+        if record["key"] == key and (decoded := load_cache(found, shape, record)):
+            return decoded
+    for found, record in records:
+        decoded = load_cache(found, shape, record)
+        if decoded and record["files"] == content():
+            if os.access(found.parent, os.W_OK):
+                write_record(found, record | {"key": key})
+            return decoded
+    title = f"Decoding {folder.resolve().name}/, only this time"
+    chunks = decode_all(folder, files, size, title, strict=strict)
+    try:
+        return make_cache(path, shape, key, chunks, content)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"{error} Keep it elsewhere: --data.cache_dir=FOLDER.") from error
+        raise
 
-    source: Path
-    beside: Path
-    cache_dir: Path | None = None
-    end: str = ""
 
-    @property
-    def path(self) -> Path:
-        """Where a new one goes."""
-        folder, source = derived_folder(self.beside, self.cache_dir), self.source.resolve()
-        # many sets have a folder of that name
-        whose = "" if folder == self.beside else f"-{digest_of(source)}"
-        return folder / f"{source.name}{whose}{self.end}.npy"
-
-    def paths(self) -> list[Path]:
-        """All that may be of these files, made here or elsewhere."""
-        name = f"{glob.escape(self.source.resolve().name)}*{self.end}.npy"
-        return [path for place in (self.path.parent, self.beside) for path in place.glob(name)]
+def _cache_path(folder: Path, size: Size, beside: Path, cache_dir: Path | None) -> Path:
+    """Where a new cache of the pixels of a folder goes."""
+    place, source = derived_folder(beside, cache_dir), folder.resolve()
+    whose = "" if place == beside else f"-{digest_of(source)}"  # many sets have a folder so named
+    return place / f"{source.name}{whose}-{size[0]}x{size[1]}.npy"
 
 
 def derived_folder(beside: Path, cache_dir: Path | None) -> Path:
@@ -82,7 +109,7 @@ def derived_folder(beside: Path, cache_dir: Path | None) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = existing.resolve().name
     place = home / "steadyfit" / f"{name}-{digest_of(existing.resolve())}"
-    say_where(existing, place)
+    _say_where(existing, place)
     return place
 
 
@@ -91,7 +118,7 @@ def digest_of(path: Path) -> str:
 
 
 @cache  # once
-def say_where(folder: Path, place: Path) -> None:
+def _say_where(folder: Path, place: Path) -> None:
     tell(
         f"{folder} is read-only: what is made of it is kept in {place}; choose another place with "
         "--data.cache_dir=FOLDER."
@@ -103,59 +130,12 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def decode_once(
-    folder: Path, files: Sequence[str], size: tuple[int, int], how: How, cache: Cache
-) -> Decoded:
-    """Images of a folder, decoded the first time and mapped from a cache afterwards.
-
-    File times only tell that nothing happened. Where they differ, files were touched, or the cache
-    was made elsewhere: it counts if the files have the bytes of which it was made.
-
-    Args:
-        folder: Where the files are.
-        files: Their paths below it, in the order of the images.
-        size: Height and width of the pixels.
-        how: What is done about files of another size; ``exact`` takes no unreadable ones.
-        cache: Where the pixels may be, and where new ones go.
-
-    Raises:
-        UserError: With ``exact``, an image is broken or of another size or depth; or the cache
-            cannot be written. There is no new cache then.
-    """
-    key = quick_key(folder, files, size, how)
-    shape = (len(files), *size, 3)
-    records = [(path, made) for path in cache.paths() if (made := read_record(path))]
-    for path, record in records:
-        if record["key"] == key and (decoded := load_cache(path, shape, record)):
-            return decoded
-    content = ""
-    for path, record in records:
-        if "files" in record and (decoded := load_cache(path, shape, record)):
-            content = content or content_digest(folder, files, how)
-            if record["files"] == content:
-                if os.access(path.parent, os.W_OK):
-                    write_record(path, record | {"key": key})
-                return decoded
-    title = f"Decoding {folder.resolve().name}/, only this time"
-    chunks = decode_all(folder, files, size, how, title)
-    try:
-        if how == "exact":
-            chunks = all_readable(folder, chunks)
-        return make_cache(
-            cache.path, shape, key, chunks, lambda: content or content_digest(folder, files, how)
-        )
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            raise UserError(f"{error} Keep it elsewhere: --data.cache_dir=FOLDER.") from error
-        raise
-
-
-def quick_key(folder: Path, files: Sequence[str], size: tuple[int, int], how: How) -> str:
-    """A digest that changes when files come, go or are renamed, or when many are overwritten."""
-    step = len(files) // PROBES[how] + 1
+def _quick_key(folder: Path, files: Sequence[str], size: Size, strict: bool) -> str:
+    """A digest that changes when files come, go, are renamed or, if not ``strict``, overwritten."""
+    step = len(files) // PROBES + 1 if strict else 1
     probes = [folder / file for file in files[::step]]
     states = [state(path) for path in (probes if step == 1 else [folder, *probes])]
-    return hashlib.sha256(repr((size, how, list(files), states)).encode()).hexdigest()
+    return hashlib.sha256(repr((size, list(files), states)).encode()).hexdigest()
 
 
 def state(path: Path) -> tuple[int, int] | None:
@@ -167,9 +147,9 @@ def state(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def content_digest(folder: Path, files: Sequence[str], how: How) -> str:
-    """SHA-256 of all that the pixels depend on; a file that cannot be read counts as empty."""
-    digest = hashlib.sha256(how.encode())
+def _content_digest(folder: Path, files: Sequence[str]) -> str:
+    """SHA-256 of the bytes of all files; one that cannot be read counts as empty."""
+    digest = hashlib.sha256(b"fit")  # as in the records of earlier versions
     for file in files:
         try:
             content = (folder / file).read_bytes()
@@ -179,23 +159,13 @@ def content_digest(folder: Path, files: Sequence[str], how: How) -> str:
     return digest.hexdigest()
 
 
-def all_readable(folder: Path, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The chunks as they come, until one has an image that cannot be read."""
-    for pixels, reasons in chunks:
-        if reasons:
-            raise UserError(
-                f"{reasons[min(reasons)]}; unpack or download {folder} again and run the same "
-                "command."
-            )
-        yield pixels, reasons
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What is recorded of a cache, or None where there is no such record."""
+    """The record of a cache, or None where there is none that is whole."""
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())
         unreadable = {int(position): why for position, why in record["unreadable"].items()}
-        return record | {"key": record["key"], "sha256": record["sha256"], "unreadable": unreadable}
+        known = {name: record[name] for name in ("key", "files", "sha256")}
+        return known | {"unreadable": unreadable}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -219,7 +189,7 @@ def make_cache(
     path: Path,
     shape: tuple[int, ...],
     key: str,
-    chunks: Iterable[Chunk],
+    chunks: Iterator[Chunk],
     content: Callable[[], str],
 ) -> Decoded:
     """Write decoded images to ``path``, whole or not at all."""
@@ -240,7 +210,7 @@ def make_cache(
 
 
 def decode_all(
-    folder: Path, names: Sequence[str], size: tuple[int, int], how: How, title: str
+    folder: Path, names: Sequence[str], size: Size, title: str, *, strict: bool = False
 ) -> Iterator[Chunk]:
     """Decode the files ``names`` of a folder in as many processes as there are cores.
 
@@ -248,23 +218,39 @@ def decode_all(
         folder: Where they are.
         names: Their paths below it.
         size: Height and width of the pixels.
-        how: What is done about files of another size, and which formats are read.
         title: What stands beside the progress bar.
+        strict: Refuse images that cannot be read.
+
+    Raises:
+        UserError: If ``strict``, an image cannot be read.
     """
-    starts = range(0, len(names), CHUNK[how])
-    parts = [names[start : start + CHUNK[how]] for start in starts]
     cores = os.cpu_count() or 1
+    count = chunk_size(len(names), size, cores)
+    starts = range(0, len(names), count)
+    parts = [names[start : start + count] for start in starts]
     # the threads only wait for their processes; where the disk is slow, few chunks wait for it
-    decoded = ahead(partial(decode_chunk, folder, size, how), parts, 2 * cores, threads=cores)
+    decoded = prefetch(partial(decode_chunk, folder, size), parts, 2 * cores, threads=cores)
     shown = track(decoded, title, total=len(parts), console=Console(stderr=True))
     for start, (pixels, reasons) in zip(starts, shown, strict=True):
-        yield pixels, {start + position: why for position, why in reasons.items()}
+        unreadable = {start + position: why for position, why in reasons.items()}
+        if strict and unreadable:
+            first = min(unreadable)
+            raise UserError(
+                f"{folder / names[first]} cannot be read: {unreadable[first]}; unpack or download "
+                f"{folder} again and run the same command."
+            )
+        yield pixels, unreadable
 
 
-def decode_chunk(folder: Path, size: tuple[int, int], how: How, names: Sequence[str]) -> Chunk:
+def chunk_size(images: int, size: Size, cores: int) -> int:
+    """Images for which a process is started: some for each core, of at most 10 MB of pixels."""
+    return max(64, min(images // (8 * cores), 10_000_000 // (3 * size[0] * size[1])))
+
+
+def decode_chunk(folder: Path, size: Size, names: Sequence[str]) -> Chunk:
     height, width = size
     worker = subprocess.run(
-        [sys.executable, decode_images.__file__, how, str(height), str(width), str(folder)],
+        [sys.executable, decode_images.__file__, str(height), str(width), str(folder)],
         input=b"".join(os.fsencode(name) + b"\0" for name in names),
         stdout=subprocess.PIPE,
         check=True,

@@ -1,12 +1,22 @@
 """Folders of images that are named by their ids, as competitions hand them out."""
 
-import os
-from pathlib import Path
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
-from core.errors import UserError
-from datamodules.image_files.archives import unpack
+import rich.progress
+from rich.console import Console
+
+from core.errors import UserError, needed
+from core.files import temporary
 from datamodules.image_files.decode_images import SUFFIXES
 from datamodules.image_files.image_cache import derived_folder, digest_of
+from datamodules.image_files.layouts import image_files
 
 
 def find_competition(data_dir: Path, names: tuple[str, ...], signs: tuple[str, ...]) -> Path:
@@ -40,30 +50,66 @@ def find_images(folder: Path, cache_dir: Path | None) -> Path | None:
 def images_by_id(folder: Path) -> dict[str, str]:
     """Paths of images below ``folder`` by their ids, which are their names without the ending.
 
-    Where the folder holds no images but one folder, they are looked for in there: unzipping makes
-    ``test/test/1.png``.
-
     Raises:
         UserError: There are none, or two of one id.
     """
-    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
-    below = ""
-    if not any(name.lower().endswith(SUFFIXES) for name in names):
-        folders = [name for name in names if (folder / name).is_dir() and name != "__MACOSX"]
-        if len(folders) == 1:
-            below, names = f"{folders[0]}/", sorted(os.listdir(folder / folders[0]))
-    images: dict[str, str] = {}
-    for name in names:
-        stem, end = os.path.splitext(name)
-        if name[0] == "." or end.lower() not in SUFFIXES:
-            continue
-        if stem in images:
-            raise UserError(
-                f"{folder} holds two images of the id {stem}, {images[stem]} and {below}{name}; "
-                "move one of them away."
-            )
-        images[stem] = f"{below}{name}"
-    if not images:
-        found = f"its first entry is {names[0]}" if names else "it is empty"
+    files, others = image_files(folder)
+    ids = [PurePosixPath(file).stem for file in files]
+    if not files:
+        found = f"the first of other files is {others[0]}" if others else "it is empty"
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}): {found}.")
-    return images
+    (name, count), *_ = Counter(ids).most_common(1)
+    if count > 1:
+        first, second, *_ = (file for file, i in zip(files, ids, strict=True) if i == name)
+        raise UserError(
+            f"{folder} holds two images of the id {name}, {first} and {second}; move one of them "
+            "away."
+        )
+    return dict(zip(ids, files, strict=True))
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack ``<name>.7z`` or ``<name>.zip`` into ``folder``, called ``<name>``, whole or not.
+
+    Raises:
+        UserError: The archive is broken or holds anything but images ``<name>/<id>.png``, or the
+            disk is full; nothing is left of it then.
+    """
+    endings = "|".join(map(re.escape, SUFFIXES))
+    expected = re.compile(rf"{re.escape(folder.name)}(/|/[^/\\\0]+({endings}))?", re.IGNORECASE)
+    title, console = f"Unpacking {archive.name}", Console(stderr=True)
+    try:
+        with (
+            temporary(folder, folder=True) as place,
+            rich.progress.open(archive, "rb", description=title, console=console) as file,
+            _opened(archive, file) as bundle,
+        ):
+            for name in bundle.namelist():
+                if not expected.fullmatch(name):
+                    raise UserError(
+                        f"{archive} holds {name!r}, which is no {folder.name}/<id>.png; "
+                        "nothing was unpacked, download it again."
+                    )
+            bundle.extractall(place)
+            if not folder.is_dir():  # another process may have been faster
+                (place / folder.name).rename(folder)
+    except (LZMAError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{archive} could not be unpacked to {folder} ({error}); free space or download it "
+            "again."
+        ) from error
+
+
+@contextmanager
+def _opened(archive: Path, file: IO[bytes]) -> Iterator[Any]:
+    """An archive, with ``namelist`` and ``extractall``, which writes nothing outside its folder."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(file) as bundle:  # links come out as small files
+            yield bundle
+        return
+    py7zr = needed("py7zr", f"unpacking {archive}")
+    try:
+        with py7zr.SevenZipFile(file) as bundle:
+            yield bundle
+    except py7zr.exceptions.ArchiveError as error:
+        raise zipfile.BadZipFile(str(error)) from error

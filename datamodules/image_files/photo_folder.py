@@ -11,12 +11,10 @@ from torch import Tensor
 
 from core.errors import UserError
 from datamodules.image_files.decode_images import SUFFIXES
-from datamodules.image_files.image_cache import Cache, decode_once
+from datamodules.image_files.image_cache import Decoded
 from datamodules.image_files.layouts import Labelled, Part
 
-Size = tuple[int, int, int]  # (H, W, 3)
-
-SEED = 42  # of every split; the course notebook's
+_SEED = 42  # of every split; the course notebook's
 
 
 @dataclass(frozen=True)
@@ -39,36 +37,26 @@ class Photos:
         return torch.from_numpy(self.pixels).index_select(0, self.rows), self.classes
 
 
-def read_photos(
-    folder: Path, labelled: Labelled, class_names: Sequence[str], size: Size, cache: Cache
+def whole_photos(
+    folder: Path, labelled: Labelled, class_names: Sequence[str], decoded: Decoded
 ) -> Photos:
-    """All photos of a folder that can be read, decoded the first time and mapped afterwards.
-
-    The cache is made again when a file came, went or changed.
+    """All photos of a folder that could be read.
 
     Args:
         folder: Holds the photos.
         labelled: Which they are.
         class_names: The classes.
-        size: Height, width and channels of the pixels.
-        cache: Where they are kept.
+        decoded: Their pixels.
 
     Raises:
-        UserError: The classes are others, or nothing of one can be read.
+        UserError: Nothing of a class could be read.
     """
-    if strange := sorted(set(labelled.labels) ^ set(class_names)):
-        raise UserError(
-            f"{folder} must have photos of each of the classes {', '.join(class_names)}, but "
-            f"{strange[0]} is {'too many' if strange[0] not in class_names else 'missing'} there; "
-            "if its photos have no classes, predict them: predict.py RUN --images FOLDER."
-        )
     files = labelled.files
     if labelled.left_out:
         rank_zero_warn(
             f"files in {folder} that are not named as photos ({', '.join(SUFFIXES)}) or have no "
             f"class are passed over: {len(labelled.left_out)}, the first is {labelled.left_out[0]}."
         )
-    decoded = decode_once(folder, files, size[:2], "fit", cache)
     if decoded.unreadable:
         first = min(decoded.unreadable)
         rank_zero_warn(
@@ -76,13 +64,13 @@ def read_photos(
             f"left out; the first is {files[first]}: {decoded.unreadable[first]}."
         )
     classes = torch.tensor([class_names.index(name) for name in labelled.labels])
-    whole = Photos(files, classes, torch.arange(len(files)), decoded.pixels)
-    photos = whole.take(readable(len(files), decoded.unreadable))
-    for index, name in enumerate(class_names):
-        if not (photos.classes == index).any():
-            raise UserError(
-                f"none of the photos of the class {name} in {folder} can be read; replace them."
-            )
+    every = Photos(files, classes, torch.arange(len(files)), decoded.pixels)
+    photos = every.take(readable(len(files), decoded.unreadable))
+    if missing := set(range(len(class_names))).difference(photos.classes.tolist()):
+        raise UserError(
+            f"none of the photos of the class {class_names[min(missing)]} in {folder} can be read; "
+            "replace them."
+        )
     return photos
 
 
@@ -96,7 +84,7 @@ def readable(count: int, unreadable: Mapping[int, str]) -> Tensor:
 
 def halves(count: int) -> tuple[Tensor, Tensor]:
     """Positions of two halves, those of ``random_split(..., [0.5, 0.5])`` with the seed."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
     cut = (count + 1) // 2
     return order[:cut].sort().values, order[cut:].sort().values
 
@@ -112,7 +100,7 @@ def split_off(classes: Tensor, sizes: Mapping[Part, float]) -> dict[Part, Tensor
     Raises:
         UserError: Nothing of a class is left for training.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(_SEED)
     parts: dict[Part, list[Tensor]] = {part: [] for part in (*sizes, "train")}
     for index in classes.unique():
         members = (classes == index).nonzero()[:, 0]

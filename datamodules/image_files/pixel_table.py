@@ -19,7 +19,7 @@ def is_pixel_table(path: Path, size: Size) -> bool:
 
 
 def read_pixel_table(path: Path, size: Size) -> tuple[list[str] | None, np.ndarray]:
-    """What stands in front of the pixels, if anything, and images (N, H, W, C) uint8.
+    """Values of the column before the pixels, if there is one, and images (N, H, W, C) uint8.
 
     Raises:
         UserError: It is no whole table of pixels from 0 to 255.

@@ -10,7 +10,7 @@ import numpy as np
 from core.errors import UserError
 
 
-def number_dtype(name: str, *_flags: object) -> np.dtype:
+def _number_dtype(name: str, *_flags: object) -> np.dtype:
     """A type of plain numbers; numpy warns of the flags that old pickles pass."""
     dtype = np.dtype(name, copy=True)  # a copy, because the pickle goes on to set its state
     if dtype.kind not in "biuf":
@@ -18,13 +18,13 @@ def number_dtype(name: str, *_flags: object) -> np.dtype:
     return dtype
 
 
-reconstruct: Any = np.zeros(0).__reduce__()[0]  # numpy moves this private function
+_reconstruct: Any = np.zeros(0).__reduce__()[0]  # numpy moves this private function
 
-ADMITTED: dict[str, Callable[..., Any]] = {
-    "numpy.core.multiarray._reconstruct": reconstruct,  # numpy 1, and so the official CIFAR-10
-    "numpy._core.multiarray._reconstruct": reconstruct,
+_ADMITTED: dict[str, Callable[..., Any]] = {
+    "numpy.core.multiarray._reconstruct": _reconstruct,  # numpy 1, and so the official CIFAR-10
+    "numpy._core.multiarray._reconstruct": _reconstruct,
     "numpy.ndarray": np.ndarray,
-    "numpy.dtype": number_dtype,
+    "numpy.dtype": _number_dtype,
     "_codecs.encode": str.encode,  # how Python 3 writes bytes for Python 2; text codecs only
 }
 
@@ -33,7 +33,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Builds arrays of numbers and built-in containers, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        admitted = ADMITTED.get(f"{module}.{name}")
+        admitted = _ADMITTED.get(f"{module}.{name}")
         if admitted is None:
             raise pickle.UnpicklingError(f"a call of {module}.{name}, which could run any code")
         return admitted

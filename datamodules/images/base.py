@@ -1,4 +1,4 @@
-"""What all image sets share: a fixed split, shares of the training part, augmentation.
+"""Base of all image sets: a fixed split, parts of the training images, augmentation.
 
 Dimensions: N images, B batch, H height, W width, C channels.
 """
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.base import BaseDataModule, Tensors
+from datamodules.base import BaseDataModule, Tensors, require_at_least
 from datamodules.image_files.given_images import read_images
-from datamodules.images.augment import Effects
-from datamodules.images.trivial_augment import TrivialAugment
-from datamodules.loaders.images import Flip, ImageLoader
+from datamodules.images.augmentation import Augmentation
+from datamodules.loaders.images import ImageLoader
 from datamodules.loaders.resident import ResidentLoader, Stage
 
 
@@ -34,41 +33,18 @@ class ImageDataModule(BaseDataModule):
     """Images of ``num_classes`` kinds; a subclass reads them, this class serves them.
 
     Args:
-        data_dir: Root folder of all data sets.
-        batch_size: Images in a training batch of one process.
-        eval_batch_size: Images in a batch of validation, test and prediction.
         val_size: Training images kept for validation by one fixed split; 0 trains on all of them.
         mean: Mean of each channel, of pixels scaled to [0, 1].
         std: Standard deviation of each channel, likewise.
-        crop: Random crops from images padded by this many mirrored pixels, fewer than a side has.
-        flip: Mirror left and right: never, at random, or at random once and then alternating.
-        cutout: Side in pixels of a random square set to the mean; 0 leaves it out.
-        rotate: Largest angle in degrees by which images are turned, either way; 10 to 15 is usual.
-        scale: Largest relative change of size; 0.1 is usual.
-        shear: Largest angle in degrees by which images are slanted; 5 to 10 is usual.
-        elastic: Standard deviation in pixels of the displacements of 4 x 4 control points, between
-            which images bend; 1 suits digits of 28 x 28, and 2 makes some of them hard to read.
-        brightness: Largest relative change of all pixels; 0.2 to 0.4 is usual, as for the next two.
-        contrast: Largest relative change of the distance from the image's mean grey.
-        saturation: Largest relative change of the distance from grey.
-        hue: Largest turn of the hue in HSV, either way, where 0.5 is half of the circle; 0.05 to
-            0.1 is usual.
-        blur: Largest standard deviation in pixels of a Gaussian blur; it is drawn from 0.1 up, and
-            1 is usual.
-        trivial: Change each image in one of 14 ways at random (:class:`TrivialAugment`), instead of
-            the nine settings above.
+        augmentation: Random changes of training images, such as ``crop`` and ``flip``.
         train_fraction: Share of the training part that is trained on: the first of one fixed order
             in which the classes take turns, so that 20 % is contained in 50 %.
         epoch_size: Training images in an epoch; by default each one once. Where there are fewer,
             they come again and again, augmented anew, so that any ``train_fraction`` has the same
             number of optimizer steps and validations.
-        exclude: Text file of images that are not trained on, an id a line, as ``spikes.jsonl``
-            names them; the splits and ``train_fraction`` choose as if they were there.
         unlabelled: Images without label in a training batch for each labelled one, from what
             ``train_fraction`` leaves out, for a model that learns from them (``LitFixMatch``).
-        folds: Number of parts of the labelled images, each with the same share of every class, of
-            which one takes the place of ``val_size``.
-        fold: The part for validation, counted from 0.
+        options: What else :class:`BaseDataModule` takes.
 
     Attributes:
         unlabelled_loader: Makes the loader of labelled and unlabelled images, if the model has put
@@ -80,42 +56,23 @@ class ImageDataModule(BaseDataModule):
 
     def __init__(
         self,
-        data_dir: str = "data",
-        batch_size: int = 512,
-        eval_batch_size: int = 1000,
         val_size: int = 5000,
         mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, ...] = (0.2470, 0.2435, 0.2616),
-        crop: int = 0,
-        flip: Flip = "none",
-        cutout: int = 0,
-        rotate: float = 0.0,
-        scale: float = 0.0,
-        shear: float = 0.0,
-        elastic: float = 0.0,
-        brightness: float = 0.0,
-        contrast: float = 0.0,
-        saturation: float = 0.0,
-        hue: float = 0.0,
-        blur: float = 0.0,
-        trivial: bool = False,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008  it is frozen
         train_fraction: float = 1.0,
         epoch_size: int | None = None,
         unlabelled: int = 0,
-        exclude: str | None = None,
-        folds: int | None = None,
-        fold: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude, folds, fold)
+        super().__init__(val_size=val_size, **options)
         if not 0 < train_fraction <= 1:
             raise UserError(
                 f"train_fraction must be above 0 and at most 1, got {train_fraction}; 1 trains on "
                 "all images."
             )
-        if epoch_size is not None and epoch_size < 1:
-            raise UserError(f"epoch_size must be at least 1, got {epoch_size}.")
-        if unlabelled < 0:
-            raise UserError(f"unlabelled must not be negative, got {unlabelled}.")
+        require_at_least(1, epoch_size=epoch_size)
+        require_at_least(0, unlabelled=unlabelled)
         channels = self.image_size[2]
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
@@ -125,33 +82,16 @@ class ImageDataModule(BaseDataModule):
                 )
         self.mean = torch.tensor(mean)
         self.std = torch.tensor(std)
-        largest = min(self.image_size[:2]) - 1  # the edge itself is not mirrored
-        if not 0 <= crop <= largest:
-            raise UserError(
-                f"crop must be from 0 to {largest}, got {crop}; mirrored pixels can pad an image "
-                "by at most its smaller side - 1."
-            )
-        if cutout < 0:
-            raise UserError(f"cutout must not be negative, got {cutout}; 0 leaves it out.")
-        effects = Effects(
-            rotate, scale, shear, elastic, brightness, contrast, saturation, hue, blur
-        )
-        if channels != 3 and (saturation or hue):
-            raise UserError(
-                f"saturation and hue need images of 3 channels, these have {channels}; leave them "
-                "out."
-            )
-        if trivial and effects:
-            raise UserError("trivial takes the place of rotate to blur; leave one of them out.")
-        self.augmentation: dict[str, Any] = {
-            "crop": crop,
-            "flip": flip,
-            "cutout": cutout,
-            "effects": TrivialAugment() if trivial else effects,
-        }
+        augmentation.check(*self.image_size)
+        self.augmentation = augmentation
         self.train_fraction = train_fraction
         self.epoch_size = epoch_size
         self.unlabelled = unlabelled
+
+    def read_predict(self) -> Tensors:
+        """The test images, with the ids 1, 2, ..."""
+        images, _ = self.read_test()
+        return images, torch.arange(1, len(images) + 1)
 
     def read_given(self, given: Any) -> Tensors:
         """Images as uint8 (N, H, W, C): an array of such, or a list of paths or Pillow's images.
@@ -175,7 +115,7 @@ class ImageDataModule(BaseDataModule):
     def loader_arguments(self, stage: Stage) -> dict[str, Any]:
         arguments = super().loader_arguments(stage) | {"mean": self.mean, "std": self.std}
         if stage == "train":
-            arguments |= {"epoch_size": self.epoch_size, **self.augmentation}
+            arguments |= {"epoch_size": self.epoch_size, "augmentation": self.augmentation}
         return arguments
 
     def make_loader(self, tensors: tuple[Tensor, ...], stage: Stage) -> ImageLoader:

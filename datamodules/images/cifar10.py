@@ -71,10 +71,6 @@ class CIFAR10DataModule(ImageDataModule):
             )
         return batches
 
-    def read_predict(self) -> Tensors:
-        images, _ = self.read_test()
-        return images, torch.arange(1, len(images) + 1)
-
     def read_batches(self, published: dict[str, str]) -> tuple[Tensors, list[str]]:
         """Read batches given as name and SHA-1.
 
@@ -86,7 +82,7 @@ class CIFAR10DataModule(ImageDataModule):
                 f"{self.folder} does not exist; the same command with --data.download=true "
                 "fetches CIFAR-10 (170 MB)."
             )
-        batches = [read_batch(self.folder / name) for name in published]
+        batches = [_read_batch(self.folder / name) for name in published]
         digests = [hashlib.sha1(batch.data).hexdigest() for batch in batches]
         differences = [
             f"{self.folder / name} is not the official batch: expected SHA-1 {expected} of labels "
@@ -101,7 +97,7 @@ class CIFAR10DataModule(ImageDataModule):
         return (images, records[:, 0].long()), differences
 
 
-def read_batch(path: Path) -> np.ndarray:
+def _read_batch(path: Path) -> np.ndarray:
     """One batch as records (N, 1 + 3072) uint8: a label, then planes of red, green and blue.
 
     Raises:

@@ -14,13 +14,13 @@ from core.files import sha256
 from core.sample_file import SampledSubmission, is_number, read_table
 from core.submission import Submission
 from datamodules.base import Tensors
-from datamodules.image_files.image_cache import Cache, Decoded, How, decode_once, tell
+from datamodules.image_files.image_cache import decode_once, tell
 from datamodules.image_files.layouts import Labelled, inner, read_labels
 from datamodules.image_files.named_images import find_competition, find_images, images_by_id
 from datamodules.image_files.pixel_table import is_pixel_table, read_pixel_table
 from datamodules.images.base import ImageDataModule
 
-FOLDERS = {
+_FOLDERS = {
     "train": ("train", "train_images", "images"),
     "test": ("test", "test1", "test_images", "images"),
 }
@@ -59,7 +59,7 @@ class CompetitionDataModule(ImageDataModule):
         options: What :class:`ImageDataModule` takes.
     """
 
-    how: ClassVar[How] = "fit"
+    finds_classes = True
     folder_names: ClassVar[tuple[str, ...]] = ()  # other names than the competition's
 
     def __init__(
@@ -75,7 +75,7 @@ class CompetitionDataModule(ImageDataModule):
         **options: Any,
     ) -> None:
         self.image_size = image_size
-        super().__init__(data_dir, **options)
+        super().__init__(data_dir=data_dir, **options)
         self.competition: str = competition
         self.cache_dir = Path(cache_dir) if cache_dir else None
         self.label_table = Path(labels) if labels else None
@@ -99,9 +99,6 @@ class CompetitionDataModule(ImageDataModule):
                 "--data.sample=FILE."
             )
         return self.given_sample or (found or [self.folder / "sample_submission.csv"])[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"class_names": list(self.class_names)}
 
     def prepare_data(self) -> None:
         """Download, unpack and decode what the running stage needs and the disk lacks."""
@@ -180,11 +177,10 @@ class CompetitionDataModule(ImageDataModule):
         self.known(labelled.labels, labelled.source)
         own = folder.name == "images"  # not that of the test images too
         self.compare(folder, labelled.source, labelled.missing, [] if own else labelled.left_out)
-        pairs = sorted(zip(labelled.files, labelled.labels, strict=True), key=natural)
+        pairs = sorted(zip(labelled.files, labelled.labels, strict=True), key=_natural)
         files = [file for file, _ in pairs]
-        decoded = self.decode(folder, files)
-        ids = [id_of(file) for file in files]
-        return Part(decoded.pixels, ids, [label for _, label in pairs], decoded.sha256)
+        labels = [label for _, label in pairs]
+        return self.decode(folder, files, [_id_of(file) for file in files], labels)
 
     # ---- what is predicted
 
@@ -214,8 +210,7 @@ class CompetitionDataModule(ImageDataModule):
         missing = [str(i) for i, stem in zip(table.ids, stems, strict=True) if stem not in images]
         self.compare(folder, self.sample.name, missing, [images[name] for name in left_out])
         rows = sorted(zip(ids, stems, strict=True))
-        decoded = self.decode(folder, [images[stem] for _, stem in rows])
-        return Part(decoded.pixels, [i for i, _ in rows], [], decoded.sha256)
+        return self.decode(folder, [images[stem] for _, stem in rows], [i for i, _ in rows], [])
 
     # ---- what both have in common
 
@@ -225,7 +220,7 @@ class CompetitionDataModule(ImageDataModule):
         Raises:
             UserError: There is neither a folder nor an archive of it.
         """
-        for name in FOLDERS[split]:
+        for name in _FOLDERS[split]:
             if found := find_images(self.folder / name, self.cache_dir):
                 return found
         raise self.missing(self.folder / split)
@@ -250,26 +245,19 @@ class CompetitionDataModule(ImageDataModule):
                 "download the images again."
             )
 
-    def decode(self, folder: Path, files: list[str]) -> Decoded:
-        end = "" if self.how == "exact" else f"-{self.image_size[0]}x{self.image_size[1]}"
-        cache = Cache(folder, self.folder, self.cache_dir, end)
-        decoded = decode_once(folder, files, self.image_size[:2], self.how, cache)
-        if broken := decoded.unreadable:
-            first = min(broken)
-            raise UserError(
-                f"{len(broken)} images in {folder} cannot be read, the first is {files[first]}: "
-                f"{broken[first]}; unpack or download them again."
-            )
-        return decoded
+    def decode(self, folder: Path, files: list[str], ids: list[Any], labels: list[str]) -> Part:
+        size = self.image_size[:2]
+        decoded = decode_once(folder, files, size, self.folder, self.cache_dir, strict=True)
+        return Part(decoded.pixels, ids, labels, decoded.sha256)
 
 
-def id_of(file: str) -> int | str:
+def _id_of(file: str) -> int | str:
     """The id of an image, an integer if it is named by one: as texts, 10 would come before 2."""
     name = file.rpartition(".")[0]
     return int(name) if is_number(name) else file
 
 
-def natural(pair: tuple[str, str]) -> tuple[bool, int, str]:
+def _natural(pair: tuple[str, str]) -> tuple[bool, int, str]:
     """Order of files: numbers by size, then names."""
-    key = id_of(pair[0])
+    key = _id_of(pair[0])
     return (False, key, "") if isinstance(key, int) else (True, 0, key)

@@ -3,9 +3,9 @@
 Dimensions: N images, S side of an image in pixels, P points along a side of what is drawn.
 """
 
-import hashlib
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from core.errors import UserError
 from core.sample_file import SampledSubmission
 from core.submission import Submission
-from datamodules.base import Tensors
+from datamodules.base import Tensors, digest
 from datamodules.images.base import ImageDataModule
 
-SIDE = 32
+_SIDE = 32
 HELD_OUT = 500  # originals that only test and prediction see
 COPIES = 6  # drawings of each of the other 1,297
+
+_Randint = Callable[..., np.ndarray]  # of low, high and size, as numpy's
 
 
 class DemoDataModule(ImageDataModule):
@@ -67,14 +69,10 @@ class DemoDataModule(ImageDataModule):
         originals, targets = handwriting()
         return self.drawings(originals[-HELD_OUT:], targets[-HELD_OUT:], seed=1)
 
-    def read_predict(self) -> Tensors:
-        images, _ = self.read_test()
-        return images, torch.arange(1, HELD_OUT + 1)
-
     def drawings(self, originals: np.ndarray, targets: np.ndarray, seed: int) -> Tensors:
-        images = draw(originals, seed)
-        self.digest = hashlib.sha256(images.data).hexdigest()
-        return torch.from_numpy(images), torch.from_numpy(targets)
+        images = torch.from_numpy(draw(originals, seed))
+        self.digest = digest(images)
+        return images, torch.from_numpy(targets)
 
     def split_by_size(self, samples: int) -> tuple[Tensor, Tensor]:
         """Numbers of training and validation images, which no seed changes.
@@ -102,14 +100,6 @@ def handwriting() -> tuple[np.ndarray, np.ndarray]:
     return digits.images, digits.target.astype(np.int64)
 
 
-class Randint(Protocol):
-    """Whole numbers from ``low`` up to, not including, ``high``."""
-
-    def __call__(
-        self, low: int, high: int | np.ndarray, size: int | tuple[int, ...] | None = None
-    ) -> np.ndarray: ...
-
-
 def draw(originals: np.ndarray, seed: int) -> np.ndarray:
     """Draw originals (N, 8, 8), each in a size, place and colours of its own.
 
@@ -119,24 +109,24 @@ def draw(originals: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         Images (N, S, S, 3) uint8.
     """
-    randint: Randint = partial(np.random.RandomState(seed).randint, dtype=np.int16)
+    randint = cast(_Randint, partial(np.random.RandomState(seed).randint, dtype=np.int16))
     count = len(originals)
     width, height = randint(16, 27, count), randint(18, 29, count)
-    left, top = randint(0, SIDE + 1 - width), randint(0, SIDE + 1 - height)
+    left, top = randint(0, _SIDE + 1 - width), randint(0, _SIDE + 1 - height)
     ink = stretch(originals, tents(top, height, 8), tents(left, width, 8))
     opacity = np.minimum(ink * 3 // 2, 16)[..., None]  # stretching thins the strokes out
 
     board = randint(0, 160, (count, 1, 1, 3))
     chalk = board + randint(48, 112, (count, 1, 1, 3))  # brighter, but not always by much
     for _ in range(2):
-        grain = noise(randint, count, 5) + noise(randint, count, 16) // 2
+        grain = _noise(randint, count, 5) + _noise(randint, count, 16) // 2
         board = board + grain[..., None] * randint(-64, 65, (count, 1, 1, 3)) // 128
     return np.clip(board + (chalk - board) * opacity // 16, 0, 255).astype(np.uint8)
 
 
-def noise(randint: Randint, count: int, points: int) -> np.ndarray:
+def _noise(randint: _Randint, count: int, points: int) -> np.ndarray:
     """Clouds (N, S, S) from -127 to 127, interpolated between ``points`` random values a side."""
-    everywhere = tents(np.array([-2]), np.array([SIDE + 4]), points)
+    everywhere = tents(np.array([-2]), np.array([_SIDE + 4]), points)
     return stretch(randint(-127, 128, (count, points, points)), everywhere, everywhere)
 
 
@@ -146,7 +136,7 @@ def stretch(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     return (exact.astype(np.int32) // 64**2).astype(np.int16)
 
 
-def tents(start: np.ndarray, extent: np.ndarray, points: int, side: int = SIDE) -> np.ndarray:
+def tents(start: np.ndarray, extent: np.ndarray, points: int, side: int = _SIDE) -> np.ndarray:
     """Weights (N, S, P), in 64ths, of linear interpolation between points that lie evenly.
 
     Args:

@@ -1,12 +1,11 @@
 """Grey handwritten digits: a set in the shape of MNIST that comes without a download."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 
-from datamodules.base import Tensors
+from datamodules.base import Tensors, digest
 from datamodules.images.base import ImageDataModule
 from datamodules.images.demo import HELD_OUT, handwriting, stretch, tents
 
@@ -44,18 +43,14 @@ class DigitsDataModule(ImageDataModule):
     def read_test(self) -> Tensors:
         return self.read(slice(-HELD_OUT, None))
 
-    def read_predict(self) -> Tensors:
-        images, _ = self.read_test()
-        return images, torch.arange(1, HELD_OUT + 1)
-
     def read(self, part: slice) -> Tensors:
         originals, targets = handwriting()
-        images = enlarge(originals[part])
-        self.digest = hashlib.sha256(images.data).hexdigest()
-        return torch.from_numpy(images), torch.from_numpy(targets[part])
+        images = torch.from_numpy(_enlarge(originals[part]))
+        self.digest = digest(images)
+        return images, torch.from_numpy(targets[part])
 
 
-def enlarge(originals: np.ndarray) -> np.ndarray:
+def _enlarge(originals: np.ndarray) -> np.ndarray:
     """Interpolate originals (N, 8, 8), ink from 0 to 16, to images (N, 28, 28, 1) uint8."""
     start, extent = np.array([(FIELD - DIGIT) // 2]), np.array([DIGIT])
     weights = tents(start, extent, originals.shape[1], FIELD)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.file_table import FileTable
-from datamodules.base import Tensors, digest
+from datamodules.base import Tensors, digest, require_at_least
 from datamodules.image_files.decode_images import SUFFIXES
-from datamodules.image_files.image_cache import Cache, decode_all, tell
+from datamodules.image_files.image_cache import decode_all, decode_once, tell
 from datamodules.image_files.layouts import Labelled, Part, find_parts, image_files, read_labels
-from datamodules.image_files.photo_folder import Photos, halves, read_photos, readable, split_off
+from datamodules.image_files.photo_folder import Photos, halves, readable, split_off, whole_photos
 from datamodules.images.base import ImageDataModule
 
 
@@ -48,6 +48,8 @@ class ImageFolderDataModule(ImageDataModule):
         options: What :class:`ImageDataModule` takes.
     """
 
+    finds_classes = True
+
     def __init__(
         self,
         data_dir: str = "photos",
@@ -60,10 +62,8 @@ class ImageFolderDataModule(ImageDataModule):
         labels: str | None = None,
         **options: Any,
     ) -> None:
-        if image_size < 1:
-            raise UserError(f"image_size must be at least 1, got {image_size}.")
-        if test_size < 0:
-            raise UserError(f"test_size must not be negative, got {test_size}; 0 keeps none.")
+        require_at_least(1, image_size=image_size)
+        require_at_least(0, test_size=test_size)
         self.image_size = (image_size, image_size, 3)  # by which the base class checks the options
         # the base class counts in photos, but asks no more than whether there are any
         super().__init__(data_dir=data_dir, val_size=val_size, **options)  # type: ignore[arg-type]
@@ -88,16 +88,6 @@ class ImageFolderDataModule(ImageDataModule):
         if folder not in self._labelled:
             self._labelled[folder] = read_labels(folder, self.data_dir, self.labels)
         return self._labelled[folder]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["class_names"] != list(self.class_names):
-            raise UserError(
-                f"the run was trained on {', '.join(state['class_names'])}, but {self.data_dir} "
-                f"has {', '.join(self.class_names)}; train a new run."
-            )
 
     def prepare_data(self) -> None:
         """Decode, in one process, what the running stage needs."""
@@ -153,12 +143,7 @@ class ImageFolderDataModule(ImageDataModule):
         """The photos of one part, from the folder that it has for itself or shares with others."""
         folder = self.folders[part]
         if folder not in self._photos:
-            end = f"-{self.image_size[0]}px"
-            cache = Cache(folder, self.data_dir / ".cache", self.cache_dir, end)
-            labelled = self.labelled(part)
-            tell(f"{folder}: {labelled}")
-            size = self.image_size
-            self._photos[folder] = read_photos(folder, labelled, self.class_names, size, cache)
+            self._photos[folder] = self.read_photos(folder, self.labelled(part))
         photos = self._photos[folder]
         sharing = [name for name, other in self.folders.items() if other == folder]
         if part == "test" and not self.test_size:
@@ -170,6 +155,24 @@ class ImageFolderDataModule(ImageDataModule):
         if sharing == ["val", "test"] and self.test_size:
             return photos.take(halves(len(photos.files))[part == "test"])
         return photos
+
+    def read_photos(self, folder: Path, labelled: Labelled) -> Photos:
+        """The photos of a folder, decoded the first time and mapped afterwards.
+
+        Raises:
+            UserError: The classes are others, or nothing of one can be read.
+        """
+        tell(f"{folder}: {labelled}")
+        if strange := sorted(set(labelled.labels) ^ set(self.class_names)):
+            state = "missing" if strange[0] in self.class_names else "too many"
+            raise UserError(
+                f"{folder} must have photos of each of the classes {', '.join(self.class_names)}, "
+                f"but {strange[0]} is {state} there; if its photos have no classes, predict them: "
+                "predict.py RUN --images FOLDER."
+            )
+        size, beside = self.image_size[:2], self.data_dir / ".cache"
+        decoded = decode_once(folder, labelled.files, size, beside, self.cache_dir)
+        return whole_photos(folder, labelled, self.class_names, decoded)
 
     def read_unlabelled(self, folder: Path) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) of a folder and their positions (N,) among its files.
@@ -187,7 +190,7 @@ class ImageFolderDataModule(ImageDataModule):
         size, title = self.image_size[:2], f"Decoding {folder.resolve().name}/"
         pixels: list[bytes] = []
         unreadable: dict[int, str] = {}
-        for chunk, reasons in decode_all(folder, self.predicted, size, "fit", title):
+        for chunk, reasons in decode_all(folder, self.predicted, size, title):
             pixels.append(chunk)
             unreadable |= reasons
         for position, reason in unreadable.items():

@@ -23,7 +23,7 @@ class KaggleCIFAR10DataModule(CompetitionDataModule):
 
     class_names = CLASS_NAMES
     competition = "cifar-10"
-    how = "exact"
+    finds_classes = False
     folder_names = ("kaggle-cifar10",)
 
     def __init__(
@@ -41,6 +41,3 @@ class KaggleCIFAR10DataModule(CompetitionDataModule):
             **options,
         )
         self.label_table = self.folder / "trainLabels.csv"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the classes are known

@@ -58,7 +58,7 @@ class MNISTDataModule(ImageDataModule):
         self.folder = self.data_dir / "MNIST" / "raw"
 
     def prepare_data(self) -> None:
-        if self.download and not all(locate(self.folder / name) for name in SHA256):
+        if self.download and not all(_locate(self.folder / name) for name in SHA256):
             fetch(self.folder)
 
     def read_train(self) -> Tensors:
@@ -66,10 +66,6 @@ class MNISTDataModule(ImageDataModule):
 
     def read_test(self) -> Tensors:
         return self.read("t10k")
-
-    def read_predict(self) -> Tensors:
-        images, _ = self.read_test()
-        return images, torch.arange(1, len(images) + 1)
 
     def read(self, part: str) -> Tensors:
         """Images (N, 28, 28, 1) uint8 and classes (N,) of ``train`` or ``t10k``.
@@ -88,22 +84,18 @@ class MNISTDataModule(ImageDataModule):
                     f"{digest}; delete it and fetch it again with --data.download=true, or read "
                     "other data of its format with --data.verify=false."
                 )
-        images, labels = (parse_idx(*pair) for pair in zip(paths, contents, strict=True))
-        if images.shape[1:] != self.image_size[:2] or labels.shape != images.shape[:1]:
+        images = _parse_idx(paths[0], contents[0], self.image_size[:2])
+        labels = _parse_idx(paths[1], contents[1], ())
+        if len(images) != len(labels) or labels.max() >= self.num_classes:
             raise UserError(
-                f"{self.folder}: expected {part} images of shape (N, 28, 28) and N labels, found "
-                f"{images.shape} and {labels.shape}."
-            )
-        if len(labels) == 0 or labels.max() >= self.num_classes:
-            raise UserError(
-                f"{paths[1]}: expected labels from 0 to 9, found "
-                f"{labels.max() if len(labels) else 'none'}."
+                f"{paths[1]}: expected a label from 0 to 9 for each of {len(images)} images, found "
+                f"{len(labels)} up to {labels.max()}."
             )
         self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()
         return torch.from_numpy(images[..., None]), torch.from_numpy(labels).long()
 
 
-def locate(path: Path) -> Path | None:
+def _locate(path: Path) -> Path | None:
     """The file itself or, where it was not unpacked, its ``.gz``."""
     packed = path.with_name(f"{path.name}.gz")
     return next((p for p in (path, packed) if p.exists()), None)
@@ -115,7 +107,7 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         UserError: It is missing or cannot be read.
     """
-    found = locate(path)
+    found = _locate(path)
     if found is None:
         raise UserError(
             f"{path} does not exist; the same command with --data.download=true fetches MNIST "
@@ -131,8 +123,8 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def parse_idx(path: Path, content: bytes) -> np.ndarray:
-    """The array of an idx file of uint8, whose name tells the number of its dimensions.
+def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The array (N, *shape) of an idx file of uint8.
 
     The format (http://yann.lecun.com/exdb/mnist/): two zero bytes, 8 for uint8, the number of
     dimensions, the size of each as big-endian uint32, then the values.
@@ -140,22 +132,17 @@ def parse_idx(path: Path, content: bytes) -> np.ndarray:
     Raises:
         UserError: It is no such file, or too short or too long.
     """
-    dimensions = 3 if "idx3" in path.name else 1
-    magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
-    remedy = "delete it and run the same command with --data.download=true"
-    if content[:4] != magic or len(content) < header:
+    header = 4 * (2 + len(shape))
+    count, rest = divmod(len(content) - header, math.prod(shape))
+    sizes = np.array([max(count, 0), *shape], ">u4").tobytes()
+    expected = bytes([0, 0, 8, 1 + len(shape)]) + sizes
+    if rest or count < 1 or content[:header] != expected:
         raise UserError(
-            f"{path}: expected an idx file of uint8 with {dimensions} dimensions, which begins "
-            f"with {magic.hex(' ')}, found {content[:4].hex(' ') or 'nothing'} and "
-            f"{len(content)} bytes in all; {remedy}."
+            f"{path}: expected an idx file of uint8 of the shape {('N', *shape)}, found "
+            f"{len(content)} bytes that begin with {content[:header].hex(' ') or 'nothing'}; "
+            "delete it and run the same command with --data.download=true."
         )
-    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
-    if math.prod(shape) != len(content) - header:
-        raise UserError(
-            f"{path}: expected {math.prod(shape)} bytes for an array of shape {tuple(shape)}, "
-            f"found {len(content) - header}; {remedy}."
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(content, np.uint8, offset=header).reshape(-1, *shape).copy()
 
 
 def fetch(folder: Path) -> None:

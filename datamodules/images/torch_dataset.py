@@ -30,6 +30,8 @@ class TorchDatasetDataModule(ImageDataModule):
         options: What :class:`ImageDataModule` takes.
     """
 
+    finds_classes = True
+
     def __init__(
         self,
         train: Callable[[], Dataset],
@@ -54,9 +56,6 @@ class TorchDatasetDataModule(ImageDataModule):
                 "--data.class_names=[A,B]."
             )
         return [str(name) for name in names]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "class_names": list(self.class_names)}
 
     def read_train(self) -> Tensors:
         return self.read("train")

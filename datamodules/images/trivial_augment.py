@@ -1,6 +1,6 @@
 """One random change of a random kind for each image of a batch.
 
-Dimensions: B batch, C channels, H height, W width, N images. As in ``augment.py`` images are float
+Dimensions: B batch, C channels, H height, W width, N images. As in ``effects.py`` images are float
 (B, C, H, W) with pixels in [0, 1], and nothing is drawn here.
 """
 
@@ -10,25 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.images.augment import grey
+from datamodules.images.effects import adjust_contrast, adjust_saturation, blend
 
 KINDS = (
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "saturation",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "autocontrast",
-    "equalize",
+    *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    *("brightness", "saturation", "contrast", "sharpness"),
+    *("posterize", "solarize", "autocontrast", "equalize"),
 )
-MOVES = KINDS[1:6]
+_MOVES = KINDS[1:6]
 LARGEST = {  # the wide search space of the paper, table 6, as torchvision has it
     "shear_x": 0.99,
     "shear_y": 0.99,
@@ -40,7 +29,7 @@ LARGEST = {  # the wide search space of the paper, table 6, as torchvision has i
     "contrast": 0.99,
     "sharpness": 0.99,
 }
-LEVELS = 31  # strengths from none to the largest
+_LEVELS = 31  # strengths from none to the largest
 
 
 class TrivialAugment:
@@ -54,7 +43,7 @@ class TrivialAugment:
     def parameters(self, draws: Tensor) -> Tensor:
         """Columns (N, 2) of kind and strength, from uniform numbers (N, 3) in [0, 1)."""
         kind = (draws[:, 0] * len(KINDS)).floor()
-        level = (draws[:, 1] * LEVELS).floor() / (LEVELS - 1)
+        level = (draws[:, 1] * _LEVELS).floor() / (_LEVELS - 1)
         sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
         largest = torch.tensor([LARGEST.get(name, 1.0) for name in KINDS])
         signed = torch.tensor([name in LARGEST for name in KINDS])
@@ -65,7 +54,7 @@ class TrivialAugment:
         """Change images (B, C, H, W) by their rows of ``parameters``."""
         kind, strength = parameters.unbind(1)
         is_kind = {name: kind == number for number, name in enumerate(KINDS)}
-        moved = torch.stack([is_kind[name] for name in MOVES])
+        moved = torch.stack([is_kind[name] for name in _MOVES])
         images = changed(images, moved.any(0), move, *(strength * moved))
         for name, change in COLOURS.items():
             images = changed(images, is_kind[name], change, strength.view(-1, 1, 1, 1))
@@ -118,21 +107,16 @@ def move(
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def towards(other: Tensor, images: Tensor, strength: Tensor) -> Tensor:
-    """Images moved away from another, for a positive strength, or towards it."""
-    return other.lerp(images, 1 + strength).clamp(0, 1)
-
-
 def brightness(images: Tensor, strength: Tensor) -> Tensor:
     return (images * (1 + strength)).clamp(0, 1)
 
 
 def saturation(images: Tensor, strength: Tensor) -> Tensor:
-    return towards(grey(images).expand_as(images), images, strength)
+    return adjust_saturation(images, 1 + strength)
 
 
 def contrast(images: Tensor, strength: Tensor) -> Tensor:
-    return towards(grey(images).mean((1, 2, 3), keepdim=True).expand_as(images), images, strength)
+    return adjust_contrast(images, 1 + strength)
 
 
 def sharpness(images: Tensor, strength: Tensor) -> Tensor:
@@ -142,15 +126,14 @@ def sharpness(images: Tensor, strength: Tensor) -> Tensor:
     kernel[:, :, 1, 1] = 5
     smooth = images.clone()
     smooth[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel / 13, groups=channels)
-    return towards(smooth, images, strength)
+    return blend(smooth, images, 1 + strength)
 
 
 def posterize(images: Tensor, strength: Tensor) -> Tensor:
     """Keep 8 bits of a pixel for a strength of 0 and 2 for 1."""
     step = 2 ** (6 * strength).round()
-    return (
-        (images * 255 / step + 1e-3).floor() * step / 255
-    )  # 1e-3: pixels are whole but for rounding
+    levels = (images * 255 / step + 1e-3).floor()  # 1e-3: pixels are whole but for rounding
+    return levels * step / 255
 
 
 def solarize(images: Tensor, strength: Tensor) -> Tensor:
@@ -180,13 +163,7 @@ def equalize(images: Tensor, strength: Tensor) -> Tensor:
 COLOURS = {
     change.__name__: change
     for change in (
-        brightness,
-        saturation,
-        contrast,
-        sharpness,
-        posterize,
-        solarize,
-        autocontrast,
-        equalize,
+        *(brightness, saturation, contrast, sharpness),
+        *(posterize, solarize, autocontrast, equalize),
     )
 }

@@ -20,7 +20,7 @@ class BucketedLoader(ResidentLoader):
     last batch of an epoch is filled up with samples that the next pass begins with.
 
     Args:
-        tensors: Steps (N, T) padded behind their ends, lengths (N,) in second place, then what
+        tensors: Steps (N, T) padded after their ends, lengths (N,) in second place, then what
             else there is; the last one is the target or the id.
         loader: What :class:`ResidentLoader` takes.
     """

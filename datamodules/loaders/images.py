@@ -6,16 +6,13 @@ which is what a channels_last batch (B, C, H, W) looks like in memory.
 
 import math
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datamodules.images.augment import Effects
-from datamodules.images.trivial_augment import TrivialAugment
+from datamodules.images.augmentation import Augmentation
 from datamodules.loaders.resident import ResidentLoader
-
-Flip = Literal["none", "random", "alternating"]
 
 
 def reflect_pad(images: Tensor, border: int) -> Tensor:
@@ -65,8 +62,8 @@ class ImageLoader(ResidentLoader):
     where they are too many for the device, a batch alone is padded and mirrored, when it is there.
     One table of uniform numbers (N, 5) per epoch decides the augmentation of every image: flip,
     crop row and column, cutout row and column. Where an epoch goes over the images in P passes, it
-    has P * N rows. ``effects``, which come between crop and cutout, have a second table. Both are
-    drawn on the CPU, so a GPU run and any number of processes see the same augmented images.
+    has P * N rows. The effects between crop and cutout have a second table. Both are drawn on the
+    CPU, so a GPU run and any number of processes see the same augmented images.
     """
 
     def __init__(
@@ -76,38 +73,35 @@ class ImageLoader(ResidentLoader):
         *,
         mean: Tensor,
         std: Tensor,
-        crop: int = 0,
-        flip: Flip = "none",
-        cutout: int = 0,
-        effects: Effects | TrivialAugment | None = None,
+        augmentation: Augmentation | None = None,
         **loader: Any,
     ) -> None:
         super().__init__([images, targets], **loader)
         _, self.height, self.width, self.channels = images.shape
         self.scale = (1 / (255 * std)).repeat(self.width).to(images.device)  # (W * C,)
         self.shift = (mean / std).repeat(self.width).to(images.device)
-        self.crop = crop
-        self.flip = flip
-        self.cutout = cutout
-        self.effects = effects or None
-        changing = crop > 0 or flip != "none" or cutout > 0 or self.effects is not None
-        self.augmenting = self.stage == "train" and changing
-        self.sides = 1 if flip == "none" else 2
-        self.padded_size = self.height + 2 * crop, self.width + 2 * crop
+        self.augmentation = augmentation or Augmentation()
+        self.effects = self.augmentation.effects
+        self.augmenting = self.stage == "train" and bool(augmentation)
+        self.num_views = (
+            1 if self.augmentation.flip == "none" else 2
+        )  # of an image: as it is, and mirrored
+        border = 2 * self.augmentation.crop
+        self.padded_size = self.height + border, self.width + border
 
-    def place(self, device: torch.device, *, fits: bool) -> None:
-        super().place(device, fits=fits)
+    def move_to(self, device: torch.device, *, fits: bool) -> None:
+        super().move_to(device, fits=fits)
         self.scale, self.shift = self.scale.to(device), self.shift.to(device)
 
-    def kept_bytes(self) -> int:
-        copies = self.sides * math.prod(self.padded_size) / (self.height * self.width)
-        return super().kept_bytes() + round(self.augmenting * copies * self.tensors[0].nbytes)
+    def resident_bytes(self) -> int:
+        copies = self.num_views * math.prod(self.padded_size) / (self.height * self.width)
+        return super().resident_bytes() + round(self.augmenting * copies * self.tensors[0].nbytes)
 
     def padded(self, images: Tensor) -> Tensor:
-        """Padded images, each followed by its mirror image: (N, H, W, C) -> (sides * N, ...)."""
-        if self.crop:
-            images = reflect_pad(images, self.crop)
-        if self.sides == 2:
+        """Pad images and put its mirror image after each: (N, H, W, C) -> (num_views * N, ...)."""
+        if self.augmentation.crop:
+            images = reflect_pad(images, self.augmentation.crop)
+        if self.num_views == 2:
             images = torch.stack([images, images.flip(2)], 1).flatten(0, 1)
         return images
 
@@ -119,17 +113,17 @@ class ImageLoader(ResidentLoader):
     def begin_epoch(self, generator: torch.Generator) -> None:
         if not self.augmenting:
             return
-        rows = self.passes * self.samples
+        rows = self.repeats * self.samples
         draws = torch.rand(rows, 5, generator=generator)
-        if self.flip == "alternating":
+        if self.augmentation.flip == "alternating":
             # a fair first pass, then each image turns round every time (arXiv:2404.00498, 3.6)
             first = torch.rand(self.samples, generator=torch.Generator().manual_seed(self.seed))
-            turns = self.epoch * self.passes + torch.arange(self.passes)
+            turns = self.epoch * self.repeats + torch.arange(self.repeats)
             draws[:, 0] = ((first + 0.5 * (turns[:, None] % 2)) % 1.0).flatten()
-        image = torch.arange(rows) % self.samples * self.sides
-        if self.flip != "none":
+        image = torch.arange(rows) % self.samples * self.num_views
+        if self.augmentation.flip != "none":
             image += draws[:, 0] < 0.5
-        row, column = (draws[:, 1:3] * (2 * self.crop + 1)).long().unbind(1)
+        row, column = (draws[:, 1:3] * (2 * self.augmentation.crop + 1)).long().unbind(1)
         height, width = self.padded_size
         self.starts = ((image * height + row) * width + column).to(self.device)
         self.centers = draws[:, 3:].to(self.device)
@@ -148,20 +142,20 @@ class ImageLoader(ResidentLoader):
         images, target = rows
         if not self.augmenting:
             return [self.normalize(images.flatten(2)), target]
-        pixels = images if self.copies_to is None else self.cropped(index, images)
+        pixels = images if self.copies_to is None else self.crops(index, images)
         if self.effects:
             parameters = self.on_device(self.parameters[index])
             pixels = self.effects(self.planes(pixels / 255), parameters)
             pixels = pixels.permute(0, 2, 3, 1).flatten(2) * 255
         batch = self.normalize(pixels)
-        if self.cutout:
-            batch = cutout(batch, self.cutout, self.on_device(self.centers[index]))
+        if size := self.augmentation.cutout:
+            batch = cutout(batch, size, self.on_device(self.centers[index]))
         return [batch, target]
 
-    def cropped(self, index: Tensor, images: Tensor) -> Tensor:
+    def crops(self, index: Tensor, images: Tensor) -> Tensor:
         """The windows (B, H, W * C) of images (B, H, W, C) that were gathered as they are kept."""
         places = torch.arange(len(index)) - self.sample(index)  # of a batch instead of the whole
-        starts = self.starts[index] + places * self.sides * math.prod(self.padded_size)
+        starts = self.starts[index] + places * self.num_views * math.prod(self.padded_size)
         every = windows(self.padded(images), self.height, self.width)
         return every.index_select(0, self.on_device(starts))
 

@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.loaders.ahead import ahead
+from datamodules.loaders.prefetch import prefetch
 
 Stage = Literal["train", "evaluate", "predict"]
 SampleId = int | str  # names the same sample whatever split, seed and order are
 
-SHARE = 0.5  # of a device's free memory that data may take; the network needs some as well
-AHEAD = 2  # batches that wait for the device
+_SHARE = 0.5  # of a device's free memory that data may take; the network needs some as well
+PREFETCHED = 2  # batches that wait for the device
 
 
 class ResidentLoader:
@@ -74,7 +74,7 @@ class ResidentLoader:
         self.tensors = list(tensors)
         self.samples = len(self.tensors[-1])
         self.epoch_size = epoch_size or self.samples
-        self.passes = max(1, -(-self.epoch_size // max(1, self.samples)))
+        self.repeats = max(1, -(-self.epoch_size // max(1, self.samples)))
         self.stage = stage
         self.seed = seed
         self.rank = rank
@@ -100,24 +100,24 @@ class ResidentLoader:
 
         What other processes hold on the device is not free: each of them asks for itself alone.
         """
-        size, free = self.kept_bytes(), free_memory(device)
-        fits = size <= SHARE * free
+        size, free = self.resident_bytes(), free_memory(device)
+        fits = size <= _SHARE * free
         if not fits:
             rank_zero_warn(
                 f"the data stay in host memory and are copied batch by batch: {size / 1e9:.1f} GB "
                 f"are too much for {device} with {free / 1e9:.1f} GB free."
             )
-        self.place(device, fits=fits)
+        self.move_to(device, fits=fits)
         return self
 
-    def place(self, device: torch.device, *, fits: bool) -> None:
+    def move_to(self, device: torch.device, *, fits: bool) -> None:
         """Hook: bring to the device what fits there and what batches are made with there."""
         if fits:
             self.tensors = [tensor.to(device) for tensor in self.tensors]
         else:
             self.copies_to = device
 
-    def kept_bytes(self) -> int:
+    def resident_bytes(self) -> int:
         """Hook: bytes that the data take on the device for as long as there is the loader."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
@@ -158,18 +158,18 @@ class ResidentLoader:
             )
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        # Lightning stops at len() and never runs code behind the last yield: reset here, not there.
+        # Lightning stops at len() and never runs code after the last yield: reset here, not there.
         start, self._resume_at = self._resume_at, 0
-        shares = self.shares()[start : len(self)]
+        indices = self.batch_indices()[start : len(self)]
         if self.copies_to is None:
-            gathered: Iterator[list[Tensor]] = map(self.gather, shares)
+            gathered: Iterator[list[Tensor]] = map(self.gather, indices)
         else:
-            gathered = ahead(self.gather, shares, AHEAD)
-        for position, (index, rows) in enumerate(zip(shares, gathered, strict=True), start + 1):
+            gathered = prefetch(self.gather, indices, PREFETCHED)
+        for position, (index, rows) in enumerate(zip(indices, gathered, strict=True), start + 1):
             self._position = position
             yield self.finish(index, rows)
 
-    def shares(self) -> Sequence[Tensor]:
+    def batch_indices(self) -> Sequence[Tensor]:
         """Indices (B,) of this process's part of every batch of the epoch, on the device."""
         if self.stage == "predict":
             order = torch.arange(self.samples, device=self.device)
@@ -210,15 +210,15 @@ class ResidentLoader:
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Hook: the order of this epoch, ``pass * N + sample`` for each of its samples."""
-        passes = [
+        orders = [
             number * self.samples + torch.randperm(self.samples, generator=generator)
-            for number in range(self.passes)
+            for number in range(self.repeats)
         ]
-        return torch.cat(passes)[: self.epoch_size]
+        return torch.cat(orders)[: self.epoch_size]
 
     def sample(self, index: Tensor) -> Tensor:
         """Sample numbers of an ``index`` (B,), which may count through several passes."""
-        return index if self.passes == 1 else index % self.samples
+        return index if self.repeats == 1 else index % self.samples
 
     def begin_epoch(self, generator: torch.Generator) -> None:
         """Hook: draw what the epoch needs at random."""

@@ -43,21 +43,23 @@ class SemiSupervisedLoader(ImageLoader):
         numbers = torch.arange(len(unlabelled), device=unlabelled.device)  # in place of labels
         self.others = ImageLoader(unlabelled, numbers, **{**options, **others})
 
-    def place(self, device: torch.device, *, fits: bool) -> None:
-        super().place(device, fits=fits)
-        self.others.place(device, fits=fits)
+    def move_to(self, device: torch.device, *, fits: bool) -> None:
+        super().move_to(device, fits=fits)
+        self.others.move_to(device, fits=fits)
 
-    def kept_bytes(self) -> int:
-        return super().kept_bytes() + self.others.kept_bytes()
+    def resident_bytes(self) -> int:
+        return super().resident_bytes() + self.others.resident_bytes()
 
-    def shares(self) -> Sequence[Any]:
+    def batch_indices(self) -> Sequence[Any]:
         """Indices of this process's labelled (B,) and other images (U * B,) of every batch."""
         self.others = copy(self.others)  # a copy of this loader must not draw for the original
         self.others.set_epoch(self.epoch)
-        return list(zip(super().shares()[: len(self)], self.others.shares(), strict=True))
+        return list(
+            zip(super().batch_indices()[: len(self)], self.others.batch_indices(), strict=True)
+        )
 
     def rows(self, batch_idx: int) -> list[int]:
-        """Those of the labelled images, then of the others, which count on behind them."""
+        """Those of the labelled images, then of the others, which count on after them."""
         others = [self.samples + row for row in self.others.rows(batch_idx)]
         return super().rows(batch_idx) + others
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import UserError
-from datamodules.base import IGNORED, Tensors
+from datamodules.base import IGNORED, Tensors, require_at_least
 from datamodules.loaders.resident import Stage
 from datamodules.sequences.synthetic import DrawingLoader, Split, SyntheticDataModule
 
 LETTERS = 26
-NOTHING = 0  # symbol of a step without a letter; a to z are 1 to 26
+_NOTHING = 0  # symbol of a step without a letter; a to z are 1 to 26
 
 
 class EchoDataModule(SyntheticDataModule):
@@ -20,7 +20,7 @@ class EchoDataModule(SyntheticDataModule):
 
     The echo task of NYU's deep learning course (homework 2, recurrent networks), as classification
     at every step. A batch holds one-hot letters (B, T, 27), lengths (B,) and the letters to say
-    (B, T), -100 behind the end of a sequence. With ``max_delay``, the delay of each sequence is
+    (B, T), -100 after the end of a sequence. With ``max_delay``, the delay of each sequence is
     drawn from 0 to ``max_delay``, and the input has its one-hot vector beside the letter at each
     step, (B, T, 27 + max_delay + 1).
 
@@ -52,9 +52,7 @@ class EchoDataModule(SyntheticDataModule):
         data_dir: str = "data",
     ) -> None:
         super().__init__(epoch_size, batch_size, eval_batch_size, val_size, data_dir)
-        for name, value in (("delay", delay), ("max_delay", max_delay or 0)):
-            if value < 0:
-                raise UserError(f"{name} must not be negative, got {value}.")
+        require_at_least(0, delay=delay, max_delay=max_delay)
         if not 1 <= min_length <= max_length:
             raise UserError(
                 f"min_length must be from 1 to max_length, got {min_length} and {max_length}."
@@ -99,11 +97,11 @@ class EchoLoader(DrawingLoader):
 
 
 def echo(letters: Tensor, delays: Tensor, lengths: Tensor) -> Tensor:
-    """What is to be said (N, T): letters (N, T), each row ``delays`` (N,) steps later.
+    """Targets (N, T): letters (N, T), each row ``delays`` (N,) steps later.
 
     Nothing comes before the first echo; steps from ``lengths`` (N,) on are IGNORED.
     """
     steps = torch.arange(letters.shape[1])
     source = steps - delays[:, None]  # (N, T)
-    said = letters.gather(1, source.clamp(min=0)).masked_fill(source < 0, NOTHING)
+    said = letters.gather(1, source.clamp(min=0)).masked_fill(source < 0, _NOTHING)
     return said.masked_fill(steps >= lengths[:, None], IGNORED)

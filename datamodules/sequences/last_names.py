@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from core.errors import UserError
-from core.files import atomic_write
+from core.files import atomic_write, read_lines
 from core.submission import Submission
 from datamodules.base import BaseDataModule, Tensors, texts_of
 from datamodules.loaders.bucketed import BucketedLoader
@@ -26,8 +26,8 @@ from datamodules.loaders.resident import Stage
 
 SYMBOLS = string.ascii_letters + " .,;'"
 PAD = len(SYMBOLS)  # 57, so an embedding has 58 rows
-SPLIT_SEED = 227  # the course's
-ADDRESS = "https://download.pytorch.org/tutorial/data.zip"
+_SPLIT_SEED = 227  # the course's
+_ADDRESS = "https://download.pytorch.org/tutorial/data.zip"
 
 
 class LastNamesDataModule(BaseDataModule):
@@ -47,55 +47,40 @@ class LastNamesDataModule(BaseDataModule):
         data_dir: Root folder of all data sets.
         batch_size: Names in a training batch of one process. The last batch of an epoch is filled
             up with names that the next pass begins with.
-        eval_batch_size: Names in a batch of validation, test and prediction.
         val_size: Training names kept for validation by one fixed split; 0 trains on all of them.
         balanced: Draw the names for training with replacement, each with its language's number of
             names to the power of minus this: true is 1 and draws all languages equally often, 0.5
             goes halfway. 47 % of the names are Russian.
         names: Names to predict.
         names_file: A text file of names to predict, one a line.
-        exclude: Text file of names that are not trained on, an id a line: ``Greek.txt:17`` is the
-            name in that line of that file, as ``spikes.jsonl`` has it.
         class_names: The languages; null takes those that have a file. A checkpoint knows them, so
             that predicting needs no training names.
-        folds: Number of parts of the training names, each with the same share of every language, of
-            which one takes the place of ``val_size``.
-        fold: The part for validation, counted from 0.
+        options: What else :class:`BaseDataModule` takes; in ``exclude``, ``Greek.txt:17`` is the
+            name in that line of that file.
     """
+
+    finds_classes = True
 
     def __init__(
         self,
         data_dir: str = "data",
         batch_size: int = 256,
-        eval_batch_size: int = 1000,
         val_size: int = 1604,
         balanced: bool | float = False,
         names: list[str] | None = None,
         names_file: str | None = None,
         class_names: list[str] | None = None,
-        exclude: str | None = None,
-        folds: int | None = None,
-        fold: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(data_dir, batch_size, eval_batch_size, val_size, exclude, folds, fold)
+        super().__init__(data_dir, batch_size, val_size=val_size, **options)
         if not 0 <= balanced <= 1:
             raise UserError(f"balanced must be in [0, 1], got {balanced}; 0 draws as they come.")
         self.folder = self.data_dir / "names"
         self.balanced = balanced
         self.names = names
         self.names_file = Path(names_file) if names_file else None
-        self.class_names = tuple(class_names or languages(self.folder))
+        self.class_names = tuple(class_names or _languages(self.folder))
         self.predicted: list[str] = []  # the names through which the ids of predictions count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["class_names"] != list(self.class_names):
-            raise UserError(
-                f"the run was trained on {', '.join(state['class_names'])}, but {self.folder} "
-                f"has {', '.join(self.class_names)}; train a new run."
-            )
 
     def read_train(self) -> Tensors:
         return self.read("train")
@@ -108,11 +93,11 @@ class LastNamesDataModule(BaseDataModule):
         listed = [
             (name, number, f"{language}.txt:{line}")
             for number, language in enumerate(self.class_names)
-            for line, name in read_names(self.folder / f"{language}.txt").items()
+            for line, name in _read_names(self.folder / f"{language}.txt").items()
         ]
         pairs = [(name, number) for name, number, _ in listed]
         self.digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
-        random.Random(SPLIT_SEED).shuffle(listed)
+        random.Random(_SPLIT_SEED).shuffle(listed)
         pairs = [(name, number) for name, number, _ in listed]
         self.ids = [place for _, _, place in listed]  # those of the evaluation part come last
         cut = int(0.8 * len(pairs))
@@ -124,7 +109,7 @@ class LastNamesDataModule(BaseDataModule):
         if self.names is None and self.names_file is None:
             tokens, lengths, _ = self.read_test()
             return tokens, lengths, torch.arange(len(tokens))
-        listed = read_names(self.names_file) if self.names_file else {}
+        listed = _read_names(self.names_file) if self.names_file else {}
         return self.read_given([*(self.names or []), *listed.values()])
 
     def read_given(self, given: Sequence[str]) -> Tensors:
@@ -139,27 +124,6 @@ class LastNamesDataModule(BaseDataModule):
     def make_loader(self, tensors: Tensors, stage: Stage) -> "NameLoader":
         arguments = self.loader_arguments(stage)
         return NameLoader(tensors, self.balanced if stage == "train" else 0, **arguments)
-
-
-def linear_baseline(data: LastNamesDataModule) -> Tensor:
-    """Classes (N,) that a linear classifier finds for the evaluation part; takes a few seconds.
-
-    A linear support vector machine on TF-IDF weights of the 1- to 5-grams within words, whose ends
-    are marked, of the symbols that networks see. Penalty, marks and capital letters did best of
-    ten settings in four-fold cross-validation of the training part, all of which it is fitted to.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # a second of imports
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-
-    classifier = make_pipeline(
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), lowercase=False),
-        LinearSVC(random_state=0),
-    )
-    *_, classes = data.read("train")
-    classifier.fit([normalize(name) for name in data.predicted], classes.numpy())
-    data.read("test")
-    return torch.from_numpy(classifier.predict([normalize(name) for name in data.predicted]))
 
 
 class NameLoader(BucketedLoader):
@@ -223,7 +187,7 @@ def normalize(name: str) -> str:
 
 
 def encode(names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) int64, padded behind the end, and lengths (N,) of names.
+    """Tokens (N, T) int64, padded after the end, and lengths (N,) of names.
 
     Raises:
         UserError: A name has no symbol that is known.
@@ -239,7 +203,7 @@ def encode(names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return tokens, lengths
 
 
-def languages(folder: Path) -> list[str]:
+def _languages(folder: Path) -> list[str]:
     """The languages that have a file in a folder, in alphabetical order on every file system.
 
     Raises:
@@ -249,24 +213,19 @@ def languages(folder: Path) -> list[str]:
     if len(found) < 2:
         state = f"holds {len(found)} of the files LANGUAGE.txt" if folder.is_dir() else "is missing"
         raise UserError(
-            f"{folder} {state}, and at least two are needed; unzip {ADDRESS} so that "
+            f"{folder} {state}, and at least two are needed; unzip {_ADDRESS} so that "
             f"{folder / 'Arabic.txt'} exists."
         )
     return found
 
 
-def read_names(path: Path) -> dict[int, str]:
-    """The names in a text file by line, from 1 on; the blanks behind some are the course's slips.
+def _read_names(path: Path) -> dict[int, str]:
+    """The names in a text file by line, from 1 on; the blanks after some are the course's slips.
 
     Raises:
         UserError: The file is missing, empty or not UTF-8.
     """
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file; save it as one.") from None
-    if not any(names):
+    names = {line: text.strip() for line, text in enumerate(read_lines(str(path)), 1)}
+    if not any(names.values()):
         raise UserError(f"{path} holds no names; write one a line, or remove it.")
-    return {line: name for line, name in enumerate(names, 1) if name}
+    return {line: name for line, name in names.items() if name}

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from core.errors import UserError
-from datamodules.base import Tensors
+from datamodules.base import Tensors, require_at_least
 from datamodules.sequences.synthetic import Split, SyntheticDataModule
 
 
@@ -36,8 +35,7 @@ class RunningMeanDataModule(SyntheticDataModule):
         data_dir: str = "data",
     ) -> None:
         super().__init__(epoch_size, batch_size, eval_batch_size, val_size, data_dir)
-        if length < 1:
-            raise UserError(f"length must be at least 1, got {length}.")
+        require_at_least(1, length=length)
         self.length = length
 
     def draw(self, split: Split, epoch: int) -> Tensors:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import UserError
-from datamodules.base import BaseDataModule, Tensors, digest
+from datamodules.base import BaseDataModule, Tensors, digest, require_at_least
 from datamodules.loaders.resident import ResidentLoader, Stage
 
 Split = Literal["train", "val", "test"]
@@ -41,8 +40,7 @@ class SyntheticDataModule(BaseDataModule):
         data_dir: str = "data",
     ) -> None:
         super().__init__(data_dir, batch_size, eval_batch_size, val_size)
-        if epoch_size < 1:
-            raise UserError(f"epoch_size must be at least 1, got {epoch_size}.")
+        require_at_least(1, epoch_size=epoch_size)
         self.epoch_size = epoch_size
 
     @abstractmethod
@@ -50,7 +48,7 @@ class SyntheticDataModule(BaseDataModule):
         """The samples of a split, (*inputs, target); of the training split those of one epoch."""
 
     def samples(self, split: Split) -> int:
-        """How many samples ``draw`` makes."""
+        """Number of samples that ``draw`` makes."""
         return {"train": self.epoch_size, "val": self.val_size, "test": self.test_size}[split]
 
     def generator(self, split: Split, epoch: int) -> torch.Generator:
@@ -96,10 +94,10 @@ class DrawingLoader(ResidentLoader):
 
     redraw: Callable[[int], Tensors] | None = None
 
-    def shares(self) -> Sequence[Tensor]:
+    def batch_indices(self) -> Sequence[Tensor]:
         if self.redraw:
             self.replace(self.redraw(self.epoch))
-        return super().shares()
+        return super().batch_indices()
 
     def replace(self, tensors: Tensors) -> None:
         """Hook: go on with other samples, as many as before."""

@@ -16,9 +16,9 @@ from datamodules.base import Tensors
 from datamodules.loaders.resident import Stage
 from datamodules.sequences.synthetic import DrawingLoader, Split, SyntheticDataModule
 
-SYMBOLS = "XYabcdBE"  # one-hot vectors in this order
+# symbols are one-hot vectors in the order X, Y, a, b, c, d, B, E
 DISTRACTORS, BEGIN, END, PAD = 2, 6, 7, 8  # padding is a vector of zeros
-NOTEBOOK_SEED = 8382
+_NOTEBOOK_SEED = 8382
 
 Level = Literal["easy", "normal", "moderate", "hard", "nightmare"]
 Stream = Literal["clean", "notebook"]
@@ -125,8 +125,8 @@ class SequenceLoader(DrawingLoader):
         super().__init__(tensors, **loader)
         self.one_hot = torch.eye(PAD + 1, PAD, device=self.device)  # the last row is zero
 
-    def place(self, device: torch.device, *, fits: bool) -> None:
-        super().place(device, fits=fits)
+    def move_to(self, device: torch.device, *, fits: bool) -> None:
+        super().move_to(device, fits=fits)
         self.one_hot = self.one_hot.to(device)
 
     def transform(self, index: Tensor, rows: list[Tensor]) -> list[Tensor]:
@@ -159,7 +159,7 @@ def clean_sequences(
     length, first, second, target = (low + (halves * (high - low) >> 32)).astype(np.int64).T
     pairs = drawn[:, 2:, None] >> np.arange(0, 64, 2, dtype=np.uint64) & 3
     distractors = pairs.reshape(count, 32 * (words - 2))[:, : ranges.padded]
-    return assemble(length, first, second, target, distractors.astype(np.int8))
+    return _assemble(length, first, second, target, distractors.astype(np.int8))
 
 
 class NotebookStream:
@@ -177,7 +177,7 @@ class NotebookStream:
     def __init__(self, ranges: Ranges, epoch_size: int, val_size: int) -> None:
         self.ranges = ranges
         self.sizes = {"train": epoch_size, "val": val_size}
-        self.random = np.random.RandomState(NOTEBOOK_SEED)
+        self.random = np.random.RandomState(_NOTEBOOK_SEED)
         self.starts = [self.random.get_state()]  # of epoch 0, 1, ...
         self.latest: tuple[int, dict[str, Tensors]] = (-1, {})
 
@@ -203,10 +203,10 @@ class NotebookStream:
             drawn = randint(0, 4, place[0] + 1)
             text[width - place[0] :], place[3] = drawn[:-1], drawn[-1]
         length, first, second, target = places.T
-        return assemble(length, first, second, target, distractors)
+        return _assemble(length, first, second, target, distractors)
 
 
-def assemble(
+def _assemble(
     length: np.ndarray,
     first: np.ndarray,
     second: np.ndarray,
@@ -231,6 +231,6 @@ def assemble(
     symbols[np.arange(width) < begin[:, None]] = PAD
     symbols[rows, begin] = BEGIN
     symbols[:, -1] = END
-    symbols[rows, begin + first] = target // 2  # X before Y in SYMBOLS, as Q, R, S, U in their rule
+    symbols[rows, begin + first] = target // 2  # X is 0 and Y is 1; Q, R, S, U are in this order
     symbols[rows, begin + second] = target % 2
     return torch.from_numpy(symbols), torch.from_numpy(np.ascontiguousarray(target))

@@ -1,5 +1,6 @@
 """Sentences of public-domain books as subwords. Dimensions: N sentences, T tokens."""
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import compress
 from typing import Any, TypeVar
@@ -20,18 +21,6 @@ from datamodules.text.subwords import MIN_VOCAB_SIZE, Subwords
 Id = TypeVar("Id", int, str)
 T = TypeVar("T")
 
-TRAIN_BOOKS = [
-    "austen-emma",
-    "austen-sense",
-    "bryant-stories",
-    "chesterton-ball",
-    "chesterton-brown",
-    "edgeworth-parents",
-    "melville-moby_dick",
-]
-VAL_BOOKS = ["burgess-busterbrown", "carroll-alice"]
-TEST_BOOKS = ["austen-persuasion", "chesterton-thursday"]
-
 
 class BookDataModule(SyntheticDataModule):
     """Sentences of the prose in NLTK's Gutenberg selection, ``data_dir/gutenberg/NAME.txt``.
@@ -46,9 +35,6 @@ class BookDataModule(SyntheticDataModule):
         epoch_size: Training sentences in an epoch; the next one goes on where it ended.
         val_size: Sentences for validation, the same for all seeds; 0 goes without.
         vocab_size: Number of subwords, 256 bytes and a few signs among them.
-        books: Names of the books for training.
-        val_books: Names of those for validation.
-        test_books: Names of those for test.
         merges: The subwords, as a checkpoint knows them; null learns them from the books.
         exclude: Text file of sentences that are not trained on, an id a line, as ``spikes.jsonl``
             has it: ``carroll-alice.txt:12:3`` begins at the third word of line 12.
@@ -56,6 +42,20 @@ class BookDataModule(SyntheticDataModule):
 
     class_names = ()
     test_size = 2000
+    max_tokens = 80  # the most subwords of a sentence that are read at once
+    books: Mapping[Split, Sequence[str]] = {
+        "train": (
+            "austen-emma",
+            "austen-sense",
+            "bryant-stories",
+            "chesterton-ball",
+            "chesterton-brown",
+            "edgeworth-parents",
+            "melville-moby_dick",
+        ),
+        "val": ("burgess-busterbrown", "carroll-alice"),
+        "test": ("austen-persuasion", "chesterton-thursday"),
+    }
 
     def __init__(
         self,
@@ -65,9 +65,6 @@ class BookDataModule(SyntheticDataModule):
         epoch_size: int = 32_000,
         val_size: int = 1000,
         vocab_size: int = 4000,
-        books: list[str] = TRAIN_BOOKS,
-        val_books: list[str] = VAL_BOOKS,
-        test_books: list[str] = TEST_BOOKS,
         merges: str | None = None,
         exclude: str | None = None,
     ) -> None:
@@ -80,8 +77,7 @@ class BookDataModule(SyntheticDataModule):
             )
         self.folder = self.data_dir / "gutenberg"
         self.vocab_size = vocab_size
-        self.books = {"train": books, "val": val_books, "test": test_books}
-        self._sentences: dict[str, list[tuple[str, str]]] = {}
+        self._sentences: dict[Split, list[tuple[str, str]]] = {}
         self._subwords = Subwords(merges) if merges is not None else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,17 +97,17 @@ class BookDataModule(SyntheticDataModule):
         return self._subwords
 
     def all_sentences(self, split: Split) -> list[str]:
-        """All sentences in the books of a split, words between blanks."""
+        """Sentences in the books of a split, words between blanks."""
         return [sentence for _, sentence in self.placed_sentences(split)]
 
     def placed_sentences(self, split: Split) -> list[tuple[str, str]]:
-        """The same behind the places where they begin."""
+        """Sentences in the books of a split, each after the place where it begins."""
         if split not in self._sentences:
             self._sentences[split] = read_books(self.folder, self.books[split])
         return self._sentences[split]
 
     def sample_sentences(self, split: Split) -> list[str]:
-        """Those of them that samples are made of: in training without those to exclude."""
+        """Sentences that samples are made of: in training without those to exclude."""
         return self.training_sentences if split == "train" else self.all_sentences(split)
 
     @cached_property
@@ -121,7 +117,7 @@ class BookDataModule(SyntheticDataModule):
         return [sentence for _, sentence in found]
 
     def without_excluded(self, found: list[tuple[Id, T]]) -> list[tuple[Id, T]]:
-        """What is trained on of samples with their ids."""
+        """Leave out of samples with their ids those that are not trained on."""
         if self.exclude is None:
             return found
         left_in = are_left_in(self.exclude, [sample for sample, _ in found])
@@ -133,7 +129,7 @@ class BookDataModule(SyntheticDataModule):
         return [self.train_ids[drawn[row][1]] for row in rows]
 
     def drawn_sentences(self, split: Split, epoch: int) -> list[tuple[int, int, str]]:
-        """The sentences of an epoch, each with the number of its pass over the books and its own.
+        """Sentences of an epoch, each with the number of its pass over the books and its own.
 
         A pass brings every sentence once, in an order of its own.
         """

@@ -9,12 +9,12 @@ from datamodules.text.subwords import sentences, words
 from metrics.edits import apply_edits, extract_edits
 from metrics.m2 import M2Sentence, read_m2
 
-MAX_WORDS = 40  # of a sentence from a book
-MIN_WORDS = 4
+_MAX_WORDS = 40  # of a sentence from a book
+_MIN_WORDS = 4
 
 
 def read_books(folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The sentences of books (Latin-1 text, paragraphs between empty lines), words between blanks.
+    """Read sentences of books (Latin-1 text, empty lines between paragraphs), words between blanks.
 
     In front of each is where it begins: ``NAME.txt:LINE:WORD``, both counted from 1. What is no
     sentence of 4 to 40 words, from a capital to a full stop, is left out: headings, verse, tables
@@ -30,8 +30,8 @@ def read_books(folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
             text = path.read_text(encoding="latin-1")
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read: {error.strerror}; it is one of the books of NLTK's "
-                "Gutenberg selection, or name others with --data.books."
+                f"{path} cannot be read: {error.strerror}; unpack the books of NLTK's Gutenberg "
+                "selection there, or name their folder with --data.data_dir."
             ) from None
         row = 1
         for paragraph in text.replace("_", "").split("\n\n"):
@@ -42,20 +42,20 @@ def read_books(folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
             for start, end in sentences(paragraph):
                 sentence = paragraph[start:end]
                 line = " ".join(sentence[a:b] for a, b in words(sentence))
-                if is_sentence(line):
+                if _is_sentence(line):
                     number, word = places[paragraph.count(" ", 0, start)]
                     kept.append((f"{path.name}:{number}:{word}", line))
     if not kept:
-        raise UserError(f"{folder} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words.")
+        raise UserError(f"{folder} holds no sentence of {_MIN_WORDS} to {_MAX_WORDS} words.")
     return kept
 
 
-def is_sentence(line: str) -> bool:
+def _is_sentence(line: str) -> bool:
     tokens = line.split()
     letters = [c for c in line if c.isalpha()]
     first, last = line.lstrip("\"'( ")[:1], line.rstrip("\"') ")[-1:]
     return (
-        MIN_WORDS <= len(tokens) <= MAX_WORDS
+        _MIN_WORDS <= len(tokens) <= _MAX_WORDS
         and first.isupper()
         and last in (".", "!", "?")
         and sum(c.isupper() for c in letters) < len(letters) / 4
@@ -63,7 +63,7 @@ def is_sentence(line: str) -> bool:
 
 
 def read_corpus(path: Path) -> list[M2Sentence]:
-    """Sentences with the corrections of one or more people.
+    """Read sentences with the corrections of one or more people.
 
     Args:
         path: An M2 file; or a file ``NAME.src`` with its corrections beside it, ``NAME.trg`` or
@@ -77,7 +77,7 @@ def read_corpus(path: Path) -> list[M2Sentence]:
         if len(sources) != 1:
             raise UserError(f"{path} must hold one file NAME.src, found {len(sources)}.")
         (path,) = sources
-    examples = read_m2(path) if path.suffix == ".m2" else read_parallel(path)
+    examples = read_m2(path) if path.suffix == ".m2" else _read_parallel(path)
     if not examples:
         raise UserError(f"{path} holds no sentence.")
     for number, example in enumerate(examples, start=1):
@@ -89,8 +89,8 @@ def read_corpus(path: Path) -> list[M2Sentence]:
     return examples
 
 
-def read_parallel(path: Path) -> list[M2Sentence]:
-    """The sentences of ``NAME.src`` with the corrections beside it."""
+def _read_parallel(path: Path) -> list[M2Sentence]:
+    """Read the sentences of ``NAME.src`` with the corrections beside it."""
     if path.suffix != ".src":
         raise UserError(f"{path} is no .m2 file, no .src file, and no folder with one.")
     source = token_lines(path)
@@ -115,5 +115,5 @@ def read_parallel(path: Path) -> list[M2Sentence]:
 
 
 def token_lines(path: Path) -> list[str]:
-    """The lines of a text file, words between single blanks."""
+    """Read the lines of a text file, words between single blanks."""
     return [" ".join(line.split()) for line in read_lines(str(path))]

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,10 +18,10 @@ from core.submission import Submission
 from datamodules.text.subwords import Span, Subwords, sentences, words
 from metrics.edits import Edit, extract_edits
 
-GLUED = re.compile(r"[.,;:!?)\]}]+|\.\.\.|n't|'\w*", re.IGNORECASE)  # no blank in front of these
-ADDRESS = re.compile(r"\S*(?:[@/\\_#]|\w\.\w)\S*")
-STYLES = {"kept": "", "removed": "red strike", "added": "bold green"}
-MARKS = {"kept": "{}", "removed": "[-{}-]", "added": "{{+{}+}}"}  # those of wdiff
+_GLUED = re.compile(r"[.,;:!?)\]}]+|\.\.\.|n't|'\w*", re.IGNORECASE)  # no blank in front of these
+_ADDRESS = re.compile(r"\S*(?:[@/\\_#]|\w\.\w)\S*")
+_STYLES = {"kept": "", "removed": "red strike", "added": "bold green"}
+_MARKS = {"kept": "{}", "removed": "[-{}-]", "added": "{{+{}+}}"}  # those of wdiff
 
 
 class Piece(NamedTuple):
@@ -32,7 +33,7 @@ class Piece(NamedTuple):
     readable: bool = True
 
 
-class Segment(NamedTuple):
+class _Segment(NamedTuple):
     kind: Literal["kept", "removed", "added"]
     text: str
 
@@ -69,23 +70,23 @@ class Line:
 
     @property
     def addresses(self) -> set[int]:
-        """Numbers of the words that are part of an address or the like, ``x@y.org``."""
-        inside = {i for match in ADDRESS.finditer(self.text) for i in range(*match.span())}
+        """Indices of the words that are part of an address or the like, ``x@y.org``."""
+        inside = {i for match in _ADDRESS.finditer(self.text) for i in range(*match.span())}
         return {number for number, span in enumerate(self.spans) if span.start in inside}
 
     @property
     def apart(self) -> bool:
-        """Whether there is a blank in front of punctuation, too."""
+        """True if there is a blank in front of punctuation, too."""
         return any(
-            a.end < b.start and word != "'" and GLUED.fullmatch(word) is not None
+            a.end < b.start and word != "'" and _GLUED.fullmatch(word) is not None
             for a, b, word in zip(self.spans, self.spans[1:], self.words[1:], strict=False)
         )
 
-    def segments(self, edits: Sequence[Edit]) -> Iterator[Segment]:
-        """What stays, goes and comes with edits of the words."""
+    def segments(self, edits: Sequence[Edit]) -> Iterator[_Segment]:
+        """Cut the line into what stays, goes and comes with edits of the words."""
         done = 0
         for edit in edits:
-            new = joined(edit.correction.split(), self.apart)
+            new = _joined(edit.correction.split(), self.apart)
             if edit.start < edit.end:
                 start, end = self.spans[edit.start].start, self.spans[edit.end - 1].end
                 if not new:  # with a word goes the blank on one side of it
@@ -95,35 +96,35 @@ class Line:
             else:
                 start = self.spans[edit.start - 1].end if edit.start else len(self.blank)
                 end = start
-                glued = not self.apart and GLUED.fullmatch(edit.correction.split()[0])
-                touched = self.spans[edit.start : edit.start + 1]  # the word behind, if any
+                glued = not self.apart and _GLUED.fullmatch(edit.correction.split()[0])
+                touched = self.spans[edit.start : edit.start + 1]  # the next word, if any
                 if not edit.start or (touched and touched[0].start == start and not glued):
                     new = f"{new} " if touched else new
                 elif not glued:
                     new = f" {new}"
-            yield Segment("kept", self.text[done:start])
-            yield Segment("removed", self.text[start:end])
-            yield Segment("added", new)
+            yield _Segment("kept", self.text[done:start])
+            yield _Segment("removed", self.text[start:end])
+            yield _Segment("added", new)
             done = end
-        yield Segment("kept", self.text[done:])
+        yield _Segment("kept", self.text[done:])
 
     @property
     def blank(self) -> str:
-        """What stands in front of the first word."""
+        """Blanks in front of the first word."""
         return self.text[: len(self.text) - len(self.text.lstrip())]
 
     def with_blank(self, start: int, end: int) -> Span:
-        """A span with the blanks before it, or at the start of the line with those behind it."""
-        before, behind = self.text[:start].rstrip(), self.text[end:].lstrip()
-        return Span(len(before), end) if before else Span(start, len(self.text) - len(behind))
+        """Span with the blanks before it, or at the start of the line with those after it."""
+        before, after = self.text[:start].rstrip(), self.text[end:].lstrip()
+        return Span(len(before), end) if before else Span(start, len(self.text) - len(after))
 
     def corrected(self, edits: Sequence[Edit]) -> str:
         return "".join(s.text for s in self.segments(edits) if s.kind != "removed")
 
 
-def joined(tokens: list[str], apart: bool) -> str:
+def _joined(tokens: list[str], apart: bool) -> str:
     """Words between blanks, or as they are printed."""
-    blanks = ["" if not apart and GLUED.fullmatch(token) else " " for token in tokens]
+    blanks = ["" if not apart and _GLUED.fullmatch(token) else " " for token in tokens]
     return "".join(blank + token for blank, token in zip(blanks, tokens, strict=True)).lstrip()
 
 
@@ -162,41 +163,41 @@ class CorrectedText(Submission):
             scores: (N, n_best); -inf where there was no further hypothesis.
         """
         ranks = range(tokens.shape[1])
-        ways = [self.edits(ids, tokens[:, rank]) for rank in ranks]
+        edits = [self.edits(ids, tokens[:, rank]) for rank in ranks]
         sums = [self.sums(ids, scores[:, rank]) for rank in ranks]
-        write_lines(path, self.lines, ways[0])
+        write_lines(path, self.lines, edits[0])
         console = Console(highlight=False, soft_wrap=True)
         for number, line in enumerate(self.lines):
             # the n best of each sentence; where these are few, lines come out alike
             found = {
-                line.corrected(way[number]): (way[number], float(score[number]))
-                for way, score in reversed(list(zip(ways, sums, strict=True)))
+                line.corrected(of_lines[number]): (of_lines[number], float(score[number]))
+                for of_lines, score in reversed(list(zip(edits, sums, strict=True)))
                 if np.isfinite(score[number])
             }
-            best = sorted(found.values(), key=lambda way: -way[1])
+            best = sorted(found.values(), key=itemgetter(1), reverse=True)
             if self.as_json:
                 sys.stdout.write(json.dumps(as_object(line, best), ensure_ascii=False) + "\n")
                 continue
-            for way, score in best:
+            for those, score in best:
                 text = Text(f"{score:8.3f}  " if len(ranks) > 1 else "")
-                text.append_text(marked(line, way, console.is_terminal))
+                text.append_text(marked(line, those, console.is_terminal))
                 console.print(text)
 
     def answers(self, ids: np.ndarray, *outputs: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """The lines, each as its best hypothesis has it, and their scores (N,)."""
+        """Lines, each as its best hypothesis has it, and their scores (N,)."""
         tokens, scores = outputs
         edits = self.edits(ids, tokens[:, 0])
-        corrected = [line.corrected(way) for line, way in zip(self.lines, edits, strict=True)]
+        corrected = [line.corrected(those) for line, those in zip(self.lines, edits, strict=True)]
         return corrected, self.sums(ids, scores[:, 0])
 
     def edits(self, ids: np.ndarray, tokens: np.ndarray) -> list[list[Edit]]:
-        """The edits of each line, from what was written for its pieces."""
+        """Edits of each line, from what was written for its pieces."""
         assert self.subwords is not None
         decoded = [self.subwords.decode(row) for row in tokens.tolist()]
         return edits_of(self.lines, self.pieces, dict(zip(ids.tolist(), decoded, strict=True)))
 
     def sums(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """The score of each line, the sum of those of its pieces that were read."""
+        """Score of each line, the sum of those of its pieces that were read."""
         pieces = [self.pieces[i] for i in ids.tolist()]
         counted = np.where([piece.readable for piece in pieces], scores, 0.0)
         owners = [piece.line for piece in pieces]
@@ -209,7 +210,7 @@ class CorrectedText(Submission):
 def edits_of(
     lines: Sequence[Line], pieces: Sequence[Piece], written: Mapping[int, str]
 ) -> list[list[Edit]]:
-    """The edits of each line's words, after its pieces have become what was written.
+    """Edits of each line's words, after its pieces have become what was written.
 
     A piece for which nothing was written stays as it is: a correction never takes all away.
     """
@@ -225,30 +226,30 @@ def edits_of(
 
 
 def word_edits(old: Sequence[str], new: Sequence[str]) -> list[Edit]:
-    """The edits where each word has become one that stands in its place."""
+    """Edits where each word has become one that stands in its place."""
     pairs = enumerate(zip(old, new, strict=True))
     return [Edit(i, i + 1, after) for i, (before, after) in pairs if before != after]
 
 
 def write_lines(path: Path, lines: Sequence[Line], edits: Sequence[Sequence[Edit]]) -> None:
     with atomic_write(path, "w", encoding="utf-8", newline="") as file:
-        for line, way in zip(lines, edits, strict=True):
-            file.write(line.corrected(way) + "\n")
+        for line, those in zip(lines, edits, strict=True):
+            file.write(line.corrected(those) + "\n")
 
 
 def marked(line: Line, edits: Sequence[Edit], styled: bool) -> Text:
-    """The line with its changes, in colour or with the marks of wdiff."""
+    """Mark the changes of a line in colour, or as wdiff does."""
     text = Text()
     for kind, part in line.segments(edits):
         blank = part[: len(part) - len(part.lstrip())]
         text.append(blank)
         if part := part[len(blank) :]:
-            text.append(*((part, STYLES[kind]) if styled else (MARKS[kind].format(part), "")))
+            text.append(*((part, _STYLES[kind]) if styled else (_MARKS[kind].format(part), "")))
     return text
 
 
 def as_object(line: Line, found: Sequence[tuple[Sequence[Edit], float]]) -> dict[str, Any]:
-    """A line with its hypotheses, the best first, and the edits of the best."""
+    """Describe a line with its hypotheses, the best first, and the edits of the best."""
     hypotheses = [
         {"output": line.corrected(edits), "score": round(score, 4)} for edits, score in found
     ]
@@ -256,7 +257,7 @@ def as_object(line: Line, found: Sequence[tuple[Sequence[Edit], float]]) -> dict
 
 
 def corrected_object(line: Line, edits: Sequence[Edit]) -> dict[str, Any]:
-    """A line, what edits make of it, and the edits."""
+    """Describe a line, what edits make of it, and the edits."""
     words = line.words
     return {
         "input": line.text,

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import UserError
 from core.files import read_lines
 from datamodules.base import IGNORED, Tensors, texts_of
 from datamodules.loaders.resident import SampleId
 from datamodules.sequences.synthetic import Split
-from datamodules.text.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
+from datamodules.text.books import BookDataModule
 from datamodules.text.corpora import read_corpus
 from datamodules.text.corrections import CorrectedText, Line, Piece, edits_of
 from datamodules.text.error_synthesis import ErrorSynthesis
@@ -25,9 +26,7 @@ from metrics.correction import score_corrections
 from metrics.edits import apply_edits
 from metrics.m2 import M2Sentence
 
-Pair = tuple[list[int], list[int]]  # tokens of a source and of its target
-
-HELD_OUT_SEED = 0  # of the errors in validation and test, the same for all seeds of a run
+_HELD_OUT_SEED = 0  # of the errors in validation and test, the same for all seeds of a run
 
 
 class GrammarDataModule(BookDataModule):
@@ -45,44 +44,24 @@ class GrammarDataModule(BookDataModule):
 
     Args:
         data_dir: Root folder of all data sets.
-        batch_size: Sentences in a training batch of one process.
-        eval_batch_size: Sentences in a batch of validation, test and prediction.
-        epoch_size: Training sentences of books in an epoch; the next one goes on where it ended.
-            Of a file, an epoch is all.
-        val_size: Sentences of books for validation, the same for all seeds, or all of a file; 0
-            goes without.
-        vocab_size: Number of subwords, 256 bytes and a few signs among them.
-        books: Names of the books for training.
-        val_books: Names of those for validation.
-        test_books: Names of those for test.
-        merges: The subwords, as a checkpoint knows them; null learns them from the books.
-        errors: Which errors are made, and how many.
-        train: File or folder of sentences with corrections to train on instead.
-        val: Likewise for validation.
+        errors: Kinds and number of the errors that are made.
+        train: File or folder of sentences with corrections to train on instead; an epoch is all of
+            them, and ``exclude`` names them by their number from 1 on.
+        val: Likewise for validation, all of them unless ``val_size`` is 0.
         test: Likewise for test.
         text: Lines to correct.
         text_file: A text file of lines to correct; ``-`` reads standard input.
-        exclude: Text file of sentences that are not trained on, an id a line, as ``spikes.jsonl``
-            names them: in books by where they begin, of a file by their number from 1 on.
         as_json: Print predictions as JSON, an object a line, instead of marking the changes.
-        max_tokens: The most subwords that are read at once.
         speller: Let :class:`~datamodules.text.speller.Speller` correct what is read, in training as
             in prediction; the network learns what is left. In a checkpoint, what it knows; null or
             false goes without, as runs do that record nothing of it.
+        **options: As of :class:`~datamodules.text.books.BookDataModule`.
     """
 
     def __init__(
         self,
         data_dir: str = "data",
-        batch_size: int = 64,
-        eval_batch_size: int = 200,
-        epoch_size: int = 32_000,
-        val_size: int = 1000,
-        vocab_size: int = 4000,
-        books: list[str] = TRAIN_BOOKS,
-        val_books: list[str] = VAL_BOOKS,
-        test_books: list[str] = TEST_BOOKS,
-        merges: str | None = None,
+        *,
         errors: ErrorSynthesis = ErrorSynthesis(),  # noqa: B008  frozen
         train: str | None = None,
         val: str | None = None,
@@ -90,22 +69,15 @@ class GrammarDataModule(BookDataModule):
         text: list[str] | None = None,
         text_file: str | None = None,
         as_json: bool = False,
-        max_tokens: int = 80,
-        exclude: str | None = None,
         speller: bool | str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            data_dir, batch_size, eval_batch_size, epoch_size, val_size, vocab_size, books,
-            val_books, test_books, merges, exclude,
-        )  # fmt: skip
-        if max_tokens < 8:
-            raise UserError(f"max_tokens must be at least 8, got {max_tokens}.")
+        super().__init__(data_dir, **options)
         self.errors = errors
-        self.files = {"train": train, "val": val, "test": test}
+        self.files: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         self.text = text
         self.text_file = text_file
         self.as_json = as_json
-        self.max_tokens = max_tokens
         self._speller = speller
         self.examples: list[M2Sentence] = []  # what was read for evaluation, with its gold edits
         self.corrected: list[str | None] = []  # what became of these sentences, if evaluated
@@ -122,11 +94,11 @@ class GrammarDataModule(BookDataModule):
         return Speller.learn(self.all_sentences("train"))
 
     def spelled(self, line: Line) -> list[str]:
-        """The words of a line as the speller has them."""
+        """Words of a line, corrected by the speller."""
         return self.speller.correct(line.words, line.beginnings, line.addresses)
 
     def as_read(self, line: Line) -> list[str]:
-        """The words of a line as the network reads them."""
+        """Words of a line as the network reads them."""
         return self.spelled(line) if self._speller else line.words
 
     # Sentences and their corrections
@@ -137,7 +109,7 @@ class GrammarDataModule(BookDataModule):
                 return read_corpus(Path(path))
             examples = self.training_examples
             return [examples[index] for index in self.order_of(epoch)]
-        synthesis = self.errors if split == "train" else replace(self.errors, seed=HELD_OUT_SEED)
+        synthesis = self.errors if split == "train" else replace(self.errors, seed=_HELD_OUT_SEED)
         examples = []
         for number, index, sentence in self.drawn_sentences(split, epoch):
             wrong, edits = synthesis.corrupt(sentence.split(), number, index)
@@ -146,14 +118,14 @@ class GrammarDataModule(BookDataModule):
 
     @cached_property
     def training_examples(self) -> list[M2Sentence]:
-        """Those of the file, read once."""
+        """Sentences of the file to train on, read once."""
         examples = read_corpus(Path(self.files["train"] or ""))
         found = self.without_excluded(list(enumerate(examples, start=1)))
         self.train_ids = [number for number, _ in found]
         return [example for _, example in found]
 
     def order_of(self, epoch: int) -> list[int]:
-        """In which an epoch takes the examples of a file."""
+        """Indices of a file's examples, in the order in which an epoch takes them."""
         generator = self.generator("train", epoch)
         order: list[int] = torch.randperm(len(self.train_ids), generator=generator).tolist()
         return order
@@ -173,34 +145,38 @@ class GrammarDataModule(BookDataModule):
             apply_edits(example.source, example.edits[person])
             for example, person in zip(examples, chosen, strict=True)
         ]
-        read = [" ".join(self.as_read(Line.of_words(example.source))) for example in examples]
-        pairs = list(zip(*map(self.subwords.encode, (read, targets)), strict=True))
+        lines = [Line.of_words(example.source) for example in examples]
+        encoded = self.subwords.encode(targets)
         if split == "train":  # what is too long counts for nothing
-            fits = [max(len(s), len(t)) <= self.max_tokens for s, t in pairs]
-            kept: list[Pair] = [
-                pair if fit else ([], []) for pair, fit in zip(pairs, fits, strict=True)
+            sources = self.subwords.encode([" ".join(self.as_read(line)) for line in lines])
+            fits = [
+                max(len(source), len(target)) <= self.max_tokens
+                for source, target in zip(sources, encoded, strict=True)
             ]
-            source, lengths, target_in, target = training_tensors(kept)
-            target[~torch.tensor(fits, dtype=torch.bool)] = IGNORED
-            return source, lengths, target_in, target
+            return (
+                *_source_tensors([s if fit else [] for s, fit in zip(sources, fits, strict=True)]),
+                *_target_tensors(
+                    [t if fit else None for t, fit in zip(encoded, fits, strict=True)]
+                ),
+            )
         self.examples = examples
-        self.take([Line.of_words(example.source) for example in examples])
+        self.take(lines)
         source, lengths, ids = self.piece_tensors()
         whole = [
-            p.end - p.start == len(self.lines[p.line].spans)
-            and len(pairs[p.line][1]) <= self.max_tokens
-            for p in self.pieces
+            piece.end - piece.start == len(lines[piece.line].spans)
+            and len(encoded[piece.line]) <= self.max_tokens
+            for piece in self.pieces
         ]
-        written = [pairs[p.line][1] if w else [] for p, w in zip(self.pieces, whole, strict=True)]
-        _, _, target_in, target = training_tensors([([], tokens) for tokens in written])
-        target[~torch.tensor(whole, dtype=torch.bool)] = IGNORED
+        target_in, target = _target_tensors(
+            [encoded[p.line] if fit else None for p, fit in zip(self.pieces, whole, strict=True)]
+        )
         return source, lengths, target_in, ids, target
 
     def read_predict(self) -> Tensors:
         return self.read_given(self.lines_to_correct())
 
     def lines_to_correct(self) -> list[str]:
-        """Those of ``text`` and ``text_file``."""
+        """Lines of ``text`` and ``text_file``."""
         if self.text is None and self.text_file is None:
             raise UserError("nothing to correct: give --text LINE or --text_file FILE.")
         lines = [line for text in self.text or [] for line in text.split("\n")]
@@ -234,7 +210,7 @@ class GrammarDataModule(BookDataModule):
         ]
 
     def cut(self, number: int, line: Line) -> list[Piece]:
-        """The sentences of a line, and where one is too long, as many words as can be read."""
+        """Cut a line into its sentences, and where one is too long, into what can be read."""
         costs = [len(tokens) for tokens in self.subwords.encode(line.words)]
         cuts, cost = [0], 0
         for place, more in enumerate(costs):
@@ -254,12 +230,10 @@ class GrammarDataModule(BookDataModule):
             " ".join(read[piece.line][piece.start : piece.end]) if piece.readable else ""
             for piece in self.pieces
         ]
-        pairs: list[Pair] = [(tokens, []) for tokens in self.subwords.encode(texts)]
-        source, lengths, _, _ = training_tensors(pairs)
-        return source, lengths, torch.arange(len(texts))
+        return *_source_tensors(self.subwords.encode(texts)), torch.arange(len(texts))
 
     def score(self, written: Mapping[int, Sequence[int]]) -> dict[str, float]:
-        """How good the corrections of the evaluated sentences are, by the tokens of each piece.
+        """Score the corrections of the evaluated sentences, by the tokens of each piece.
 
         Sentences that were not evaluated, because the batches were limited, do not count.
         """
@@ -286,12 +260,15 @@ class GrammarDataModule(BookDataModule):
         )
 
 
-def training_tensors(pairs: Sequence[Pair]) -> Tensors:
-    """Source (N, S), lengths (N,), target_in (N, T) and target (N, T) of pairs of tokens."""
-    sources = [[*source, END] for source, _ in pairs]
+def _source_tensors(sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens with their end (N, S), and lengths (N,)."""
+    ended = [[*source, END] for source in sources]
+    return padded(ended), torch.tensor([len(source) for source in ended], dtype=torch.long)
+
+
+def _target_tensors(targets: Sequence[Sequence[int] | None]) -> tuple[Tensor, Tensor]:
+    """Tokens with their beginning (N, T) and with their end (N, T); none are IGNORED."""
     return (
-        padded(sources),
-        torch.tensor([len(source) for source in sources], dtype=torch.long),
-        padded([[BEGIN, *target] for _, target in pairs]),
-        padded([[*target, END] for _, target in pairs], IGNORED),
+        padded([[BEGIN, *(target or ())] for target in targets]),
+        padded([[IGNORED] if target is None else [*target, END] for target in targets], IGNORED),
     )

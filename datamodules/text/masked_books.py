@@ -1,15 +1,17 @@
 """Sentences with gaps, to learn what stands in them. Dimensions: N samples, T tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from core.errors import UserError
 from datamodules.base import IGNORED, Tensors
 from datamodules.sequences.synthetic import Split
-from datamodules.text.books import TEST_BOOKS, TRAIN_BOOKS, VAL_BOOKS, BookDataModule
+from datamodules.text.books import BookDataModule
 from datamodules.text.subwords import BEGIN, END, IS_NEXT, MASK, NOT_NEXT, SPECIAL, padded
 
-LONGEST_SPAN = 10  # as SpanBERT cuts them off
+_LONGEST_SPAN = 10  # as SpanBERT cuts them off
 
 
 class MaskedBooksDataModule(BookDataModule):
@@ -28,68 +30,30 @@ class MaskedBooksDataModule(BookDataModule):
 
     Args:
         data_dir: Root folder of all data sets.
-        batch_size: Samples in a training batch of one process.
-        eval_batch_size: Samples in a batch of validation and test.
-        epoch_size: Training samples in an epoch; the next one goes on where it ended.
-        val_size: Samples for validation, the same for all seeds; 0 goes without.
-        vocab_size: Number of subwords, 256 bytes and a few signs among them.
-        books: Names of the books for training.
-        val_books: Names of those for validation.
-        test_books: Names of those for test.
-        merges: The subwords, as a checkpoint knows them; null learns them from the books.
-        mask_fraction: Share of the subwords of a sample that are chosen, to the nearest number but
-            at least one of them.
-        random_fraction: Share of the chosen ones that are replaced by a random subword.
-        kept_fraction: Share of the chosen ones that stay.
         span_length: Mean length of the spans that are chosen, geometrically distributed and cut off
             at 10 (SpanBERT, arXiv:1907.10529); 1 chooses each subword alone.
-        next_sentence: Whether to predict also if the second of two sentences follows the first.
-        max_tokens: The most subwords of a sentence; what is longer is cut off.
-        exclude: Text file of sentences that are not trained on, an id a line, as ``spikes.jsonl``
-            names them: by where they begin. Of two sentences, a sample has the id of the first.
+        next_sentence: Predict also if the second of two sentences follows the first, by whose id
+            the sample is known.
+        **options: As of :class:`~datamodules.text.books.BookDataModule`.
     """
+
+    mask_fraction = 0.15  # of the subwords of a sample, to the nearest number but at least one
+    random_fraction = 0.1  # of the chosen ones, replaced by a random subword
+    kept_fraction = 0.1  # of the chosen ones
 
     def __init__(
         self,
         data_dir: str = "data",
-        batch_size: int = 64,
-        eval_batch_size: int = 200,
-        epoch_size: int = 32_000,
-        val_size: int = 1000,
-        vocab_size: int = 4000,
-        books: list[str] = TRAIN_BOOKS,
-        val_books: list[str] = VAL_BOOKS,
-        test_books: list[str] = TEST_BOOKS,
-        merges: str | None = None,
-        mask_fraction: float = 0.15,
-        random_fraction: float = 0.1,
-        kept_fraction: float = 0.1,
+        *,
         span_length: float = 1.0,
         next_sentence: bool = False,
-        max_tokens: int = 80,
-        exclude: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            data_dir, batch_size, eval_batch_size, epoch_size, val_size, vocab_size, books,
-            val_books, test_books, merges, exclude,
-        )  # fmt: skip
-        if not 0 < mask_fraction <= 1:
-            raise UserError(f"mask_fraction must be above 0 and at most 1, got {mask_fraction}.")
-        if not (min(random_fraction, kept_fraction) >= 0 and random_fraction + kept_fraction <= 1):
-            raise UserError(
-                "random_fraction and kept_fraction must not be negative and must be at most 1 "
-                f"together, got {random_fraction} and {kept_fraction}."
-            )
-        if not 1 <= span_length <= LONGEST_SPAN:
-            raise UserError(f"span_length must be from 1 to {LONGEST_SPAN}, got {span_length}.")
-        if max_tokens < 8:
-            raise UserError(f"max_tokens must be at least 8, got {max_tokens}.")
-        self.mask_fraction = mask_fraction
-        self.random_fraction = random_fraction
-        self.kept_fraction = kept_fraction
+        super().__init__(data_dir, **options)
+        if not 1 <= span_length <= _LONGEST_SPAN:
+            raise UserError(f"span_length must be from 1 to {_LONGEST_SPAN}, got {span_length}.")
         self.span_length = span_length
         self.next_sentence = next_sentence
-        self.max_tokens = max_tokens
 
     @property
     def num_classes(self) -> int:
@@ -103,7 +67,7 @@ class MaskedBooksDataModule(BookDataModule):
         rows = [[BEGIN, *tokens, END] for tokens in self.encode(sentences)]
         if self.next_sentence and drawn:
             indices = torch.tensor([index for _, index, _ in drawn])
-            seconds, labels = second_sentences(indices, self.sample_sentences(split), generator)
+            seconds, labels = _second_sentences(indices, self.sample_sentences(split), generator)
             rows = [
                 [*first, *second, END]
                 for first, second in zip(rows, self.encode(seconds), strict=True)
@@ -118,7 +82,7 @@ class MaskedBooksDataModule(BookDataModule):
         return [tokens[: self.max_tokens] for tokens in self.subwords.encode(sentences)]
 
     def mask(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the network reads instead of tokens (N, T), and its target (N, T)."""
+        """Tokens (N, T) that the network reads instead, and its target (N, T)."""
         chosen = choose(tokens >= len(SPECIAL), self.mask_fraction, self.span_length, generator)
         random = torch.randint(len(SPECIAL), len(self.subwords), tokens.shape, generator=generator)
         fate = torch.rand(tokens.shape, generator=generator)
@@ -136,13 +100,13 @@ class MaskedBooksDataModule(BookDataModule):
 def choose(
     subwords: Tensor, fraction: float, span_length: float, generator: torch.Generator
 ) -> Tensor:
-    """Which places (N, T) are to be predicted.
+    """Choose the places (N, T) that are to be predicted.
 
     From each place a span begins at a time of chance; whatever a span covers is chosen, the earlier
     ones first, until there are enough.
 
     Args:
-        subwords: Where a subword stands that may be chosen, (N, T).
+        subwords: True where a subword stands that may be chosen, (N, T).
         fraction: Share of these that are chosen in each row, at least one.
         span_length: Mean length of a span.
         generator: Random numbers.
@@ -153,7 +117,7 @@ def choose(
     else:
         lengths = torch.empty(subwords.shape).geometric_(1 / span_length, generator=generator)
         time = torch.full_like(begun, 2)
-        for place in range(min(LONGEST_SPAN, subwords.shape[1])):  # in a span that began before
+        for place in range(min(_LONGEST_SPAN, subwords.shape[1])):  # in a span that began before
             reaching = begun.masked_fill(lengths <= place, 2)
             covered = time[:, place:]
             torch.minimum(covered, reaching[:, : covered.shape[1]], out=covered)
@@ -162,10 +126,10 @@ def choose(
     return subwords & (rank < enough)
 
 
-def second_sentences(
+def _second_sentences(
     indices: Tensor, everything: list[str], generator: torch.Generator
 ) -> tuple[list[str], Tensor]:
-    """For sentences (N,) of everything, the next one or any other, and IS_NEXT or NOT_NEXT (N,).
+    """Draw for sentences (N,) the next one or any other, and IS_NEXT or NOT_NEXT (N,).
 
     Raises:
         UserError: There is no other sentence.

@@ -5,8 +5,9 @@ Dimensions: N sequences, T tokens.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ PAD, BEGIN, END, MASK, IS_NEXT, NOT_NEXT = range(6)
 SPECIAL = (" pad", " begin", " end", " mask", " is next", " not next")
 MIN_VOCAB_SIZE = len(SPECIAL) + 256  # the bytes
 
-WORD = re.compile(
+_WORD = re.compile(
     r"(?:Mr|Mrs|Ms|Messrs|Dr|St|Rev|Hon|Capt|Col|Esq|etc|vs|e\.g|i\.e)\."
     r"|n't\b|'(?:s|m|d|ll|re|ve)\b"  # clitics are words of their own, as in the Penn Treebank
     r"|\w+?(?=n't\b)"
@@ -28,27 +29,27 @@ WORD = re.compile(
     r"|\.\.\.+|--+|``|''|\S",
     re.IGNORECASE,
 )
-END_OF_SENTENCE = re.compile(r"""(?<=[.!?])(["')\]]*)\s+(?=["'(\[]*[A-Z0-9])""")
-NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|St|Rev|Hon|Capt|Col|e\.g|i\.e|vs)|\b[A-Z])\.$")
+_END_OF_SENTENCE = re.compile(r"""(?<=[.!?])(["')\]]*)\s+(?=["'(\[]*[A-Z0-9])""")
+_NO_END = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|St|Rev|Hon|Capt|Col|e\.g|i\.e|vs)|\b[A-Z])\.$")
 
 
 class Span(NamedTuple):
-    """Where a word or a sentence stands in its line, from character ``start`` up to ``end``."""
+    """Characters ``start`` up to ``end`` of a line: a word or a sentence."""
 
     start: int
     end: int
 
 
 def words(text: str) -> list[Span]:
-    """The words of a text, punctuation and clitics (do n't) being words of their own."""
-    return [Span(*match.span()) for match in WORD.finditer(text)]
+    """Find the words of a text, punctuation and clitics (do n't) being words of their own."""
+    return [Span(*match.span()) for match in _WORD.finditer(text)]
 
 
 def sentences(text: str) -> list[Span]:
-    """The sentences of a text; without a full stop it is all one."""
+    """Find the sentences of a text; without a full stop it is all one."""
     spans, start = [], 0
-    for match in END_OF_SENTENCE.finditer(text):
-        if not NO_END.search(text, start, match.start()):
+    for match in _END_OF_SENTENCE.finditer(text):
+        if not _NO_END.search(text, start, match.start()):
             spans.append(Span(start, match.end(1)))
             start = match.end()
     return [*spans, Span(start, len(text))]
@@ -67,15 +68,15 @@ class Subwords:
     def __init__(self, merges: str) -> None:
         self.merges = merges
         pairs = [(a, b) for a, _, b in (line.partition(" ") for line in merges.split("\n") if line)]
-        names = (*SPECIAL, *alphabet(), *(a + b for a, b in pairs))
+        names = (*SPECIAL, *_alphabet(), *(a + b for a, b in pairs))
         vocabulary = {name: number for number, name in enumerate(dict.fromkeys(names))}
         try:
-            model = library().models.BPE(vocab=vocabulary, merges=pairs)
+            model = _library().models.BPE(vocab=vocabulary, merges=pairs)
         except Exception as error:  # the library raises no narrower one
             raise UserError(f"these merges are no byte-pair encoding: {error}.") from error
-        self.encoding = library().Tokenizer(model)
-        self.encoding.pre_tokenizer = pre_tokenizer()
-        self.encoding.decoder = library().decoders.ByteLevel()
+        self.encoding = _library().Tokenizer(model)
+        self.encoding.pre_tokenizer = _pre_tokenizer()
+        self.encoding.decoder = _library().decoders.ByteLevel()
 
     def __len__(self) -> int:
         return self.encoding.get_vocab_size()
@@ -83,37 +84,39 @@ class Subwords:
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> "Subwords":
         """Learn the merges from lines; few lines make fewer than ``vocab_size`` subwords."""
-        blank = library().Tokenizer(library().models.BPE())
-        blank.pre_tokenizer = pre_tokenizer()
-        trainer = library().trainers.BpeTrainer(
+        blank = _library().Tokenizer(_library().models.BPE())
+        blank.pre_tokenizer = _pre_tokenizer()
+        trainer = _library().trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL),
-            initial_alphabet=alphabet(),
+            initial_alphabet=_alphabet(),
             show_progress=False,
         )
         blank.train_from_iterator(lines, trainer)
-        return cls(merges_of(blank))
+        pairs = json.loads(blank.to_str())["model"]["merges"]
+        return cls("\n".join(map(" ".join, pairs)))
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         return [encoded.ids for encoded in self.encoding.encode_batch_fast(list(lines))]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The line of some tokens up to the end, words between single blanks."""
-        kept = list(until_end(tokens))
+        """Line of some tokens up to the end, without signs, words between single blanks."""
+        until_end = takewhile(lambda token: token != END, tokens)
+        kept = [token for token in until_end if token >= len(SPECIAL)]
         return " ".join(self.encoding.decode(kept, skip_special_tokens=False).split())
 
 
 @cache
-def library() -> Any:
+def _library() -> Any:
     return needed("tokenizers", "text")
 
 
-def alphabet() -> list[str]:
-    """The characters that stand for the 256 bytes."""
-    return sorted(library().pre_tokenizers.ByteLevel.alphabet())
+def _alphabet() -> list[str]:
+    """Characters that stand for the 256 bytes."""
+    return sorted(_library().pre_tokenizers.ByteLevel.alphabet())
 
 
-def pre_tokenizer() -> Any:
-    pre_tokenizers = library().pre_tokenizers
+def _pre_tokenizer() -> Any:
+    pre_tokenizers = _library().pre_tokenizers
     parts = [
         pre_tokenizers.Split(" ", "removed"),
         pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
@@ -121,21 +124,8 @@ def pre_tokenizer() -> Any:
     return pre_tokenizers.Sequence(parts)
 
 
-def merges_of(encoding: Any) -> str:
-    return "\n".join(" ".join(pair) for pair in json.loads(encoding.to_str())["model"]["merges"])
-
-
-def until_end(tokens: Iterable[int]) -> Iterator[int]:
-    """The tokens in front of the end, those without a text left out."""
-    for token in tokens:
-        if token == END:
-            return
-        if token >= len(SPECIAL):
-            yield token
-
-
 def padded(sequences: Sequence[Sequence[int]], filler: int = PAD) -> Tensor:
-    """Tokens (N, T) int64 of sequences, filled up behind their ends."""
+    """Tokens (N, T) int64 of sequences, filled up after their ends."""
     longest = max((len(sequence) for sequence in sequences), default=0)
     rows = [[*sequence, *[filler] * (longest - len(sequence))] for sequence in sequences]
     return torch.tensor(rows).reshape(len(sequences), longest).long()

@@ -25,7 +25,7 @@ from core.runs import is_file
 
 ROOT = Path(__file__).absolute().parents[2]
 HARDWARE = ROOT / "configs" / "hardware" / "kaggle_t4x2.yaml"
-SUFFIXES = {".py", ".yaml", ".yml", ".txt"}
+SUFFIXES = {".py", ".toml", ".yaml", ".yml", ".txt"}
 LEFT_OUT = {"benchmarks", "data", "docs", "runs", "tests"}
 SCRIPT = '''\
 import base64, io, sys, tarfile, tempfile

@@ -1,10 +1,11 @@
-"""What a run has left: its numbers, and the result by which it is known."""
+"""The files of a run: its numbers, and the result by which it is known."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from core.errors import UserError
 from core.provenance import recorded
@@ -13,9 +14,11 @@ from pipeline.admission import read_config
 from pipeline.continuing import Settings
 from pipeline.history import update
 from pipeline.kaggle.prediction_file import wilson_interval
+from pipeline.page.parts import drawable
 from pipeline.studies.metrics import SEED, read_metrics
+from steadyfit.pictures import SpikeRun, spike_pictures
 
-# by what a run is known, the first that it has; what is not of a test is its best
+# metrics that a run is known by, the first that it has; but for the test it is the best value
 RESULTS = {
     **{"test/accuracy": max, "val/accuracy": max, "test/r2": max, "val/r2": max, "val/f05": max},
     **{"test/loss": min, "val/loss": min, "train/loss": min},
@@ -30,7 +33,7 @@ class Result:
     Attributes:
         name: Of the metric.
         value: A fraction, if it is an accuracy.
-        samples: How many it was measured on; None if that is not known, or it is no accuracy.
+        samples: Number that it was measured on; None if not known, or if it is no accuracy.
     """
 
     name: str
@@ -80,6 +83,14 @@ class Facts(Run):
             raise UserError(f"{self.folder}/metrics.csv holds no numbers ({error}).") from None
 
     @cached_property
+    def spikes(self) -> SpikeRun:
+        return SpikeRun.read(self.folder, drawable(self.label))
+
+    @cached_property
+    def spike_pictures(self) -> dict[str, Figure]:
+        return spike_pictures([self.spikes])
+
+    @cached_property
     def best(self) -> dict[str, Any]:
         """The checkpoint that predicts."""
         return load_checkpoint(self.checkpoint())
@@ -103,7 +114,7 @@ class Facts(Run):
         raise UserError(f"{self.folder} has no metric by which it could be judged; train it first.")
 
     def samples(self, name: str) -> int | None:
-        """How many samples an accuracy was measured on, if that was recorded."""
+        """Number of samples that an accuracy was measured on, if that was recorded."""
         try:
             if name == "test/accuracy":
                 return int(self.confusion("test").to_numpy().sum())

@@ -13,12 +13,12 @@ from pipeline.continuing import named, shown
 from pipeline.page.facts import Facts, shown_value
 from pipeline.page.parts import Listing, Page, Part, Picture, Section, Table, drawable
 from pipeline.page.settings import unusual
-from steadyfit.pictures import SpikeRun, spike_pictures
+from steadyfit.pictures import SpikeRun
 from steadyfit.watching.records import format_spike, read_records
 
 CURVES = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
-ROWS = 20  # of a table of spikes or mistakes; the whole is in a file of the run
-CHOICES = (
+_ROWS = 20  # of a table of spikes or mistakes; the whole is in a file of the run
+_CHOICES = (
     *("data", "model", "model.network", "model.optimizer", "model.lr_scheduler"),
     *("seed_everything", "trainer.precision"),
 )
@@ -35,27 +35,27 @@ def page_of_run(facts: Facts) -> Page:
     except UserError as error:
         result = f"No result: {error}"
     parts = {
-        "What was trained": trained(facts),
-        "Settings": settings(facts),
-        "Numbers": numbers(facts),
-        "Curves": curves(facts),
-        "Spikes": spikes(facts),
-        "Gradients and weights": gradients(facts),
-        "Confusion matrix": confusions(facts),
-        "Worst mistakes": mistakes(facts),
-        "Submission and score": submission(facts),
+        "What was trained": _trained(facts),
+        "Settings": _settings(facts),
+        "Numbers": _numbers(facts),
+        "Curves": _curves(facts),
+        "Spikes": _spikes(facts),
+        "Gradients and weights": _gradients(facts),
+        "Confusion matrix": _confusions(facts),
+        "Worst mistakes": _mistakes(facts),
+        "Submission and score": _submission(facts),
     }
     return Page(result, facts.label, [Section.of(*each) for each in parts.items()])
 
 
-def trained(facts: Facts) -> Iterator[Part]:
-    """Origin, data, and what it took."""
+def _trained(facts: Facts) -> Iterator[Part]:
+    """Origin, data, time and memory."""
     origin, chosen = facts.origin, dict(named(facts.settings))
     git, versions = origin.get("git") or {}, origin.get("versions") or {}
     patch = " (code.patch)" if (facts.folder / "code.patch").is_file() else ""
-    yield facts_table(
+    yield _facts_table(
         "What was trained, with what",
-        {name.rpartition(".")[2]: str(chosen.get(name)) for name in CHOICES}
+        {name.rpartition(".")[2]: str(chosen.get(name)) for name in _CHOICES}
         | {
             "command": origin.get("command"),
             "commit": git and f"{git['commit']}{'' if git['clean'] else f', with changes{patch}'}",
@@ -63,7 +63,7 @@ def trained(facts: Facts) -> Iterator[Part]:
             "hardware": origin.get("hardware"),
         },
     )
-    yield facts_table(
+    yield _facts_table(
         "The checkpoint that predicts",
         {
             "data digest (SHA-256)": facts.best.get("data_digest"),
@@ -80,7 +80,7 @@ def trained(facts: Facts) -> Iterator[Part]:
     yield Table(caption, ["value", "median", "largest", "last"], rows)
 
 
-def settings(facts: Facts) -> Iterator[Part]:
+def _settings(facts: Facts) -> Iterator[Part]:
     rows = [
         [name, shown(value, usual), shown(usual, value)]
         for name, usual, value in unusual(facts.settings)
@@ -91,7 +91,7 @@ def settings(facts: Facts) -> Iterator[Part]:
     yield Listing("All settings (config.yaml)", text)
 
 
-def numbers(facts: Facts) -> Iterator[Part]:
+def _numbers(facts: Facts) -> Iterator[Part]:
     """Every metric as in ``metrics.csv``, to six digits."""
     rows = []
     for name in map(str, facts.metrics.filter(regex="^(train|val|test)/")):
@@ -108,7 +108,7 @@ def numbers(facts: Facts) -> Iterator[Part]:
         yield f"Missing: there was no test; python train.py test --run {facts.folder} makes it."
 
 
-def curves(facts: Facts) -> Iterator[Part]:
+def _curves(facts: Facts) -> Iterator[Part]:
     names = [n for n in CURVES if len(facts.values(n))]
     if not names:
         raise UserError("there is no loss and no accuracy to draw.")
@@ -119,28 +119,27 @@ def curves(facts: Facts) -> Iterator[Part]:
     yield Picture.of(figure, "Learning curves", f"Learning curves: {alt}")
 
 
-def spikes(facts: Facts) -> Iterator[Part]:
-    """How many there were, the worst with its evidence, and why."""
+def _spikes(facts: Facts) -> Iterator[Part]:
+    """Their number, the worst with their evidence, and why."""
     steps = len(facts.values("train/loss"))
-    records = [r for r in read_records(facts.folder / "spikes.jsonl") if r["spiked"]]
-    records.sort(key=lambda record: -(record["max_loss_after"] or 0))
+    records = [r for r in read_records(facts.folder / "spikes.jsonl") if r.spiked]
+    records.sort(key=lambda record: -(record.max_loss_after or 0))
     if not len(facts.values("grad_norm/total")):
         yield "Missing: the run was not watched; callbacks.GradientSpikeMonitor does it."
     else:
-        confirmed = sum(record["confirmed"] for record in records)
+        confirmed = sum(record.confirmed for record in records)
         yield f"{len(records)} spikes in {steps:,} optimizer steps, {confirmed} seen in the loss."
     if records:
         rows = [
-            [str(r["step"]), ", ".join(r["spiked"]), format_spike(r).partition(": ")[2]]
-            for r in records[:ROWS]
+            [str(r.step), ", ".join(r.spiked), format_spike(r).partition(": ")[2]]
+            for r in records[:_ROWS]
         ]
-        few = f", the {ROWS} worst" if len(records) > ROWS else ""
+        few = f", the {_ROWS} worst" if len(records) > _ROWS else ""
         yield Table(f"Spikes{few} (spikes.jsonl)", ["step", "in", "evidence"], rows)
         if not (facts.folder / "why.json").is_file():
             yield f"Missing: why it spiked; python spikes.py why {facts.folder} finds out."
-    run = SpikeRun.read(facts.folder, drawable(facts.label))
-    figure = spike_pictures([run])["spikes_curves"]
-    yield Picture.of(figure, CAPTIONS["spikes_curves"], alt_of(run))
+    figure = facts.spike_pictures["spikes_curves"]
+    yield Picture.of(figure, CAPTIONS["spikes_curves"], alt_of(facts.spikes))
     if (path := facts.folder / "why.json").is_file():
         why = json.loads(path.read_text())
         yield f"Why (spikes.py why): {why['verdict']} {why['remedy']}"
@@ -158,13 +157,12 @@ def alt_of(run: SpikeRun) -> str:
     )
 
 
-def gradients(facts: Facts) -> Iterator[Part]:
+def _gradients(facts: Facts) -> Iterator[Part]:
     norms = facts.values("grad_norm/total")
     if norms.empty:
         raise UserError("no norms were recorded; callbacks.GradientSpikeMonitor does it.")
-    run = SpikeRun.read(facts.folder, drawable(facts.label))
     told = f"Gradient norm of a step: median {norms.median():.3g}, largest {norms.max():.3g}"
-    for name, figure in spike_pictures([run]).items():
+    for name, figure in facts.spike_pictures.items():
         if name != "spikes_curves":
             yield Picture.of(figure, CAPTIONS[name], f"{CAPTIONS[name]}. {told}.")
     path = facts.folder / "spikes_through_time.png"
@@ -173,7 +171,7 @@ def gradients(facts: Facts) -> Iterator[Part]:
         yield Picture.read(path, "Gradient through time", alt)
 
 
-def confusions(facts: Facts) -> Iterator[Part]:
+def _confusions(facts: Facts) -> Iterator[Part]:
     there = [p for p in ("test", "val") if (facts.folder / f"confusion_matrix_{p}.csv").is_file()]
     for part in there or ["test"]:
         table = facts.confusion(part)
@@ -187,19 +185,19 @@ def confusions(facts: Facts) -> Iterator[Part]:
         yield Picture.of(figure, f"Confusion matrix ({part})", alt)
 
 
-def mistakes(facts: Facts) -> Iterator[Part]:
+def _mistakes(facts: Facts) -> Iterator[Part]:
     table = facts.table(
         "mistakes.csv", f"python train.py test --run {facts.folder} makes it of images"
     )
-    few = f", the {ROWS} most confident" if len(table) > ROWS else ""
+    few = f", the {_ROWS} most confident" if len(table) > _ROWS else ""
     caption = f"{len(table):,} mistakes of the test{few} (mistakes.csv)"
-    yield Table(caption, [str(name) for name in table], table.head(ROWS).to_numpy().tolist())
+    yield Table(caption, [str(name) for name in table], table.head(_ROWS).to_numpy().tolist())
     path = facts.folder / "mistakes.png"
     if path.is_file():
         yield Picture.read(path, "Mistakes", "The images of the first rows of the table above.")
 
 
-def submission(facts: Facts) -> Iterator[Part]:
+def _submission(facts: Facts) -> Iterator[Part]:
     names = "submission.json", "predictions.json"  # the second of what nobody scores
     predicted = next((name for name in names if (facts.folder / name).is_file()), names[0])
     for name, verb, keys in (
@@ -210,13 +208,13 @@ def submission(facts: Facts) -> Iterator[Part]:
         if not path.is_file():
             raise UserError(f"there is no {name}; python {verb}.py {facts.folder} makes it.")
         found = json.loads(path.read_text())
-        yield facts_table(
+        yield _facts_table(
             f"From {name}", {key: found[key] for key in keys if found.get(key) not in (None, "")}
         )
         if not found.get("sendable", True):
             return
 
 
-def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:
+def _facts_table(caption: str, facts: Mapping[str, Any]) -> Table:
     rows = [[k, "not recorded" if v in (None, "", {}) else str(v)] for k, v in facts.items()]
     return Table(caption, ["fact", "value"], rows)

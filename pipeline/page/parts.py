@@ -1,4 +1,4 @@
-"""What a page is made of, and how it is written."""
+"""The parts of a page, and its file."""
 
 import io
 from base64 import b64encode
@@ -12,8 +12,8 @@ from PIL import Image
 from core.errors import UserError
 from core.files import atomic_write
 
-TEMPLATE = Path(__file__).with_name("page.html")
-LARGEST = (1600, 3200)  # pixels of a picture
+_TEMPLATE = Path(__file__).with_name("page.html")
+_LARGEST = (1600, 3200)  # pixels of a picture
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Listing:
 
 @dataclass
 class Picture:
-    """A picture, and what it shows for those who do not see it."""
+    """A picture, and its text for those who do not see it."""
 
     caption: str
     alt: str
@@ -46,12 +46,12 @@ class Picture:
     def of(cls, figure: Figure, caption: str, alt: str) -> "Picture":
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
-        return cls(caption, alt, *encoded(file))
+        return cls(caption, alt, *_encoded(file))
 
     @classmethod
     def read(cls, path: Path, caption: str, alt: str) -> "Picture":
         """A picture that a run has left."""
-        return cls(caption, alt, *encoded(io.BytesIO(path.read_bytes())))
+        return cls(caption, alt, *_encoded(io.BytesIO(path.read_bytes())))
 
 
 Part = str | Table | Listing | Picture
@@ -66,7 +66,7 @@ class Section:
 
     @classmethod
     def of(cls, title: str, parts: Iterator[Part]) -> "Section":
-        """As many parts as can be made, and what is missing."""
+        """Take as many parts as can be made, and say what is missing."""
         section = cls(title)
         try:
             for part in parts:
@@ -84,7 +84,7 @@ class Page:
 
     Attributes:
         result: Its first line.
-        title: What it is about.
+        title: Its subject.
     """
 
     result: str
@@ -102,18 +102,18 @@ class Page:
         environment = Environment(
             autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        text = environment.from_string(TEMPLATE.read_text()).render(page=self)
+        text = environment.from_string(_TEMPLATE.read_text()).render(page=self)
         # a name of a file may hold bytes that are no text
         with atomic_write(path, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
         print(f"The page is {path}")
 
 
-def encoded(file: io.BytesIO) -> tuple[str, tuple[int, int]]:
+def _encoded(file: io.BytesIO) -> tuple[str, tuple[int, int]]:
     """A PNG in base64 with 256 colours, which make it a third as large, and its size."""
     with Image.open(file, formats=["PNG"]) as image:
         small = image.convert("RGB")
-        small.thumbnail(LARGEST)
+        small.thumbnail(_LARGEST)
         packed = io.BytesIO()
         small.quantize(256).save(packed, "PNG", optimize=True)
     return b64encode(packed.getvalue()).decode(), small.size

@@ -17,27 +17,27 @@ def unusual(config: Settings) -> list[tuple[str, Any, Any]]:
     Nothing that the configuration names is imported: a class that is not loaded has no defaults.
     """
     defaults = read_yaml(DEFAULTS)
-    trainer = defaults_of(Trainer) | defaults["trainer"]
+    trainer = _defaults_of(Trainer) | defaults["trainer"]
     for name, value in trainer.items():
         if isinstance(value, list):  # callbacks, loggers, plugins
             trainer[name] = [
-                entry | {"init_args": defaults_of(look_up(entry)) | entry.get("init_args", {})}
+                entry | {"init_args": _defaults_of(_look_up(entry)) | entry.get("init_args", {})}
                 for entry in value
             ]
     usual = {
         "seed_everything": defaults["seed_everything"],
         "trainer": trainer,
-        "model": by_default(config["model"]),
-        "data": by_default(config["data"]),
+        "model": _by_default(config["model"]),
+        "data": _by_default(config["data"]),
     }
     return differences(usual, config)
 
 
-def by_default(entry: Settings) -> Settings:
+def _by_default(entry: Settings) -> Settings:
     """A class with its own default of each setting; classes among these are the chosen ones."""
-    known = defaults_of(look_up(entry))
+    known = _defaults_of(_look_up(entry))
     chosen = {
-        name: by_default(value) if isinstance(value, dict) and "class_path" in value else None
+        name: _by_default(value) if isinstance(value, dict) and "class_path" in value else None
         for name, value in entry.get("init_args", {}).items()
     }
     return {
@@ -46,12 +46,12 @@ def by_default(entry: Settings) -> Settings:
     }
 
 
-def look_up(entry: Settings) -> Any:
+def _look_up(entry: Settings) -> Any:
     module, _, name = str(entry["class_path"]).rpartition(".")
     return getattr(sys.modules.get(module), name, None)
 
 
-def defaults_of(found: Any) -> Settings:
+def _defaults_of(found: Any) -> Settings:
     """Defaults of the constructor's arguments, as a configuration has them."""
     if not isinstance(found, type):
         return {}

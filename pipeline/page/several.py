@@ -1,5 +1,6 @@
 """The page of several runs, and that of a study."""
 
+import argparse
 import math
 from collections.abc import Iterator, Mapping
 
@@ -10,26 +11,40 @@ from matplotlib.figure import Figure
 from core.errors import UserError
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, named, shown
 from pipeline.page.facts import RESULTS, STAGES, Facts, shown_value
-from pipeline.page.one import CAPTIONS, CURVES, alt_of
+from pipeline.page.one import CAPTIONS, CURVES, alt_of, page_of_run
 from pipeline.page.parts import Page, Part, Picture, Section, Table, drawable
-from pipeline.studies.grid import Study, short
+from pipeline.studies.grid import Study, last_part
 from pipeline.studies.metrics import SEED, difference, summary
 from pipeline.studies.report import cells, curves_picture
 from steadyfit.pictures import SpikeRun, spike_pictures
 
-SIDE_BY_SIDE = 4  # columns of a picture; with more of them nothing could be read
+_SIDE_BY_SIDE = 4  # columns of a picture; with more of them nothing could be read
 # where a run lies and what it tells, which makes no difference to it
-IDLE = (
+_IDLE = (
     *("trainer.default_root_dir", "trainer.logger", "trainer.enable_", "data.data_dir"),
     *(f"trainer.callbacks.{name}" for name in CALLBACKS_MAY_CHANGE),
 )
-NAMED_BY = 2  # settings in the name of a group
-LEVEL = 0.05  # of p, below which a difference counts
+_NAMED_BY = 2  # settings in the name of a group
+_LEVEL = 0.05  # of p, below which a difference counts
 
 Groups = Mapping[str, list[Facts]]  # runs that differ in nothing but the seed, by a name
 
 
-def page_of_runs(runs: list[Facts]) -> Page:
+def page(options: argparse.Namespace) -> None:
+    """Write the page of a run, or of several side by side.
+
+    Raises:
+        UserError: A run is not there, or the file cannot be written.
+    """
+    runs = [Facts.find(name) for name in options.runs]
+    if len(runs) == 1:
+        page_of_run(runs[0]).write(options.output or runs[0].folder / "page.html")
+    else:
+        beside = runs[-1].folder / "comparison" / "page.html"
+        _page_of_runs(runs).write(options.output or beside)
+
+
+def _page_of_runs(runs: list[Facts]) -> Page:
     settings = differing(runs)
     groups = grouped(runs, settings)
     try:
@@ -40,10 +55,10 @@ def page_of_runs(runs: list[Facts]) -> Page:
         result = f"Of different data: {result}"
     sections = [
         Section("The difference", [*told]),
-        Section.of("What differs in the settings", differences(groups, settings)),
-        Section.of("The runs", each(groups)),
-        Section.of("Curves on the same axes", curves(groups)),
-        Section.of("Spikes side by side", spikes(groups)),
+        Section.of("What differs in the settings", _differences(groups, settings)),
+        Section.of("The runs", _each(groups)),
+        Section.of("Curves on the same axes", _curves(groups)),
+        Section.of("Spikes side by side", _spikes(groups)),
     ]
     return Page(result, f"{len(runs)} runs: {', '.join(run.label for run in runs)}", sections)
 
@@ -52,7 +67,7 @@ def differing(runs: list[Facts]) -> list[str]:
     """Names of the settings in which the runs differ, the seed left out."""
     flat = [dict(named(run.settings)) for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
-    chosen = [n for n in names if n != SEED and not n.startswith(IDLE)]
+    chosen = [n for n in names if n != SEED and not n.startswith(_IDLE)]
     return [n for n in chosen if any(s.get(n) != flat[0].get(n) for s in flat)]
 
 
@@ -62,29 +77,29 @@ def grouped(runs: list[Facts], settings: list[str]) -> dict[str, list[Facts]]:
     for run in runs:
         flat = dict(named(run.settings))
         values = {name: flat.get(name) for name in settings}
-        name = ", ".join(f"{short(key)}={shown(value)}" for key, value in values.items())
-        if not 0 < len(settings) <= NAMED_BY or name in [known for known, _ in groups.values()]:
+        name = ", ".join(f"{last_part(key)}={shown(value)}" for key, value in values.items())
+        if not 0 < len(settings) <= _NAMED_BY or name in [known for known, _ in groups.values()]:
             name = str(run.folder) if len({r.label for r in runs}) < len(runs) else run.label
         groups.setdefault(repr(values), (name, []))[1].append(run)
     return dict(groups.values())
 
 
 def compared(groups: Groups) -> tuple[str, list[Part]]:
-    """The first line of a page of several runs, and what it rests on.
+    """Title of a page of several runs, and the parts of its first section.
 
     Raises:
         UserError: The runs have no metric in common.
     """
-    common = metric_of(groups)
+    common = _metric_of(groups)
     rows = [
         {"group": name, SEED: run.seed, "y": run.result((common,)).value}
         for name, group in groups.items()
         for run in group
     ]
-    return judged(pd.DataFrame(rows), common, "not finite")
+    return _judged(pd.DataFrame(rows), common, "not finite")
 
 
-def metric_of(groups: Groups) -> str:
+def _metric_of(groups: Groups) -> str:
     """The first metric, in the order in which a run is known by one, that all runs have."""
     runs = [run for group in groups.values() for run in group]
     if common := [name for name in RESULTS if all(len(run.values(name)) for run in runs)]:
@@ -92,13 +107,13 @@ def metric_of(groups: Groups) -> str:
     raise UserError("the runs have no metric in common by which they could be judged.")
 
 
-def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
-    """The first line of a page of several runs, and what can be said beyond the noise of seeds.
+def _judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
+    """Title of a page of several runs, and comparisons with the noise of seeds.
 
     Args:
         runs: A row a run: ``group``, ``seed_everything`` and a value ``y``.
-        y: What that is.
-        missing: What became of the runs without a finite value.
+        y: The name of the value.
+        missing: The reason why a run has no finite value.
     """
     table = summary(runs, ["group"])
     head, rows = cells(table, ["group"], y, missing)
@@ -108,7 +123,7 @@ def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
     if not values:
         return f"No result: {y}: {missing} in any of the runs", parts
     first, *others = values
-    told = [verdict(first, name, values[first], values[name], y) for name in others]
+    told = [_verdict(first, name, values[first], values[name], y) for name in others]
     lower = "loss" in y or y.startswith("steps until")
     best = rows[int((table["mean"].argmin if lower else table["mean"].argmax)())]
     which = f"{'lowest' if lower else 'highest'} mean of {len(rows)}, " if len(rows) > 1 else ""
@@ -122,8 +137,8 @@ def judged(runs: pd.DataFrame, y: str, missing: str) -> tuple[str, list[Part]]:
     return told[0] if len(told) == 1 else result, parts
 
 
-def verdict(first: str, second: str, reference: pd.Series, values: pd.Series, y: str) -> str:
-    """Whether a group is further from another one than seeds can do, as a sentence."""
+def _verdict(first: str, second: str, reference: pd.Series, values: pd.Series, y: str) -> str:
+    """Compare two groups of runs with the noise of seeds, in a sentence."""
     found = difference(reference, values)
     scale, unit = (100, " points") if y.endswith("accuracy") else (1, "")
     before, after = (shown_value(y, mean) for mean in found.means)
@@ -139,11 +154,11 @@ def verdict(first: str, second: str, reference: pd.Series, values: pd.Series, y:
         runs = f"{found.n[0]} pairs of one seed"
     if math.isnan(found.p):
         return f"{text}; equal in every run ({runs})."
-    said = "more than seed noise" if found.p < LEVEL else "not to be told from seed noise"
+    said = "more than seed noise" if found.p < _LEVEL else "not to be told from seed noise"
     return f"{text}, 95 % interval {low} to {high}; {said} ({runs}, p = {found.p:.2g})."
 
 
-def differences(groups: Groups, settings: list[str]) -> Iterator[Part]:
+def _differences(groups: Groups, settings: list[str]) -> Iterator[Part]:
     if not settings:
         yield "Nothing but the seed."
         return
@@ -152,8 +167,8 @@ def differences(groups: Groups, settings: list[str]) -> Iterator[Part]:
     yield Table("Settings that differ", ["setting", *flat], rows)
 
 
-def each(groups: Groups) -> Iterator[Part]:
-    metric = metric_of(groups)
+def _each(groups: Groups) -> Iterator[Part]:
+    metric = _metric_of(groups)
     rows = []
     for name, run in ((name, run) for name, group in groups.items() for run in group):
         found, git = run.result((metric,)), run.origin.get("git") or {}
@@ -165,7 +180,7 @@ def each(groups: Groups) -> Iterator[Part]:
     yield "python study.py page RUN has all of one run."
 
 
-def curves(groups: Groups) -> Iterator[Part]:
+def _curves(groups: Groups) -> Iterator[Part]:
     for name in CURVES:
         every = {drawable(g): [run.values(name) for run in runs] for g, runs in groups.items()}
         there = {g: [c for c in own if len(c)] for g, own in every.items() if any(map(len, own))}
@@ -184,14 +199,14 @@ def curves(groups: Groups) -> Iterator[Part]:
         yield Picture.of(figure, f"{name} on the same axes", alt)
 
 
-def spikes(groups: Groups) -> Iterator[Part]:
+def _spikes(groups: Groups) -> Iterator[Part]:
     """The first run of each group side by side; of one group its runs."""
     first = [(name, group[0]) for name, group in groups.items()]
     if len(groups) == 1:
         first = [(run.label, run) for group in groups.values() for run in group]
-    shown_runs = [SpikeRun.read(r.folder, drawable(n)) for n, r in first[:SIDE_BY_SIDE]]
-    if len(first) > SIDE_BY_SIDE:
-        yield f"The first {SIDE_BY_SIDE} of {len(first)}."
+    shown_runs = [SpikeRun.read(r.folder, drawable(n)) for n, r in first[:_SIDE_BY_SIDE]]
+    if len(first) > _SIDE_BY_SIDE:
+        yield f"The first {_SIDE_BY_SIDE} of {len(first)}."
     alt = " ".join(alt_of(run) for run in shown_runs)
     for name, figure in spike_pictures(shown_runs).items():
         yield Picture.of(figure, CAPTIONS[name], f"{CAPTIONS[name]}. {alt}")
@@ -210,22 +225,25 @@ def page_of_study(
 
     Args:
         study: The study.
-        title: What its report shows.
+        title: Of the report.
         runs: A row a run: the point and the value ``y``.
         by: The columns whose values make a group.
-        y: What is reported.
-        missing: What became of the runs without a finite value.
+        y: The name of the value.
+        missing: The reason why a run has no finite value.
         figure: The picture of the report.
     """
-    group = [", ".join(f"{short(key)}={row[key]}" for key in by) for row in runs.to_dict("records")]
+    group = [
+        ", ".join(f"{last_part(key)}={row[key]}" for key in by) for row in runs.to_dict("records")
+    ]
     seeds = runs[SEED] if SEED in runs else range(len(runs))
-    result, told = judged(runs.assign(group=group, **{SEED: seeds}), y, missing)
+    result, told = _judged(runs.assign(group=group, **{SEED: seeds}), y, missing)
     rows = [[key, ", ".join(map(str, values))] for key, values in study.parameters.items()]
     picture = Picture.of(figure, title, f"{title}; the means are in the table above.")
     count = f"{len(runs)} of {len(study.points)} runs of {study.path} are in this report."
+    command = f"Command: train.py fit {' '.join(study.template)}"
     grid = Table("Parameters of the grid", ["parameter", "values"], rows)
     sections = [
         Section("The difference", [*told, picture]),
-        Section("What was trained", [count, grid, f"Command: {' '.join(study.template)}"]),
+        Section("What was trained", [count, grid, command]),
     ]
     return Page(result, f"Study {study.name}: {title}", sections)

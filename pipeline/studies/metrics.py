@@ -1,4 +1,4 @@
-"""What the runs of a study have measured, from their folders or from the W&B server."""
+"""Metrics of the runs of a study, from their folders or from the W&B server."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -57,15 +57,12 @@ def last_value(folder: Path, name: str) -> float | None:
 
 
 def steps_until(reached: pd.Series) -> float:
-    """Optimizer steps after which something is reached; NaN if that never happens.
-
-    ``reached`` says of each step, counted from 0, whether it is.
-    """
+    """Optimizer steps until the first that is true, of truth values by step; NaN if none is."""
     steps = reached.index[reached]
     return float(steps[0]) + 1 if len(steps) else float("nan")
 
 
-Found = Iterator[tuple[Point, pd.Series]]  # a finished run, and its metric by optimizer step
+Found = Iterator[tuple[Point, pd.Series]]  # finished runs, each metric by optimizer step
 
 
 def from_folders(study: Study, root: Path, metric: str) -> Found:
@@ -132,22 +129,20 @@ def summary(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
     Returns:
         A row for each group in order of appearance: its values, ``mean``, ``sd``, ``low``,
-        ``high``, ``n``, and in ``missing`` how many runs have no finite value.
+        ``high``, ``n``, and in ``missing`` the number of runs without a finite value.
     """
-    rows = []
-    for values, group in runs.groupby(list(by), sort=False):
-        y = group["y"][np.isfinite(group["y"])]
-        n, sd = len(y), y.std()
-        half = sd / np.sqrt(n) * stats.t.ppf(0.975, n - 1) if n > 1 else float("nan")
-        mean = y.mean()
-        measures = {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
-        rows.append({**dict(zip(by, values, strict=True)), **measures, "missing": len(group) - n})
-    return pd.DataFrame(rows)
+    finite = runs["y"].where(np.isfinite(runs["y"]))
+    groups = runs.assign(y=finite).groupby(list(by), sort=False)["y"]
+    table = groups.agg(mean="mean", sd="std", n="count").reset_index()
+    half = table["sd"] / np.sqrt(table["n"]) * stats.t.ppf(0.975, table["n"] - 1)
+    table.insert(len(by) + 2, "low", table["mean"] - half)
+    table.insert(len(by) + 3, "high", table["mean"] + half)
+    return table.assign(missing=groups.size().to_numpy() - table["n"])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the mean of a second group of runs is than that of a first.
+    """Difference between the mean of a second group of runs and that of a first.
 
     Attributes:
         means: Of both groups.

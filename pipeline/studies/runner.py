@@ -1,95 +1,84 @@
 """The points of a study as processes, as many at a time as the machine takes."""
 
-import contextlib
 import io
 import os
-import re
-import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from contextlib import closing, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 
 from core.errors import UserError
 from core.files import make_folder
 from core.runs import ROOT, Run
 from pipeline.studies.grid import Point, PointRecord, Study
 
-POLL = 0.2  # seconds between two looks at the running jobs
-GRACE = 10  # seconds that jobs have to end when they are asked to
+_POLL = 0.2  # seconds between two looks at the running jobs
+_GRACE = 10  # seconds that jobs have to end when they are asked to
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A run of a study: a process of its own, whose output goes to ``log``."""
+    """A run of a study: ``train.py`` with ``arguments``, whose output goes to ``log``."""
 
     point: Point
-    command: list[str]
-    record: dict[str, Any]  # what point.json will say
+    arguments: list[str]
+    environment: dict[str, str]
+    record: dict[str, Any]  # content of point.json
     run: Run
-    log: Path
-    process: subprocess.Popen[bytes] | None = None
-    bar: TaskID | None = None
-    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, study: Study, point: Point, flags: list[str]) -> "Job":
+        arguments = study.arguments(point, flags)
+        run = Run(_root_of(study, flags) / study.name / study.name_of(point))
+        record = study.record(arguments)
+        return cls(point, ["fit", *arguments], study.environment, record, run)
 
     @property
     def name(self) -> str:
         return self.run.folder.name
 
-    def start(self, gpu: str | None) -> None:
-        """Start the process, on a GPU of its own if one is given."""
-        own_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        make_folder(self.log.parent)
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | own_gpu,
-            )
-        self.started = time.monotonic()
+    @property
+    def log(self) -> Path:
+        return self.run.folder.parent / "logs" / f"{self.name}.txt"
 
     def is_finished(self) -> bool:
-        """Whether the run is done, by whomever.
+        """Tell whether the run is done, by whomever.
 
         Raises:
             UserError: It was trained with other settings.
         """
         return PointRecord(self.run.folder).is_finished(self.record)
 
-    def is_busy(self) -> bool:
-        """Whether a process, ours or another's, is training this run."""
-        if not self.run.folder.is_dir():
-            return False
+    def start(self, gpu: str | None) -> subprocess.Popen[bytes]:
+        """Start the process, on a GPU of its own if one is given."""
+        own_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        make_folder(self.log.parent)
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "train.py", *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.environment | own_gpu,
+            )
+
+    def failure(self, code: int) -> str:
+        """Say why an ended process has not finished the run; empty if it has."""
         try:
-            with self.run.lock():
-                return False
-        except UserError:
-            return True
-
-    def doing(self) -> str:
-        """How far it is, from the progress bar that it prints."""
-        with self.log.open("rb") as output:
-            output.seek(max(0, self.log.stat().st_size - 2000))
-            bars = re.findall(r"Epoch (\d+):\s+(\d+)%", output.read().decode(errors="replace"))
-        return f"epoch {bars[-1][0]}, {bars[-1][1]} %" if bars else "starting"
-
-    def error(self) -> str:
-        """The last thing it said: its own sentence, or the end of a traceback."""
+            if self.is_finished():
+                return ""
+        except UserError as error:
+            return str(error)
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
-        said = [line for line in lines if line.startswith("error: ")] or [x for x in lines if x]
-        code = self.process.returncode if self.process else None
-        return said[-1].removeprefix("error: ") if said and code != -9 else f"ended with {code}"
+        lines = [line for line in lines if line.startswith("error: ")] or [x for x in lines if x]
+        return lines[-1].removeprefix("error: ") if lines and code >= 0 else f"ended with {code}"
 
 
-def run(study: Study, jobs: int | None, flags: list[str], where: dict[str, Any]) -> None:
+def run(study: Study, jobs: int | None, flags: list[str], where: Point) -> None:
     """Run every point that is not finished, ``jobs`` at a time.
 
     Args:
@@ -105,90 +94,79 @@ def run(study: Study, jobs: int | None, flags: list[str], where: dict[str, Any])
         name = flag.partition("=")[0].removeprefix("--")
         if name in (*study.parameters, "run", "study"):
             raise UserError(f"--{name} is the study's to set; choose points with --where.")
-    points = [p for p in study.points if all(p[key] == value for key, value in where.items())]
-    every = [make_job(study, point, flags) for point in points]
-    waiting = [job for job in every if not job.is_finished()]
-    done = len(every) - len(waiting)
-    if waiting:
-        check_settings(waiting)
-    gpus = visible_gpus() if waiting else []
-    slots = jobs or len(gpus) or min(4, os.cpu_count() or 1)
+    points = [point for point in study.points if where.items() <= point.items()]
+    every = [Job.of(study, point, flags) for point in points]
+    left = [job for job in every if not job.is_finished()]
+    if left:
+        _check_settings(left)
     failed: dict[str, str] = {}
-    with Display(len(every), done) as display, ended_with_us(slots) as running:
-        while waiting or any(running):
-            for slot, job in enumerate(running):
-                if job is None:
-                    if free := next_free(waiting, failed, display):
-                        free.start(gpus[slot % len(gpus)] if len(gpus) > 1 else None)
-                        running[slot] = free
-                        display.show(free)
-                elif job.process and job.process.poll() is not None:
-                    running[slot] = None
-                    if job.process.returncode and job.is_busy():  # another program was faster
-                        display.hide(job)
-                        waiting.append(job)
-                    else:
-                        conclude(study, job, failed, display)
-            display.refresh([job for job in running if job])
-            time.sleep(POLL)
+    with closing(_train(left, jobs)) as ended:
+        for number, (job, code, seconds) in enumerate(ended, 1):
+            reason = job.failure(code)
+            if reason:
+                failed[job.name] = reason
+            said = f" FAILED: {reason}" if reason else _reached(study, job.run)
+            line = f"{number} of {len(left)}: {job.name}{said} ({seconds:.0f} s)"
+            print(line, file=sys.stderr, flush=True)
     print(f"{len(every) - len(failed)} of {len(every)} runs of {study.name} are finished.")
-    root = root_of(study, flags)
     if failed:
         name, reason = next(iter(failed.items()))
         raise UserError(
             f"{len(failed)} of {len(every)} runs failed, the first is {name} ({reason}); what they "
-            f"printed is in {root / study.name / 'logs'}, and the same command tries them again."
+            f"printed is in {every[0].log.parent}, and the same command tries them again."
         )
+    root = _root_of(study, flags)
     elsewhere = "" if root == ROOT else f" --root {root}"
     print(f"Next: python study.py report {study.path}{elsewhere}")
 
 
-def next_free(waiting: list[Job], failed: dict[str, str], display: "Display") -> Job | None:
-    """The next run that nobody else is training; what others have finished is done."""
-    for job in list(waiting):
-        if job.is_busy():
-            continue
-        waiting.remove(job)
-        try:
-            if not job.is_finished():
-                return job
-            display.finish(job, f"{job.name}, by another program")
-        except UserError as error:
-            failed[job.name] = str(error)
-            display.finish(job, f"{job.name} FAILED: {error}")
-    return None
+def _train(waiting: list[Job], jobs: int | None) -> Generator[tuple[Job, int, float], None, None]:
+    """Run jobs; yield each that has ended, with its exit code and seconds.
 
-
-def conclude(study: Study, job: Job, failed: dict[str, str], display: "Display") -> None:
-    """Say what became of a job whose process has ended."""
+    An interruption ends those that are running.
+    """
+    gpus = _visible_gpus() if waiting else []
+    slots = range(jobs or len(gpus) or min(4, os.cpu_count() or 1))
+    running: dict[int, tuple[Job, float, subprocess.Popen[bytes]]] = {}
+    waiting = list(waiting)
+    if waiting:
+        folder = waiting[0].log.parent
+        print(f"{len(waiting)} runs to train; their output: {folder}", file=sys.stderr, flush=True)
     try:
-        finished = job.is_finished()
-        reason = "" if finished else job.error()
-    except UserError as error:
-        finished, reason = False, str(error)
-    if finished:
-        display.finish(job, f"{job.name}{value_of(study, job.run)}")
-    else:
-        failed[job.name] = reason
-        display.finish(job, f"{job.name} FAILED: {reason}")
+        while waiting or running:
+            for slot in slots:
+                if slot in running and (code := running[slot][2].poll()) is not None:
+                    job, start, _ = running.pop(slot)
+                    yield job, code, time.monotonic() - start
+                if slot not in running and waiting:
+                    job = waiting.pop(0)
+                    process = job.start(gpus[slot % len(gpus)] if len(gpus) > 1 else None)
+                    running[slot] = job, time.monotonic(), process
+            time.sleep(_POLL)
+    finally:
+        _end([process for _, _, process in running.values()])
 
 
-def make_job(study: Study, point: Point, flags: list[str]) -> Job:
-    name = study.name_of(point)
-    command = study.command(point, flags)
-    record = study.record(command[command.index("fit") + 1 :])
-    folder = root_of(study, flags) / study.name
-    return Job(point, command, record, Run(folder / name), folder / "logs" / f"{name}.txt")
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def root_of(study: Study, flags: list[str]) -> Path:
+def _root_of(study: Study, flags: list[str]) -> Path:
     """The folder of all runs: what is typed last wins."""
     name = "--trainer.default_root_dir="
     named = [f.removeprefix(name) for f in (*study.template, *flags) if f.startswith(name)]
     return Path(named[-1]) if named else ROOT
 
 
-def check_settings(jobs: list[Job]) -> None:
+def _check_settings(jobs: list[Job]) -> None:
     """Let train.py read, but not run, a command with each value of each parameter.
 
     An unknown parameter is told in a second, and not by every run after its imports.
@@ -202,15 +180,15 @@ def check_settings(jobs: list[Job]) -> None:
             continue
         seen |= values
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                cli.run([*job.command[job.command.index("fit") :], "--print_config"])
+            with redirect_stdout(io.StringIO()):
+                cli.run([*job.arguments, "--print_config"])
         except SystemExit as stop:
             if stop.code:
                 raise
 
 
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may say to show a process one of the GPUs that we see."""
+def _visible_gpus() -> list[str]:
+    """Values of CUDA_VISIBLE_DEVICES that each show a process one of the GPUs that we see."""
     import torch
 
     count = torch.cuda.device_count()
@@ -218,86 +196,9 @@ def visible_gpus() -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def value_of(study: Study, run: Run) -> str:
-    """What a finished run has reached, for the display."""
-    from pipeline.studies import metrics
+def _reached(study: Study, run: Run) -> str:
+    """The study's metric at the end of a finished run, as the end of a line."""
+    from pipeline.studies import metrics  # seconds of imports
 
-    if study.metric is None:
-        return ""
-    value = metrics.last_value(run.folder, study.metric)
+    value = metrics.last_value(run.folder, study.metric) if study.metric else None
     return "" if value is None else f": {study.metric} {value:.4f}"
-
-
-@contextlib.contextmanager
-def ended_with_us(slots: int) -> Iterator[list[Job | None]]:
-    """Slots for jobs, which end when this program is interrupted."""
-    running: list[Job | None] = [None] * slots
-    try:
-        yield running
-    finally:
-        processes = [job.process for job in running if job and job.process]
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + GRACE
-        for process in processes:
-            try:
-                process.wait(max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
-
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Display:
-    """A bar for the whole study and a line for every running job; bare lines without a terminal."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),  # a value may be [6, 16]
-            BarColumn(),
-            MofNCompleteColumn(),
-            Elapsed(),
-            TextColumn("{task.fields[state]}"),
-            console=Console(stderr=True),
-        )
-        self.whole = self.progress.add_task("runs", total=total, completed=done, state="")
-
-    def __enter__(self) -> "Display":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def show(self, job: Job) -> None:
-        job.bar = self.progress.add_task(f"  {job.name}", total=None, state="starting")
-
-    def hide(self, job: Job) -> None:
-        if job.bar is not None:
-            self.progress.remove_task(job.bar)
-            job.bar = None
-
-    def finish(self, job: Job, sentence: str) -> None:
-        self.hide(job)
-        self.progress.advance(self.whole)
-        seconds = time.monotonic() - job.started
-        line = f"{sentence} ({seconds:.0f} s)"
-        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def refresh(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            if job.bar is not None:
-                self.progress.update(job.bar, state=job.doing())

@@ -1,1 +1,1 @@
-"""Why a run spiked: the run is forked before the spike, and one thing is changed at a time."""
+"""The cause of a spike: a run is forked before it, and one thing is changed at a time."""

@@ -1,7 +1,7 @@
 """A finished run trained again, in this process, from a state of its own.
 
 It is ``fit`` itself: the same command line reads the run's ``config.yaml``, the same Trainer
-restores a checkpoint in the midst of an epoch. Only what looks and keeps is left out.
+restores a checkpoint in the midst of an epoch. Only callbacks that look and keep are left out.
 """
 
 import io
@@ -9,16 +9,15 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.termination import Termination
@@ -28,31 +27,15 @@ from pipeline.cli import CLI, PLATEAU
 from pipeline.continuing import CALLBACKS_MAY_CHANGE, MONITOR
 from pipeline.trainer import quiet_libraries, resolve_trainer_config
 from steadyfit.lightning import GradientSpikeMonitor
+from steadyfit.watching.records import SpikeRecord
 
-Rows = dict[int, dict[str, float]]  # what loggers are told, by optimizer step
-
-
-@dataclass
-class Course:
-    """A stretch of training, as it was seen."""
-
-    rows: Rows = field(default_factory=dict)
-    rates: dict[int, float] = field(default_factory=dict)  # the largest of each optimizer step
-    places: dict[int, tuple[int, list[int]]] = field(default_factory=dict)  # epoch, batches
-    weights: dict[int, Tensor] = field(default_factory=dict)  # flat, before the steps asked for
-    spikes: list[dict[str, Any]] = field(default_factory=list)  # records of the monitor
-    differing: list[str] = field(default_factory=list)  # checkpoints with other weights
-
-    def losses(self, first: int, last: int) -> list[float]:
-        found = [self.rows.get(step, {}).get("train/loss") for step in range(first, last + 1)]
-        return [loss for loss in found if loss is not None]
+Rows = dict[int, dict[str, float]]  # logged metrics, by optimizer step
 
 
-class RowLogger(Logger):
-    """Keeps in memory what ``metrics.csv`` would be told."""
+class _RowLogger(Logger):
+    """Keep in memory the metrics that would go to ``metrics.csv``."""
 
-    name = None
-    version = None
+    name = version = None
 
     def __init__(self, rows: Rows) -> None:
         super().__init__()
@@ -62,39 +45,48 @@ class RowLogger(Logger):
         self.rows.setdefault(step or 0, {}).update(metrics)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: it is the run's configuration."""
+        """Do nothing: it is the run's configuration."""
 
 
-class Follow(Callback):
-    """Note the course of a training, keep its state before one step, and stop before another.
+class Course(Callback):
+    """Record of a stretch of training; keeps the state at one step, and ends at another.
 
     Args:
-        course: What is filled in.
         stop: Optimizer steps after which training ends.
         save: Optimizer steps after which the state goes to ``path``.
-        weights: Optimizer steps before which the weights are copied.
-        checkpoints: Names and weights of checkpoints to compare with, by optimizer steps.
+        path: A file.
+        keep: Optimizer steps before which the weights are copied.
+
+    Attributes:
+        rows: Logged metrics, by optimizer step.
+        rates: The largest learning rate of each optimizer step.
+        places: Epoch and batches of each optimizer step.
+        weights: All parameters, flat, before the steps of ``keep``.
+        spikes: Records of the monitor.
     """
 
     def __init__(
-        self,
-        course: Course,
-        stop: int,
-        save: int | None = None,
-        path: Path | None = None,
-        weights: Sequence[int] = (),
-        checkpoints: dict[int, tuple[str, dict[str, Tensor]]] | None = None,
+        self, stop: int, save: int | None = None, path: Path | None = None, keep: Sequence[int] = ()
     ) -> None:
-        self.course, self.stop, self.save, self.path = course, stop, save, path
-        self.weights, self.checkpoints = weights, checkpoints or {}
+        self.stop, self.save, self.path, self.keep = stop, save, path, keep
+        self.rows: Rows = {}
+        self.rates: dict[int, float] = {}
+        self.places: dict[int, tuple[int, list[int]]] = {}
+        self.weights: dict[int, Tensor] = {}
+        self.spikes: list[SpikeRecord] = []
+
+    def losses(self, first: int, last: int) -> list[float]:
+        found = [self.rows.get(step, {}).get("train/loss") for step in range(first, last + 1)]
+        return [loss for loss in found if loss is not None]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         step, (_, number) = trainer.global_step, args
-        self.course.places.setdefault(step, (trainer.current_epoch, []))[1].append(number)
+        self.places.setdefault(step, (trainer.current_epoch, []))[1].append(number)
         rates = [float(group["lr"]) for o in trainer.optimizers for group in o.param_groups]
-        self.course.rates[step] = max(rates)
-        if step in self.weights and step not in self.course.weights:
-            self.course.weights[step] = flat_weights(module)
+        self.rates[step] = max(rates)
+        if step in self.keep and step not in self.weights:
+            weights = parameters_to_vector(module.parameters())
+            self.weights[step] = weights.detach().float().cpu()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.save == 0 and self.path:
@@ -105,22 +97,17 @@ class Follow(Callback):
         if step == self.save and self.path:
             trainer.save_checkpoint(self.path, weights_only=False)
             self.save = None  # the next batch may be accumulated for the same step
-        if step in self.checkpoints:
-            name, weights = self.checkpoints.pop(step)
-            own = module.state_dict()
-            if any(not torch.equal(own[key].cpu(), weights[key]) for key in weights):
-                self.course.differing.append(name)
         if step >= self.stop:
             trainer.should_stop = True
 
 
 class Again(CLI):
-    """The model, the data and the trainers of a run, and what trains them over a stretch.
+    """The model and the data of a run, to be trained over a stretch again.
 
     Args:
         config: The run's ``config.yaml``.
-        scratch: A folder for what a callback may write.
-        trust: Import whatever the run names.
+        scratch: A folder for the files of callbacks.
+        trust: Import any class that the run names.
 
     Raises:
         UserError: The configuration cannot be read, or is that of several processes.
@@ -183,27 +170,21 @@ class Again(CLI):
     def train(
         self,
         checkpoint: Path | None,
-        follow: Follow,
+        course: Course,
         extra: Sequence[Callback] = (),
         **options: Any,
     ) -> Course:
-        """Train from a checkpoint, or from the start, and note the course in ``follow``."""
-        self.extra = [*extra, follow]
+        """Train from a checkpoint, or from the start, and record the course."""
+        self.extra = [*extra, course]
         if "precision" in options:  # a plugin may have it
             plugins = self.config_init.fit.trainer.plugins or []
             options["plugins"] = [p for p in plugins if not isinstance(p, MixedPrecision)]
         self.model.float()  # a half precision makes itself what it needs
-        course = follow.course
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = self.instantiate_trainer(logger=RowLogger(course.rows), **options)
+            trainer = self.instantiate_trainer(logger=_RowLogger(course.rows), **options)
             trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint, weights_only=True)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GradientSpikeMonitor):
                 course.spikes = callback.records
         return course
-
-
-def flat_weights(module: LightningModule) -> Tensor:
-    """All parameters as one tensor on the CPU."""
-    return torch.cat([p.detach().float().flatten().cpu() for p in module.parameters()])

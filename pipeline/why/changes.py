@@ -1,11 +1,10 @@
-"""One change to a training each: callbacks that stand behind those of the run.
+"""Changes to a training, one callback each, which stand after those of the run.
 
 ``at`` is the first optimizer step that is another one. Dimensions: B samples of a batch.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,7 @@ MOMENTA = ("momentum_buffer", "exp_avg")
 MEMORY = 10  # steps of a short second moment
 
 Slot = tuple[int, int]  # epoch, and place in the order of its samples
+Act = Callable[[LightningModule, Optimizer], None]
 
 
 class Noise(Callback):
@@ -67,84 +67,6 @@ class OtherSamples(Callback):
         del vars(trainer.datamodule.train_dataloader())["order"]  # type: ignore[attr-defined]
 
 
-class StepChange(Callback, ABC):
-    """Changes what an optimizer is about to use, from step ``at`` to ``last``, if there is one."""
-
-    def __init__(self, at: int, last: float = math.inf) -> None:
-        self.at, self.last = at, last
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        if self.at <= trainer.global_step <= self.last:
-            self.act(module, optimizer)
-
-    @abstractmethod
-    def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Change something, when the gradients of the step are there."""
-
-
-class Rate(StepChange):
-    """The learning rate times ``factor``, behind the back of its schedule."""
-
-    def __init__(self, at: int, factor: float) -> None:
-        super().__init__(at)
-        self.factor = factor
-
-    def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        usual = [group["lr"] for group in optimizer.param_groups]
-
-        def restore(*_: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, usual, strict=True):
-                group["lr"] = rate
-            handle.remove()
-
-        handle = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(restore)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.factor
-
-
-class FreshMoment(StepChange):
-    """A second moment that is never below the square of the gradient that it divides."""
-
-    def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        for p, moment in states(optimizer, SECOND_MOMENTS):
-            if p.grad is not None:
-                torch.maximum(moment, p.grad.square().to(moment), out=moment)
-
-
-class ShortMemory(StepChange):
-    """A second moment that looks back over ``MEMORY`` steps."""
-
-    def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        decay = 1 - 1 / MEMORY
-        for group in optimizer.param_groups:
-            if "alpha" in group:
-                group["alpha"] = min(decay, group["alpha"])
-            if "betas" in group:
-                group["betas"] = group["betas"][0], min(decay, group["betas"][1])
-
-
-class NoMomentum(StepChange):
-    """Momentum that begins anew."""
-
-    def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        self.last = self.at  # once
-        for _, moment in states(optimizer, MOMENTA):
-            moment.zero_()
-
-
-class LeftOut(StepChange):
-    """One parameter that is not updated."""
-
-    def __init__(self, at: int, last: int, name: str) -> None:
-        super().__init__(at, last)
-        self.name = name
-
-    def act(self, module: LightningModule, optimizer: Optimizer) -> None:
-        module.get_parameter(self.name).grad = None
-
-
 class KeptBuffers(Callback):
     """Buffers as they were before the fork, in every forward pass."""
 
@@ -152,10 +74,10 @@ class KeptBuffers(Callback):
         self.kept: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.kept = {name: b.clone() for name, b in network_of(module).named_buffers()}
+        self.kept = {name: b.clone() for name, b in _network_of(module).named_buffers()}
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        for name, buffer in network_of(module).named_buffers():
+        for name, buffer in _network_of(module).named_buffers():
             buffer.copy_(self.kept[name])
 
 
@@ -173,11 +95,74 @@ class OtherDropout(Callback):
         module.seed = self.usual  # type: ignore[assignment]
 
 
-def network_of(module: LightningModule) -> nn.Module:
+class StepChange(Callback):
+    """Call ``act`` when the gradients are there, before each update from ``at`` to ``last``."""
+
+    def __init__(self, act: Act, at: int, last: float = math.inf) -> None:
+        self.act, self.at, self.last = act, at, last
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self.at <= trainer.global_step <= self.last:
+            self.act(module, optimizer)
+
+
+def scaled_rate(factor: float) -> Act:
+    """The learning rate times ``factor``; its schedule does not see it."""
+
+    def act(module: LightningModule, optimizer: Optimizer) -> None:
+        usual = [group["lr"] for group in optimizer.param_groups]
+
+        def restore(*_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, usual, strict=True):
+                group["lr"] = rate
+            handle.remove()
+
+        handle = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(restore)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    return act
+
+
+def fresh_moment(module: LightningModule, optimizer: Optimizer) -> None:
+    """A second moment that is never below the square of the gradient that it divides."""
+    for p, moment in _states(optimizer, SECOND_MOMENTS):
+        if p.grad is not None:
+            torch.maximum(moment, p.grad.square().to(moment), out=moment)
+
+
+def short_memory(module: LightningModule, optimizer: Optimizer) -> None:
+    """A second moment that looks back over ``MEMORY`` steps."""
+    decay = 1 - 1 / MEMORY
+    for group in optimizer.param_groups:
+        if "alpha" in group:
+            group["alpha"] = min(decay, group["alpha"])
+        if "betas" in group:
+            group["betas"] = group["betas"][0], min(decay, group["betas"][1])
+
+
+def no_momentum(module: LightningModule, optimizer: Optimizer) -> None:
+    """Momentum that begins anew."""
+    for _, moment in _states(optimizer, MOMENTA):
+        moment.zero_()
+
+
+def left_out(name: str) -> Act:
+    """One parameter that is not updated."""
+
+    def act(module: LightningModule, optimizer: Optimizer) -> None:
+        module.get_parameter(name).grad = None
+
+    return act
+
+
+def _network_of(module: LightningModule) -> nn.Module:
     return cast(LitModel, module).network
 
 
-def states(optimizer: Optimizer, names: Iterable[str]) -> Iterable[tuple[Tensor, Tensor]]:
+def _states(optimizer: Optimizer, names: Iterable[str]) -> Iterable[tuple[Tensor, Tensor]]:
     """Parameters of an optimizer with what it keeps of each under one of the names."""
     for p, state in optimizer.state.items():
         for name in names:

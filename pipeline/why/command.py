@@ -14,18 +14,18 @@ from callbacks.run.run_folder import MetricsCSV
 from core.errors import UserError
 from core.provenance import provenance, recorded
 from core.runs import Run
-from pipeline.why.again import Again, Course, Follow, Rows
+from pipeline.why.again import Again, Course, Rows
 from pipeline.why.control import MORE, Control, compare, repeat
 from pipeline.why.experiments import Case
 from pipeline.why.report import Report
 from pipeline.why.spike import Spike, find_spike
 from pipeline.why.trials import Trials
 from pipeline.why.verdict import Verdict, decide
-from steadyfit.watching.records import read_records
+from steadyfit.watching.records import read_lines
 
 
 def why(options: argparse.Namespace) -> Report:
-    """Do what ``spikes.py why`` is asked for.
+    """Find out why a run spiked, and write the report.
 
     Raises:
         UserError: There is no spike, or the run cannot be trained again.
@@ -35,16 +35,16 @@ def why(options: argparse.Namespace) -> Report:
     if not rows:
         raise UserError(f"{run.folder} has no metrics.csv to compare with.")
     spike = find_spike(run.folder, rows, options.step)
-    warn_of_versions(run)
+    _warn_of_versions(run)
     with tempfile.TemporaryDirectory() as scratch, run.lock():
         again = Again(run.config, Path(scratch), trust=options.trust)
-        with progress_bar() as progress:
-            report = explain(run, again, spike, rows, progress)
+        with _progress_bar() as progress:
+            report = _explain(run, again, spike, rows, progress)
         report.write()
     return report
 
 
-def explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress) -> Report:
+def _explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress) -> Report:
     """Repeat the run up to the spike, then try what takes it away."""
     task = progress.add_task("repeating the run", total=None)
 
@@ -54,7 +54,7 @@ def explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress
     # kept until all is done, so that one that is interrupted goes on
     snapshot, path = run.folder / "why.ckpt", run.folder / "why.jsonl"
     header = {"first": spike.first, "config": run.config.read_text(), **provenance()}
-    known = next(iter(read_records(path)), {})
+    known = next(iter(read_lines(path)), {})
     if snapshot.exists() and header.items() <= known.items():
         control = Control(**known["control"])
     else:
@@ -71,22 +71,21 @@ def explain(run: Run, again: Again, spike: Spike, rows: Rows, progress: Progress
         return report
     states = torch.load(snapshot, weights_only=True)["optimizer_states"]
     kept = {name for o in states for state in o["state"].values() for name in state}
-    course = Course()
-    steps = range(spike.start + 1, spike.peak + 2)
-    again.train(snapshot, Follow(course, spike.end + MORE, weights=steps))
+    course = Course(spike.end + MORE, keep=range(spike.start + 1, spike.peak + 2))
+    again.train(snapshot, course)
     if control.is_exact:  # the way of a fork has to be exact as well
         _, control.differing = compare(course.rows, rows)
     before = range(spike.start - len(control.rates), spike.start)
     course.rates |= zip(before, control.rates, strict=True)
     case = Case(spike, again, course, kept)
     trials = Trials(case, snapshot, path, header | {"control": asdict(control)}, advance)
-    report.trials, report.case = trials, case
-    report.verdict = decide(case, trials)
+    report.trials = trials
+    report.verdict = decide(trials)
     snapshot.unlink()
     return report
 
 
-def progress_bar() -> Progress:
+def _progress_bar() -> Progress:
     """A line on stderr: which experiment it is, and the optimizer steps so far."""
     columns = (
         TextColumn("{task.description:48.48}"),
@@ -96,8 +95,8 @@ def progress_bar() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
 
 
-def warn_of_versions(run: Run) -> None:
-    """Say which libraries are others than those that the run was trained with."""
+def _warn_of_versions(run: Run) -> None:
+    """Name libraries whose version is another than that of the run."""
     was = recorded(run.config).get("versions") or {}
     now = provenance()["versions"]
     if others := [f"{k} {now[k]} (was {v})" for k, v in was.items() if now.get(k, v) != v]:

@@ -1,4 +1,4 @@
-"""What is tried, in one table. Each is a plain change, and all of them start from one state."""
+"""The experiments, in one table. Each is a plain change; all of them start from one state."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -9,18 +9,18 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from callbacks.clipping import UpdateClipping
+from callbacks import UpdateClipping
 from pipeline.why import changes
 from pipeline.why.again import Again, Course
-from pipeline.why.changes import Slot
+from pipeline.why.changes import Slot, StepChange
 from pipeline.why.spike import Spike
 
-JUMP = 1.5  # times the rate of the step before
-RAMP = 3.0  # times what the rate grew by in the step before
+_JUMP = 1.5  # times the rate of the step before
+_RAMP = 3.0  # times what the rate grew by in the step before
 CLIPPED = "gradient norm at most "
 SHORT = f"second moment of the last {changes.MEMORY} steps"
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-APART = 5  # optimizer steps by which samples are moved
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_APART = 5  # optimizer steps by which samples are moved
 
 Make = Callable[[int], Sequence[Callback]]
 
@@ -30,11 +30,11 @@ class Experiment:
     """A change, and the cause that it speaks for if the spike goes with it.
 
     Attributes:
-        make: The change, by the seed of what it draws at random.
+        make: The change, by the seed of its random numbers.
         at: The first optimizer step that is another one.
-        cause: None for what shows a remedy, or a part of the way.
+        cause: None if it shows a remedy, or a part of the way.
         options: Of the trainer.
-        looks_at: First and last step where the spike is looked for, if not in its own place.
+        looks_at: First and last step in which the spike is looked for, if not in its own place.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Experiment:
 
 @dataclass
 class Case:
-    """A spike, the run again, and what is known of the steps around it."""
+    """A spike, the run again, and the steps around it."""
 
     spike: Spike
     again: Again
     course: Course  # of the fork without a change
-    states: set[str]  # what the optimizers keep of a parameter
+    states: set[str]  # names of the tensors that the optimizers keep of a parameter
 
     # Places in the order of the samples
 
@@ -82,7 +82,7 @@ class Case:
 
     def elsewhere(self, step: int) -> int | None:
         """A step of the same epoch to which its samples can be moved."""
-        for other in (step - APART, self.spike.end + 2):
+        for other in (step - _APART, self.spike.end + 2):
             known = self.course.places.get(other)
             if other >= self.spike.start and known and known[0] == self.course.places[step][0]:
                 return other
@@ -110,19 +110,19 @@ class Case:
         return Experiment(name, lambda seed: [self.others(slots, seed)], step, "samples")
 
     def follows(self, slots: Sequence[Slot], step: int, name: str) -> Experiment | None:
-        """Whether the spike moves with the samples."""
+        """Move samples to another step, where the spike has to come along."""
         to = self.elsewhere(step)
         if to is None or len(slots) > len(self.slots(to)):
             return None
         first = to + (step == self.spike.first and not self.spike.is_own)
-        last = to + min(APART - 1, self.spike.peak - step + 1)
+        last = to + min(_APART - 1, self.spike.peak - step + 1)
         return Experiment(name, lambda s: [self.moved(slots, to, s)], to, looks_at=(first, last))
 
     def experiments(self) -> list[Experiment]:
         """All but those of single samples, without those that cannot matter."""
         spike, module = self.spike, self.again.model
         start, network = spike.start, module.network
-        parameter = spike.record["by_share"][0]["name"]
+        parameter = spike.record.by_share[0].name
         found: list[Experiment] = []
 
         def add(cause: str | None, name: str, make: Make, at: int = start, **options: Any) -> None:
@@ -136,17 +136,20 @@ class Case:
             step, factor = jump
             kept = f"learning rate as before step {step}"
             at = max(start, step)
-            add("jump", kept, lambda s: [changes.Rate(step, 1 / factor)], at)
+            slower = changes.scaled_rate(1 / factor)
+            add("jump", kept, lambda s: [StepChange(slower, step)], at)
         if self.states.intersection(changes.SECOND_MOMENTS):
-            fresh, short = changes.FreshMoment(start), changes.ShortMemory(start)
+            fresh = StepChange(changes.fresh_moment, start)
             add("moment", "second moment never out of date", lambda s: [fresh])
-            add(None, SHORT, lambda s: [short])
-        add("rate", "half the learning rate", lambda s: [changes.Rate(start, 0.5)])
+            add(None, SHORT, lambda s: [StepChange(changes.short_memory, start)])
+        half = StepChange(changes.scaled_rate(0.5), start)
+        add("rate", "half the learning rate", lambda s: [half])
         add("order", "samples in other orders", lambda s: [self.reordered(s)])
-        if has_dropout(network):
+        if _has_dropout(network):
             add("dropout", "other dropout", lambda s: [changes.OtherDropout(1000 + s)])
         if self.states.intersection(changes.MOMENTA):
-            add(None, "momentum cleared", lambda s: [changes.NoMomentum(start)])
+            cleared = StepChange(changes.no_momentum, start, last=start)
+            add(None, "momentum cleared", lambda s: [cleared])
         add(None, "update clipping", lambda s: [UpdateClipping()])
         norms = [row.get("grad_norm/total", 0.0) for row in self.course.rows.values()]
         usual = float(f"{median(norms):.2g}")
@@ -160,24 +163,25 @@ class Case:
         if parameter in dict(module.named_parameters()):
             first, last = max(start, spike.first - 1), spike.peak
             name = f"{parameter} not updated"
-            add(None, name, lambda s: [changes.LeftOut(first, last, parameter)], first)
+            without = StepChange(changes.left_out(parameter), first, last)
+            add(None, name, lambda s: [without], first)
         return found
 
     def jump(self) -> tuple[int, float] | None:
-        """The last step before the peak whose rate is much larger than before, and how much.
+        """Last step before the peak whose rate is much larger than before, and the factor.
 
         A warm-up, whose rate grows as much in each step, is none.
         """
         rates = self.course.rates
         for step in range(self.spike.peak, min(rates) + 1, -1):
             earlier, before, now = (rates.get(step - n, 0.0) for n in (2, 1, 0))
-            if before > 0 and now > JUMP * before and now - before > RAMP * (before - earlier):
+            if before > 0 and now > _JUMP * before and now - before > _RAMP * (before - earlier):
                 return step, now / before
         return None
 
 
-def has_dropout(network: nn.Module) -> bool:
-    """Whether a layer drops something."""
+def _has_dropout(network: nn.Module) -> bool:
+    """Tell whether a layer drops something."""
     rates = [getattr(m, "dropout", 0.0) for m in network.modules()]  # of recurrence, attention
-    rates += [m.p for m in network.modules() if isinstance(m, DROPOUT)]
+    rates += [m.p for m in network.modules() if isinstance(m, _DROPOUT)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -1,12 +1,12 @@
-"""What is shown of a verdict: a table, ``why.json``, a picture, and what to do."""
+"""The report of a verdict: a table, ``why.json``, a picture, and a remedy."""
 
 import json
 import math
 import os
 import shlex
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -21,21 +21,29 @@ from pipeline.continuing import named
 from pipeline.why.again import Rows
 from pipeline.why.changes import MEMORY, MOMENTA
 from pipeline.why.control import Control
-from pipeline.why.experiments import CLIPPED, SHORT, Case
+from pipeline.why.experiments import CLIPPED, SHORT
 from pipeline.why.spike import Spike
 from pipeline.why.trials import Tally, Trials
 from pipeline.why.verdict import SAID, Verdict
 from steadyfit.panels import count_axis
 from steadyfit.watching.records import json_safe
 
-IMAGES = 8  # of samples that are shown
-WIDTH = 80  # columns of a terminal
-GREY, RED, BLUE = "0.7", "tab:red", "tab:blue"
+_IMAGES = 8  # of samples that are shown
+_WIDTH = 80  # columns of a terminal
+_GREY, _RED, _BLUE = "0.7", "tab:red", "tab:blue"
+_ADVICE = {  # by the cause, where no setting keeps it away
+    "irreproducible": "Repeat the run, and test the machine's memory if it happens again.",
+    "buffer": "Look for what writes into a buffer: a forward pass of inputs not finite?",
+    "samples": "The samples have no ids that --data.exclude takes; mend the data.",
+    "jump": "Raise the learning rate in small steps there, as a warm-up does.",
+    "order": "Shuffle with another --seed_everything, or take larger batches.",
+    "dropout": "Try less dropout.",
+}
 
 
 @dataclass
 class Report:
-    """A verdict and all that it rests on."""
+    """A verdict with its evidence."""
 
     run: Run
     spike: Spike
@@ -43,7 +51,6 @@ class Report:
     control: Control
     verdict: Verdict = field(default_factory=lambda: Verdict("unknown", "nothing was tried."))
     trials: Trials | None = None
-    case: Case | None = None
 
     @property
     def tallies(self) -> list[Tally]:
@@ -76,73 +83,68 @@ class Report:
         }
         with atomic_write(self.run.folder / "why.json", "w") as file:
             json.dump(json_safe(facts), file, indent=2)
-        figure = self.picture()
+        figure = self._picture()
         with atomic_write(self.run.folder / "why.png") as file:
             figure.savefig(file, format="png", dpi=120)
-        self.show(remedy)
-        self.to_wandb(figure)
+        self._show(remedy)
+        self._to_wandb(figure)
 
-    def show(self, remedy: str) -> None:
+    def _show(self, remedy: str) -> None:
         spike = self.spike
         print(
             f"Spike at step {spike.first}: loss {spike.height:.3g} at step {spike.peak}, usual "
             f"{spike.usual:.3g}"
         )
-        print(wrapped(f"Control: {self.control}."))
+        print(_wrapped(f"Control: {self.control}."))
         if self.tallies:
             print(f"\n{'change':<62}{'spike gone':>18}")
             print(f"{'-' * 62:<62}{'-' * 12:>18}")
         for tally in self.tallies:
-            print(f"{shortened(tally.name, 62):<62}{tally!s:>18}")
+            print(f"{_cut(tally.name, 62):<62}{tally!s:>18}")
         print()
-        print(wrapped(f"Why: {self.verdict}"))
-        print(wrapped(remedy))
+        print(_wrapped(f"Why: {self.verdict}"))
+        print(_wrapped(remedy))
         print(f"why.json and why.png are in {self.run.folder}")
 
     def remedy(self) -> str:
-        """What to do, with the command that trains the run with it, and what its fork has shown."""
-        flags, cause = "", self.verdict.cause
-        if cause == "samples" and self.verdict.samples:
+        """A remedy whose forks have lost the spike, with the command that trains it so."""
+        cause, flags = self.verdict.cause, self._flags()
+        if not flags:
+            return _ADVICE.get(cause, "Another spike of the run may tell more: --step N.")
+        folder, state = self.run.folder.resolve(), self.control.since
+        config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
+        said = "To train it again from the start"
+        if cause == "samples" or ".optimizer." in flags:  # a state has its own rate and betas
+            said += ", since no state of it can go on with this"
+        elif state is None:
+            said += ", since there is no state before the spike"
+        else:
+            said = f"To go on from before the spike, with {state}"
+            flags = f"--ckpt_path={shlex.quote(str(self.run.folder / state))} {flags}"
+        return (
+            f"{said}: python train.py fit --config {config} "
+            f"--trainer.default_root_dir={root} --run {folder.name}_why {flags}"
+        )
+
+    def _flags(self) -> str:
+        """Settings that keep the cause away, as typed; empty if there are none."""
+        if self.verdict.cause == "samples" and self.verdict.samples:
             path = self.run.folder / "why_exclude.txt"
             with atomic_write(path, "w") as file:
                 file.writelines(f"{sample}\n" for sample in self.verdict.samples)
-            flags = f"--data.exclude={shlex.quote(str(path))}"
-        elif cause == "precision":
-            flags = "--trainer.precision=32-true"
-            if self.settings["trainer"]["precision"] is None:  # but a plugin, which is left out
-                flags += " --trainer.plugins=callbacks.AtomicCheckpointIO"
-        elif cause in ("moment", "rate"):
-            flags = self.calmer()
-        if flags:
-            folder, state = self.run.folder.resolve(), self.control.since
-            config, root = (shlex.quote(str(p)) for p in (self.run.config, folder.parents[1]))
-            said = "To train it again from the start"
-            if cause == "samples" or ".optimizer." in flags:  # a state has its own rate and betas
-                said += ", since no state of it can go on with this"
-            elif state is None:
-                said += ", since there is no state before the spike"
-            else:
-                said = f"To go on from before the spike, with {state}"
-                flags = f"--ckpt_path={shlex.quote(str(self.run.folder / state))} {flags}"
-            return (
-                f"{said}: python train.py fit --config {config} "
-                f"--trainer.default_root_dir={root} --run {folder.name}_why {flags}"
-            )
-        return {
-            "irreproducible": "Repeat the run, and test the machine's memory if it happens again.",
-            "buffer": "Look for what writes into a buffer: a forward pass of inputs not finite?",
-            "samples": "The samples have no ids that --data.exclude takes; mend the data.",
-            "jump": "Raise the learning rate in small steps there, as a warm-up does.",
-            "order": "Shuffle with another --seed_everything, or take larger batches.",
-            "dropout": "Try less dropout.",
-        }.get(cause, "Another spike of the run may tell more: --step N.")
+            return f"--data.exclude={shlex.quote(str(path))}"
+        if self.verdict.cause == "precision":
+            plugin = self.settings["trainer"]["precision"] is None  # which is left out
+            also = " --trainer.plugins=callbacks.AtomicCheckpointIO" if plugin else ""
+            return f"--trainer.precision=32-true{also}"
+        return self._calmer() if self.verdict.cause in ("moment", "rate") else ""
 
-    def calmer(self) -> str:
+    def _calmer(self) -> str:
         """The first remedy, of those that suit the optimizer, whose forks mostly lose the spike."""
         helps = {tally.name: tally for tally in self.tallies if tally.mostly}
         settings = dict(named(self.settings))
         rate, betas = (settings.get(f"model.optimizer.{name}") for name in ("lr", "betas"))
-        moved = bool(self.case and self.case.states.intersection(MOMENTA))
+        moved = bool(self.trials and self.trials.case.states.intersection(MOMENTA))
         moved = moved and not (betas and betas[0] == 0)
         if "update clipping" in helps and not moved:  # with momentum it does harm: docs/spikes.md
             return "--trainer.callbacks+=callbacks.UpdateClipping"
@@ -156,7 +158,7 @@ class Report:
             return f"--model.optimizer.alpha={1 - 1 / MEMORY:g}"
         return ""
 
-    def picture(self) -> Figure:
+    def _picture(self) -> Figure:
         """The recorded loss around the spike with all forks, and images that are the cause."""
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         spike, images = self.spike, self.verdict.images
@@ -165,7 +167,7 @@ class Report:
         else:
             above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1])[:, 0]
             axes = above.subplots()
-            show_images(below, images[:IMAGES], self.verdict.samples)
+            _show_images(below, images[:_IMAGES], self.verdict.samples)
         told: set[str] = set()
 
         def draw(losses: list[Any], label: str, color: str, **style: Any) -> None:
@@ -178,16 +180,16 @@ class Report:
         for tally in self.tallies:
             for line in tally.lines:
                 if tally.name.startswith(("neutral", "noise")):
-                    draw(line["losses"], "neutral changes", GREY, lw=0.8, zorder=1)
+                    draw(line["losses"], "neutral changes", _GREY, lw=0.8, zorder=1)
                 elif tally is best:
-                    draw(line["losses"], tally.name, RED, lw=1, zorder=3)
+                    draw(line["losses"], tally.name, _RED, lw=1, zorder=3)
         steps = range(spike.start - 2 * (spike.end - spike.start), spike.end + 1)
         shown = [s for s in steps if s in self.rows]
         recorded = [self.rows[s].get("train/loss", math.nan) for s in shown]
         axes.plot(shown, recorded, color="black", lw=1.2, ls="--", label="recorded", zorder=2)
         if math.isfinite(spike.limit):
-            axes.axhline(spike.limit, color=BLUE, lw=0.8, ls=":", label="half the height")
-        axes.axvline(spike.start, color=GREY, lw=0.8, ls=":")
+            axes.axhline(spike.limit, color=_BLUE, lw=0.8, ls=":", label="half the height")
+        axes.axvline(spike.start, color=_GREY, lw=0.8, ls=":")
         axes.set(ylabel="training loss", yscale="log")
         count_axis([axes], "optimizer step")
         low, high = axes.get_ylim()
@@ -198,7 +200,7 @@ class Report:
         axes.legend(loc="upper left", fontsize=8)
         return figure
 
-    def to_wandb(self, figure: Figure) -> None:
+    def _to_wandb(self, figure: Figure) -> None:
         """Add the verdict to the run's W&B run, if it has one."""
         if (id := self.run.wandb_id) is None:
             return
@@ -211,20 +213,20 @@ class Report:
         logger.experiment.finish()
 
 
-def show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
+def _show_images(figure: SubFigure, images: Tensor, ids: Sequence[Any]) -> None:
     """Images (N, H, W, C) uint8 in a row, each below its id."""
-    row = figure.subplots(1, IMAGES, squeeze=False)[0]
+    row = figure.subplots(1, _IMAGES, squeeze=False)[0]
     for axes in row:
         axes.axis("off")
     for axes, image, id in zip(row, images, [*ids, *[""] * len(images)], strict=False):
         axes.imshow(image.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(shortened(str(id), 12), fontsize=8)
+        axes.set_title(_cut(str(id), 12), fontsize=8)
 
 
-def shortened(text: str, width: int) -> str:
+def _cut(text: str, width: int) -> str:
     return text if len(text) < width else f"{text[: width - 2]}…"
 
 
-def wrapped(text: str) -> str:
+def _wrapped(text: str) -> str:
     """Lines of a terminal's width; words such as commands are never cut."""
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -1,21 +1,18 @@
-"""Which spike it is, and when a training is said to be without it."""
+"""The spike of a run that is asked about, and the test that a training is without it."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from core.errors import UserError
 from pipeline.why.again import Course, Rows
 from steadyfit.watching.black_box import LEAD
-from steadyfit.watching.records import FOLLOW, last_step, read_records
+from steadyfit.watching.records import FOLLOW, SpikeRecord, read_records
 from steadyfit.watching.spike_log import CONFIRM
 
-USUAL = 32  # steps before a spike, whose median loss is the usual one
-
-Record = dict[str, Any]
+_USUAL = 32  # steps before a spike, whose median loss is the usual one
 
 
 @dataclass(frozen=True)
@@ -38,23 +35,23 @@ class Spike:
     height: float
     own: float
     signals: frozenset[str]
-    record: Record
+    record: SpikeRecord
 
     @classmethod
-    def of(cls, records: Sequence[Record], rows: Rows) -> "Spike":
-        first = int(records[0]["step"])
-        losses = {s: loss_at(rows, s) for s in range(first, first + FOLLOW + 1) if s in rows}
+    def of(cls, records: Sequence[SpikeRecord], rows: Rows) -> "Spike":
+        first = records[0].step
+        losses = {s: _loss_at(rows, s) for s in range(first, first + FOLLOW + 1) if s in rows}
         peak = max(losses, key=lambda step: losses[step], default=first)
-        before = [loss_at(rows, s) for s in range(first - USUAL, first) if s in rows]
+        before = [_loss_at(rows, s) for s in range(first - _USUAL, first) if s in rows]
         finite = [loss for loss in before if math.isfinite(loss)] or [math.nan]
-        upto = [r for r in records if r["step"] <= peak] or records[:1]
-        signals = frozenset(signal for r in upto for signal in r["spiked"])
+        upto = [r for r in records if r.step <= peak] or records[:1]
+        signals = frozenset(signal for r in upto for signal in r.spiked)
         height, own = losses.get(peak, math.nan), losses.get(first, math.nan)
         return cls(first, peak, median(finite), height, own, signals, records[0])
 
     @property
     def is_own(self) -> bool:
-        """Whether it is in the loss of its first batch already, not made by an update with it."""
+        """True if it is in the loss of its first batch already, not made by an update with it."""
         return "loss" not in self.signals or not self.own < self.height / 2
 
     @property
@@ -80,15 +77,15 @@ class Spike:
         return math.sqrt(max(self.usual, 0.0) * max(self.height, 0.0))
 
     def is_in(self, course: Course, first: int, last: int) -> bool:
-        """Whether it shows in these steps: as a loss above the limit, or as the monitor saw it."""
+        """Look for it in these steps: a loss above the limit, or a record of the monitor."""
         if "loss" in self.signals or not math.isfinite(self.height):
             losses = course.losses(first, last)
             return any(not loss < self.limit for loss in losses) if losses else True
-        seen = [r for r in course.spikes if first <= r["step"] <= last]
-        return any(self.signals.intersection(r["spiked"]) for r in seen)
+        seen = [r for r in course.spikes if first <= r.step <= last]
+        return any(self.signals.intersection(r.spiked) for r in seen)
 
 
-def loss_at(rows: Rows, step: int) -> float:
+def _loss_at(rows: Rows, step: int) -> float:
     loss = rows[step].get("train/loss", math.nan)
     return math.inf if math.isnan(loss) else loss  # NaN has no order
 
@@ -99,12 +96,12 @@ def find_spike(folder: Path, rows: Rows, step: int | None) -> Spike:
     Raises:
         UserError: There is none.
     """
-    records = [r for r in read_records(folder / "spikes.jsonl") if r["spiked"]]
+    records = [r for r in read_records(folder / "spikes.jsonl") if r.spiked]
     if not records:
         raise UserError(f"{folder} has recorded no spike, so there is nothing to explain.")
-    episodes: list[list[Record]] = []
+    episodes: list[list[SpikeRecord]] = []
     for record in records:
-        if episodes and record["step"] - last_step(episodes[-1][-1]) <= CONFIRM:
+        if episodes and record.step - episodes[-1][-1].last_step <= CONFIRM:
             episodes[-1].append(record)
         else:
             episodes.append([record])
@@ -113,8 +110,8 @@ def find_spike(folder: Path, rows: Rows, step: int | None) -> Spike:
         return max(spikes, key=lambda s: s.height / s.usual if s.usual > 0 else 0.0)
     if step not in rows:
         raise UserError(f"--step {step} is outside the run, whose last step is {max(rows)}.")
-    near = [e for e in episodes if e[0]["step"] - CONFIRM <= step <= last_step(e[-1]) + CONFIRM]
+    near = [e for e in episodes if e[0].step - CONFIRM <= step <= e[-1].last_step + CONFIRM]
     if not near:
-        nearest = min(episodes, key=lambda e: abs(e[0]["step"] - step))[0]["step"]
+        nearest = min(episodes, key=lambda e: abs(e[0].step - step))[0].step
         raise UserError(f"no spike at step {step}; the nearest one began at step {nearest}.")
-    return Spike.of(min(near, key=lambda e: abs(e[0]["step"] - step)), rows)
+    return Spike.of(min(near, key=lambda e: abs(e[0].step - step)), rows)

@@ -1,4 +1,4 @@
-"""Forks as trials: how often a spike goes with a change, against how often without."""
+"""Forks as trials: counts of a spike that is gone, with a change and without."""
 
 import json
 import math
@@ -10,26 +10,26 @@ from typing import Any
 from scipy.stats import fisher_exact
 from torch import Tensor
 
-from pipeline.why.again import Course, Follow
+from pipeline.why.again import Course
 from pipeline.why.changes import Noise
 from pipeline.why.experiments import Case, Experiment
-from steadyfit.watching.records import json_safe, read_records
+from steadyfit.watching.records import json_safe, read_lines
 
 SEEDS = 10  # of each count
-SCREEN = 3  # forks after which an experiment that does nothing is left
-TINY = 1e-6  # relative noise of the weights that tells apart the forks of one experiment
-LEVEL = 0.01  # of the test
+_SCREEN = 3  # forks after which an experiment that does nothing is left
+_TINY = 1e-6  # relative noise of the weights that tells apart the forks of one experiment
+_LEVEL = 0.01  # of the test
 
-Line = dict[str, Any]
+_Line = dict[str, Any]
 
 
 @dataclass
 class Tally:
-    """In how many forks a spike is gone; when moved, in how many it came along."""
+    """Counts of forks in which a spike is gone, or, when moved, came along."""
 
     name: str
     cause: str | None = None
-    lines: list[Line] = field(default_factory=list)
+    lines: list[_Line] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -44,9 +44,9 @@ class Tally:
         return 2 * self.count > self.forks
 
     def more_than(self, other: "Tally") -> bool:
-        """Whether the count is clearly higher (one-sided exact test)."""
+        """Tell whether the count is clearly higher (one-sided exact test)."""
         table = [[t.count, t.forks - t.count] for t in (self, other)]
-        return bool(fisher_exact(table, alternative="greater").pvalue < LEVEL)
+        return bool(fisher_exact(table, alternative="greater").pvalue < _LEVEL)
 
     def __str__(self) -> str:
         return f"{self.count} of {self.forks}"
@@ -56,11 +56,11 @@ class Trials:
     """Runs forks, each once: a line of ``why.jsonl`` is a fork that need not run again.
 
     Args:
-        case: What is forked.
+        case: The spike and its run.
         snapshot: The state that forks start from.
         path: The file of lines.
-        header: What the lines are of; lines of something else are replaced.
-        progress: Is told of each fork what it is and how many steps it took.
+        header: Origin of the lines; lines of another one are replaced.
+        progress: Called after each fork with its name and its number of steps.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Trials:
         case: Case,
         snapshot: Path,
         path: Path,
-        header: Line,
+        header: _Line,
         progress: Callable[[str, int], None],
     ) -> None:
         self.case, self.snapshot, self.path, self.progress = case, snapshot, path, progress
         self.tallies: list[Tally] = []
-        lines = read_records(path)
+        lines = read_lines(path)
         if lines[:1] != [header]:
             lines = []
             path.write_text(f"{json.dumps(header)}\n")
@@ -85,7 +85,7 @@ class Trials:
         """Optimizer steps of all forks."""
         return sum(len(line["losses"]) for line in self.known.values())
 
-    def run(self, experiment: Experiment, forks: int, noise: float = TINY) -> Tally:
+    def run(self, experiment: Experiment, forks: int, noise: float = _TINY) -> Tally:
         """Bring an experiment to so many forks; ``noise`` comes in its first step."""
         tally = next((t for t in self.tallies if t.name == experiment.name), None)
         if tally is None:
@@ -102,21 +102,20 @@ class Trials:
         return tally
 
     def screen(self, experiment: Experiment) -> Tally:
-        """The first forks; they show what cannot become significant any more."""
-        return self.run(experiment, SCREEN)
+        """Run the first forks, which show that most experiments cannot become significant."""
+        return self.run(experiment, _SCREEN)
 
-    def fork(self, experiment: Experiment, seed: int, noise: float) -> Line:
+    def fork(self, experiment: Experiment, seed: int, noise: float) -> _Line:
         case, spike = self.case, self.case.spike
         place = experiment.looks_at or (spike.onset, spike.end)
-        at = spike.start if noise == TINY else experiment.at
+        at = spike.start if noise == _TINY else experiment.at
         last = max(place[1], spike.end)
         asked = [experiment.at + 1] if seed == 0 and experiment.at else []
-        course = Course()
         extra = [Noise(at, noise, seed), *experiment.make(seed)]
-        follow = Follow(course, last + 1, weights=asked)
-        case.again.train(self.snapshot, follow, extra, **experiment.options)
+        course = Course(last + 1, keep=asked)
+        case.again.train(self.snapshot, course, extra, **experiment.options)
         there = spike.is_in(course, *place)
-        line: Line = {
+        line: _Line = {
             "experiment": experiment.name,
             "seed": seed,
             # one that was moved should be there
@@ -125,18 +124,18 @@ class Trials:
         }
         if course.weights:
             ((step, weights),) = course.weights.items()
-            line["difference"] = difference(weights, case.course.weights.get(step))
+            line["difference"] = _difference(weights, case.course.weights.get(step))
         return line
 
     def counts(self, experiment: Experiment) -> bool:
-        """Whether a spike goes clearly more often than under neutral changes, tiny and as large."""
+        """Compare with neutral changes, tiny and as large: does the spike go clearly more often?"""
         if not self.screen(experiment).mostly:
             return False
         tally = self.run(experiment, SEEDS)
         size = tally.lines[0].get("difference") or 0.0
         if not tally.more_than(self.neutral):
             return False
-        if size <= TINY or experiment.looks_at:
+        if size <= _TINY or experiment.looks_at:
             return True
         name = f"noise as large as: {experiment.name}"
         return tally.more_than(
@@ -157,8 +156,8 @@ class Trials:
         return places
 
 
-def difference(weights: Tensor, usual: Tensor | None) -> float:
-    """How far weights are from those without the change, as a share of their norm."""
+def _difference(weights: Tensor, usual: Tensor | None) -> float:
+    """Distance of weights from those without the change, as a share of their norm."""
     if usual is None:
         return 0.0
     share = float((weights - usual).norm() / usual.norm())

@@ -15,7 +15,7 @@ from pipeline.why.trials import SEEDS, Tally, Trials
 # The first that counts is the verdict. Samples come early if the spike is in their own loss, and
 # late if they only set off the update that made it: a hard sample sets off many a spike that the
 # optimizer makes. The order of samples comes late for the same reason.
-PRECEDENCE = (
+_PRECEDENCE = (
     *("buffer", "own samples", "precision", "jump"),
     *("moment", "rate", "samples", "order", "dropout"),
 )
@@ -36,7 +36,7 @@ SAID = {
 
 @dataclass
 class Verdict:
-    """What made a run spike, and the counts that say so.
+    """The cause of a spike, and the counts that say so.
 
     Attributes:
         cause: A key of ``SAID``.
@@ -56,19 +56,20 @@ class Verdict:
         return f"{SAID[self.cause]}: {self.why}"
 
 
-def decide(case: Case, trials: Trials) -> Verdict:
-    """Try what may be the cause, the first in order first, and say which it is."""
+def decide(trials: Trials) -> Verdict:
+    """Try each cause, the first in order first, and say which it is."""
+    case = trials.case
     if trials.neutral.mostly:
         return Verdict("unknown", f"it goes away under any change ({trials.neutral}).")
     experiments = case.experiments()
     found: Verdict | None = None
-    for cause in PRECEDENCE:
+    for cause in _PRECEDENCE:
         if found is None and cause == ("own samples" if case.spike.is_own else "samples"):
-            found = samples_at_fault(case, trials)
+            found = _samples_at_fault(trials)
         for experiment in experiments:
             if experiment.cause == cause and found is None and trials.counts(experiment):
                 tally = trials.run(experiment, SEEDS)
-                found = Verdict(cause, gone(experiment.name, tally, trials), tally=tally)
+                found = Verdict(cause, _gone(experiment.name, tally, trials), tally=tally)
     for experiment in experiments:  # for the table, and for the remedies
         trials.screen(experiment)
     if found:
@@ -78,19 +79,19 @@ def decide(case: Case, trials: Trials) -> Verdict:
     return Verdict("unknown", f"{near}, in {trials.neutral} under the neutral change.")
 
 
-def gone(name: str, tally: Tally, trials: Trials) -> str:
+def _gone(name: str, tally: Tally, trials: Trials) -> str:
     sized = next((t for t in trials.tallies if t.name == f"noise as large as: {name}"), None)
     also = f", in {sized} under one as large" if sized else ""
     return f"gone in {tally} with {name}, in {trials.neutral} under the neutral change{also}."
 
 
-def samples_at_fault(case: Case, trials: Trials) -> Verdict | None:
+def _samples_at_fault(trials: Trials) -> Verdict | None:
     """The samples without which the spike is gone, and with which it moves to another step.
 
     That it goes without them says little: a step of other samples is another step. Only samples
     that bring it along to a calm step are at fault.
     """
-    spike = case.spike
+    case, spike = trials.case, trials.case.spike
     for step in sorted({spike.first, spike.peak}):
         slots = case.slots(step)
         whole = case.replaced(slots, step, f"other samples in step {step}")
@@ -118,16 +119,16 @@ def samples_at_fault(case: Case, trials: Trials) -> Verdict | None:
                 f"gone in {out} without {some}, in {trials.neutral} under the neutral change; "
                 f"it comes along in {along} when moved to step {comes.at}."
             )
-            ids, images = look_up(case, fewest)
+            ids, images = _look_up(case, fewest)
             return Verdict("samples", why, ids, images, out)
     return None
 
 
-def look_up(case: Case, slots: Sequence[Slot]) -> tuple[list[Any], Tensor | None]:
+def _look_up(case: Case, slots: Sequence[Slot]) -> tuple[list[Any], Tensor | None]:
     """Ids of samples, if they have some, and images (N, H, W, C) uint8, if they are some."""
     loader = case.again.datamodule.train_dataloader()
     loader.set_epoch(slots[0][0])
-    loader.shares()  # the order of that epoch
+    loader.batch_indices()  # the order of that epoch
     rows = loader.sample(loader._order[[place for _, place in slots]]).tolist()
     ids = loader.identify(slots[0][0], rows) or [] if loader.identify else []
     return ids, loader.tensors[0][rows].cpu() if isinstance(loader, ImageLoader) else None
@@ -135,7 +136,7 @@ def look_up(case: Case, slots: Sequence[Slot]) -> tuple[list[Any], Tensor | None
 
 def describe(case: Case, slots: Sequence[Slot], step: int) -> str:
     """Samples in words, by their ids or by where they are."""
-    ids, _ = look_up(case, slots)
+    ids, _ = _look_up(case, slots)
     if len(slots) == 1:
         if ids:
             return f"sample {ids[0]}"

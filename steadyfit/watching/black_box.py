@@ -2,8 +2,7 @@
 
 import math
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -12,22 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .records import FOLLOW
+from .records import FOLLOW, SpikeRecord
 
 LEAD = 10  # optimizer steps by which a state has to be older than the spike
-OPERATORS = 3  # a step has at least so many for each tensor that is trained
-COPIES = 3  # of the state in memory at most, the one that is being written among them
-
-Record = Mapping[str, Any]
+_OPERATORS = 3  # a step has at least so many for each tensor that is trained
+_COPIES = 3  # of the state in memory at most
 
 
 class BlackBox:
     """Copies of a training's state, of which those before the worst spikes become files.
 
     A copy stays on its device until the spikes are known that it is the last one before, which
-    takes until ``FOLLOW`` steps after the next copy. Then it is dropped, or a thread writes it. A
-    file takes its name when it is whole, and only then the one before the mildest spike goes, so
-    that there are never more than ``keep`` files and one that is being written.
+    takes until ``FOLLOW`` steps after the next copy. Then it is dropped or written. A file takes
+    its name when it is whole, and only then the one before the mildest spike goes, so that there
+    are never more than ``keep`` files and one that is being written.
 
     Args:
         keep: Files at most, each as large as a checkpoint.
@@ -39,9 +36,8 @@ class BlackBox:
         self.due = 0  # the optimizer step of the next copy
         self._copies: list[tuple[int, Any]] = []  # oldest first
         self._kept: dict[int, float] = {}  # severity of the spikes after each file's step
-        self._writer: threading.Thread | None = None
 
-    def open(self, folder: Path, step: int, records: Sequence[Record]) -> None:
+    def open(self, folder: Path, step: int, records: Sequence[SpikeRecord]) -> None:
         """Begin at a step, with the files of a training that goes on there."""
         self.folder = folder
         self._copies, self._kept = [], {}
@@ -52,7 +48,7 @@ class BlackBox:
             if own > step:  # it comes again
                 self._path(own).unlink()
             else:
-                self._kept[own] = worst(records, own, following)
+                self._kept[own] = _worst(records, own, following)
 
     @torch.no_grad()
     def take(self, step: int, state: Any, trained: int, multiple: int) -> None:
@@ -65,43 +61,28 @@ class BlackBox:
             multiple: Of so many steps is the interval to the next copy.
         """
         # below 1 % of the operators of the steps in between
-        least = 100 * len(list(tensors_of(state))) / (OPERATORS * max(1, trained))
+        least = 100 * len(list(_tensors_of(state))) / (_OPERATORS * max(1, trained))
         self.due = step + multiple * math.ceil(least / multiple)
-        if self.folder and len(self._copies) + self._is_writing < COPIES:
-            self._copies.append((step, copied(state)))
+        if self.folder and len(self._copies) < _COPIES:
+            self._copies.append((step, _copy_of(state)))
 
-    def judge(self, step: int, records: Sequence[Record], *, ends: bool = False) -> None:
-        """Drop or write the copies whose spikes are known by a step."""
-        while self._copies and not self._is_writing:
-            own, state = self._copies[0]
-            following = self._copies[1][0] if len(self._copies) > 1 else step
-            if not ends and (len(self._copies) == 1 or step < following + FOLLOW):
+    def judge(self, step: float, records: Sequence[SpikeRecord]) -> None:
+        """Drop or write the copies whose spikes are known by a step; all of them by infinity."""
+        while self._copies:
+            following = self._copies[1][0] if len(self._copies) > 1 else math.inf
+            if math.isfinite(step) and step < following + FOLLOW:
                 return
-            del self._copies[0]
-            severity = worst(records, own, math.inf if following == step else following)
+            own, state = self._copies.pop(0)
+            severity = _worst(records, own, following)
             mildest = min(self._kept.values()) if len(self._kept) >= self.keep else 0.0
             if severity > mildest:
-                self._kept[own] = severity
-                self._writer = threading.Thread(target=self._write, args=(own, state))
-                self._writer.start()
-                if ends:
-                    self._writer.join()
-
-    def close(self, step: int, records: Sequence[Record]) -> None:
-        """Write what is still to be written."""
-        if self._writer:
-            self._writer.join()
-        self.judge(step, records, ends=True)
-
-    @property
-    def _is_writing(self) -> bool:
-        return self._writer is not None and self._writer.is_alive()
+                self._write(own, state, severity)
 
     def _path(self, step: int) -> Path:
         assert self.folder
         return self.folder / f"step_{step}.ckpt"
 
-    def _write(self, step: int, state: Any) -> None:
+    def _write(self, step: int, state: Any, severity: float) -> None:
         """Write a state whole or not at all; a training does not end for it."""
         path = self._path(step)
         temporary = path.with_name(f".{path.name}")
@@ -112,22 +93,23 @@ class BlackBox:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            if len(self._kept) > self.keep:
-                mildest = min(self._kept, key=lambda own: self._kept[own])
-                del self._kept[mildest]
-                self._path(mildest).unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch's own of a full disk
-            self._kept.pop(step, None)
             with suppress(OSError):
                 temporary.unlink()
             print(f"The state before a spike, {path}, could not be written: {error}")
+            return
+        self._kept[step] = severity
+        if len(self._kept) > self.keep:
+            mildest = min(self._kept, key=lambda own: self._kept[own])
+            del self._kept[mildest]
+            self._path(mildest).unlink(missing_ok=True)
 
 
-def copied(state: Any) -> Any:
-    """A state copied on its devices; tensors that share memory, as tied weights do, but once."""
+def _copy_of(state: Any) -> Any:
+    """Copy a state on its devices; tensors that share memory, as tied weights do, but once."""
     clones: dict[Any, Tensor] = {}
     memo: dict[int, Any] = {}
-    for tensor in tensors_of(state):
+    for tensor in _tensors_of(state):
         key = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
         if key not in clones:
             clones[key] = tensor.detach().clone()
@@ -135,27 +117,24 @@ def copied(state: Any) -> Any:
     return deepcopy(state, memo)
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+def _tensors_of(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(part)
+            yield from _tensors_of(part)
 
 
-def worst(records: Sequence[Record], step: int, following: float) -> float:
+def _worst(records: Sequence[SpikeRecord], step: int, following: float) -> float:
     """Severity of the worst spike that a state is the last one before; 0 without any."""
     first, end = step + LEAD, following + LEAD
-    return max(
-        (severity(r) for r in records if r["spiked"] and first <= r["step"] < end), default=0
-    )
+    return max((_severity(r) for r in records if r.spiked and first <= r.step < end), default=0)
 
 
-def severity(record: Record) -> float:
-    """How many times the usual loss a spike reaches; at least a little, in whatever it is seen."""
-    loss = record["signals"].get("loss", {})
-    usual = loss.get("center", math.nan)
-    height = max(loss.get("value", 0.0), record["max_loss_after"] or 0.0)
+def _severity(record: SpikeRecord) -> float:
+    """Highest loss of a spike over the usual one; at least a little, in whatever it is seen."""
+    loss = record.signals.get("loss")
+    height = max(loss.value if loss else 0.0, record.max_loss_after or 0.0)
     if not math.isfinite(height):
         return math.inf
-    return max(1e-9, height / usual) if usual > 0 else 1e-9
+    return max(1e-9, height / loss.center) if loss and loss.center > 0 else 1e-9

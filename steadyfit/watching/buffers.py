@@ -1,4 +1,4 @@
-"""What forward passes write into a model: running statistics, counters, caches.
+"""Buffers that forward passes write into: running statistics, counters, caches.
 
 Dimensions: Q buffers are watched.
 """
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..layout import norms
 from .kept import Kept
 
-WATCHED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WATCHED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Buffers:
@@ -34,7 +34,7 @@ class Buffers:
             f"{path}.{key}".removeprefix(".").replace("_orig_mod.", ""): (module._buffers, key)
             for path, module in self.model.named_modules()
             for key, b in module._buffers.items()
-            if b is not None and b.dtype in WATCHED and not is_lazy(b)
+            if b is not None and b.dtype in _WATCHED and not is_lazy(b)
             if b.layout is torch.strided
         }
         self.names: Sequence[str] = list(places)

@@ -25,7 +25,7 @@ class NormHistory:
         self.table = torch.zeros(0, len(self.KINDS), len(names))
 
     def grow(self, names: list[str]) -> None:
-        """Take in more parameters, named behind the ones there are."""
+        """Take in more parameters, named after the ones there are."""
         self.table = nn.functional.pad(self.table, (0, len(names) - len(self.names)))
         self.names = names
 

@@ -1,4 +1,4 @@
-"""What a step may change, kept as it is, and the way back."""
+"""Copies of everything that a step may change, and the way back."""
 
 from collections import deque
 from collections.abc import Iterable, MutableMapping, Sequence
@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ..layout import local
 
-Owner = MutableMapping[Any, Any]  # holds tensors, numbers and containers of them under names
-Entries = dict[Any, tuple[Any, Any]]  # by key or index: a value, and its copy or entries
+_Owner = MutableMapping[Any, Any]  # holds tensors, numbers and containers of them under names
+_Entries = dict[Any, tuple[Any, Any]]  # by key or index: a value, and its copy or entries
 
 
 class Kept:
@@ -34,7 +34,7 @@ class Kept:
         self,
         params: Iterable[Tensor] = (),
         optimizers: Sequence[Optimizer] = (),
-        owners: Iterable[Owner] = (),
+        owners: Iterable[_Owner] = (),
         *,
         groups: bool = False,
         on_host: bool = False,
@@ -47,7 +47,7 @@ class Kept:
             entries = self._entries({k: v for k, v in group.items() if k != "params"})
             self._owners.append((group, entries | {"params": (group["params"], None)}))
 
-    def _states_of(self, optimizer: Optimizer) -> dict[Any, Entries]:
+    def _states_of(self, optimizer: Optimizer) -> dict[Any, _Entries]:
         known = {p for p, _ in self._params}
         known.update(optimizer.param_groups[0]["params"][:1])  # L-BFGS has all of it there
         return {
@@ -56,7 +56,7 @@ class Kept:
             if key in known or not isinstance(key, Tensor)
         }
 
-    def _entries(self, owner: Any) -> Entries:
+    def _entries(self, owner: Any) -> _Entries:
         items = owner.items() if isinstance(owner, dict) else enumerate(owner)
         return {key: (value, self._copy(value)) for key, value in items}
 
@@ -70,7 +70,7 @@ class Kept:
 
     def to_host(self) -> Self:
         """The copies of ``owners`` go to main memory."""
-        self._owners = [(owner, to_host(entries)) for owner, entries in self._owners]
+        self._owners = [(owner, _to_host(entries)) for owner, entries in self._owners]
         return self
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class Choice:
 
     @property
     def is_back(self) -> bool:
-        """Whether it is the old, where tensors cannot decide."""
+        """True if it is the old, where tensors cannot decide."""
         if self._is_back is None:
             self._is_back = bool(next(iter(self._flags.values())))
         return self._is_back
@@ -122,7 +122,7 @@ class Choice:
         tensor.copy_(self.of(old, tensor))
 
 
-def restore(owner: Any, entries: Entries, choice: Choice) -> None:
+def restore(owner: Any, entries: _Entries, choice: Choice) -> None:
     """Bring a container back to its entries, and what they hold to its copies."""
     keys = owner.keys() if isinstance(owner, dict) else set(range(len(owner)))
     if keys != entries.keys():
@@ -138,14 +138,14 @@ def restore(owner: Any, entries: Entries, choice: Choice) -> None:
     for key, (value, copy) in entries.items():
         now = owner[key]
         if isinstance(copy, Tensor):
-            if fits(now, copy):
+            if _fits(now, copy):
                 choice.write(now, copy)
             elif isinstance(owner, tuple):
                 continue
-            elif is_like(now, copy):
+            elif _is_like(now, copy):
                 owner[key] = choice.of(copy, now)
             elif choice.is_back:
-                owner[key] = value if fits(value, copy) else copy.to(value.device)
+                owner[key] = value if _fits(value, copy) else copy.to(value.device)
                 if owner[key] is value:
                     choice.write(value, copy)
             continue
@@ -155,30 +155,30 @@ def restore(owner: Any, entries: Entries, choice: Choice) -> None:
             restore(value, copy, choice)
 
 
-def to_host(copy: Any) -> Any:
+def _to_host(copy: Any) -> Any:
     if isinstance(copy, dict):
-        return {key: (value, to_host(own)) for key, (value, own) in copy.items()}
+        return {key: (value, _to_host(own)) for key, (value, own) in copy.items()}
     return copy.cpu() if isinstance(copy, Tensor) else copy
 
 
-def is_like(value: Any, copy: Tensor) -> bool:
-    """Whether a value can stand for a copy, element by element."""
+def _is_like(value: Any, copy: Tensor) -> bool:
+    """Tell if a value can stand for a copy, element by element."""
     if not isinstance(value, Tensor):
         return False
     part = local(value)
-    dense = part.layout is torch.strided and not part.is_quantized and part.dtype not in NARROW
+    dense = part.layout is torch.strided and not part.is_quantized and part.dtype not in _NARROW
     return dense and (part.shape, part.dtype) == (copy.shape, copy.dtype)
 
 
-def fits(value: Any, copy: Tensor) -> bool:
-    """Whether a value takes a copy in place.
+def _fits(value: Any, copy: Tensor) -> bool:
+    """Tell if a value takes a copy in place.
 
     None does in which places share memory (an expanded one), nor one of inference mode.
     """
-    if not is_like(value, copy):
+    if not _is_like(value, copy):
         return False
     part = local(value)
     return 0 not in part.stride() and not part.is_inference()
 
 
-NARROW = {getattr(torch, n) for n in dir(torch) if n.startswith(("float8", "float4"))}
+_NARROW = {getattr(torch, n) for n in dir(torch) if n.startswith(("float8", "float4"))}

@@ -1,4 +1,4 @@
-"""What the steps of a training say together: which spiked, and what followed."""
+"""The steps of a training judged together: which spiked, and what followed."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,16 @@ from ..clipping import overwrites_gradients
 from ..detector import SpikeDetector
 from ..probe import StepProbe, index_of, names_of, refuse_complex, unwrapped, unwrapped_model
 from .buffers import Buffers
-from .observation import BEHIND, Observation, learning_rate, read, scalar
+from .observation import AFTER_STEP, Observation, learning_rate, read, scalar
 from .optimizer_monitor import OptimizerMonitor, row_of
 from .reactions import Reaction, ReactionName, Rollback, act, reaction_of
-from .records import save
+from .records import SpikeRecord, save
 from .skip import Skip
 from .spike_log import CONFIRM, COUNTED, SpikeLog
 
-Rows = Mapping[int, Mapping[str, float]]  # by optimizer step
+_WEIGHT_NORM_EVERY = 10  # optimizer steps between two readings of the weight norms
+
+_Rows = Mapping[int, Mapping[str, float]]  # by optimizer step
 
 
 class SpikeMonitor:
@@ -68,14 +70,12 @@ class SpikeMonitor:
         reaction: What to do about a spike.
         window: Steps over which a signal's usual level is taken.
         threshold: Robust standard deviations of the logarithm beyond which a value is a spike.
-        top_k: Parameters named in a record.
-        weight_norm_every: Optimizer steps between two readings of the weight norms.
 
     Attributes:
         optimizers: Those whose steps are observed.
         spikes: Their records and counts.
         global_step: Optimizer steps so far.
-        should_stop: Whether a reaction wants training to end.
+        should_stop: Set by a reaction that wants training to end.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -87,26 +87,20 @@ class SpikeMonitor:
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         folder: str | Path | None = None,
-        log: Callable[[Rows], None] | None = None,
+        log: Callable[[_Rows], None] | None = None,
         every: int = 50,
         reaction: ReactionName | Reaction = "log",
         window: int = 128,
         threshold: float = 4.5,
-        top_k: int = 3,
-        weight_norm_every: int = 10,
     ) -> None:
-        positive = {"every": every, "top_k": top_k, "weight_norm_every": weight_norm_every}
-        for name, value in positive.items():
-            if value < 1 or value != int(value):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
+        if every < 1 or every != int(every):
+            raise ValueError(f"every must be a whole number of at least 1, got {every}.")
         SpikeDetector(window, threshold)  # refuses what it does not take
         self.folder = Path(folder) if folder is not None else None
         self._log = log
         self.every = every
         self.window = window
         self.threshold = threshold
-        self.top_k = top_k
-        self.weight_norm_every = weight_norm_every
         self.skips = reaction == "skip"
         self.reaction = reaction_of(reaction)
         self._hooks: list[tuple[StepProbe, Callable[[], None]]] = []  # of reactions on the device
@@ -152,7 +146,7 @@ class SpikeMonitor:
         self.keep_buffers()
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[SpikeRecord]:
         return self.spikes.records
 
     @property
@@ -161,24 +155,24 @@ class SpikeMonitor:
 
     @property
     def loop(self) -> Any:
-        """What reactions act on."""
+        """The loop that reactions act on."""
         return self
 
     def _attach_reaction(self, index: int, probe: StepProbe) -> None:
         skip = self.skip.setdefault(index, Skip()) if self.skips else None
 
-        def behind_step() -> None:
+        def after_step() -> None:
             o = self._coming.get(index)
             if skip and o and o.update is probe.update:
                 skip.after_step(probe)
                 o.skipped = skip.flag
             self.keep_buffers()
 
-        probe.after_step.append(behind_step)
-        self._hooks.append((probe, behind_step))
+        probe.after_step.append(after_step)
+        self._hooks.append((probe, after_step))
 
     def monitor_of(self, index: int) -> OptimizerMonitor:
-        """What is known of this optimizer's steps."""
+        """The monitor of this optimizer's steps, made when it is first asked for."""
         if index not in self.monitors:
             self.monitors[index] = OptimizerMonitor(self.window, self.threshold)
         return self.monitors[index]
@@ -249,7 +243,7 @@ class SpikeMonitor:
             update=update,
             scale=scale,
             scaled=scaled,
-            weight=probe.weight_squares() if step % self.weight_norm_every == 0 else None,
+            weight=probe.weight_squares() if step % _WEIGHT_NORM_EVERY == 0 else None,
             buffers=self.buffers.norms(),
             is_new=self.monitor_of(index).is_new(probe.layout.active),
         )
@@ -266,7 +260,7 @@ class SpikeMonitor:
     def keep_buffers(self) -> None:
         """Copy the buffers as they are before a forward pass, for a step that is left out.
 
-        It is done behind every step; who writes into buffers elsewhere calls it behind that.
+        It is done after every step; who writes into buffers elsewhere calls it after that.
         """
         if self.skips or self.reaction:
             self.buffers.keep()
@@ -277,7 +271,7 @@ class SpikeMonitor:
         read(self._unread, processes.average)
         spiked, self._late = self._late, False
         for each in self._unread:
-            known = set(each.judged) if each.reaction == "log" else {*BEHIND, *each.judged}
+            known = set(each.judged) if each.reaction == "log" else {*AFTER_STEP, *each.judged}
             self.monitor_of(each.optimizer).judge([each], self.buffers.names)
             if any(each.spiked(signal) for signal in each.judged.keys() - known):
                 spiked = True
@@ -303,7 +297,7 @@ class SpikeMonitor:
             raise ValueError("a reaction needs gradients that scaler.unscale_ has unscaled.")
 
     def _learned(self) -> Any:
-        """What is usual by now, for a rollback."""
+        """Copy of what is usual by now, for a rollback."""
         return {index: monitor.learned() for index, monitor in self.monitors.items()}
 
     def _unlearn(self, learned: Mapping[int, Any]) -> None:
@@ -328,11 +322,11 @@ class SpikeMonitor:
                 late = [o for o in own if o.reaction == "log" and "update" not in o.judged]
                 monitor.judge(own, self.buffers.names)
                 monitor.remember(own)
-                self._late |= any(o.spiked(signal) for o in late for signal in BEHIND)
+                self._late |= any(o.spiked(signal) for o in late for signal in AFTER_STEP)
             before, rows = len(self.records), {}
             for o in pending:
                 counts = dict(self.counts)
-                self.spikes.add(o, self.monitors[o.optimizer], self.top_k)
+                self.spikes.add(o, self.monitors[o.optimizer])
                 rows[o.step] = row_of(o, len(self.optimizers) > 1)
                 if counts != self.counts or o is pending[-1]:  # a step is known by its new count
                     rows[o.step] |= {f"spikes/{s}": float(self.counts[s]) for s in COUNTED}
@@ -347,12 +341,12 @@ class SpikeMonitor:
             for index, skip in self.skip.items():
                 skip.refresh(self.monitor_of(index))
 
-    def log_rows(self, rows: Rows) -> None:
+    def log_rows(self, rows: _Rows) -> None:
         """Hook: the values of these steps are known, in the first process."""
         if self._log:
             self._log(rows)
 
-    def on_records(self, fresh: Sequence[Mapping[str, Any]]) -> None:
+    def on_records(self, fresh: Sequence[SpikeRecord]) -> None:
         """Hook: these records are new, in the first process."""
 
     # The end, and the state
@@ -374,7 +368,7 @@ class SpikeMonitor:
         print(self.finish())
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned from the run, and the records that may still change."""
+        """Everything learned from the run, and the records that may still change."""
         self.flush()
         return {
             "watches": {str(i): monitor.state_dict() for i, monitor in self.monitors.items()},

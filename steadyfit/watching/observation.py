@@ -4,58 +4,21 @@ Dimensions: P parameters of the optimizer, A of them with a gradient in this ste
 model.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..detector import SpikeDetector
 from ..probe import StepProbe, Update
+from .records import SPIKES, Verdict
 
-SPIKES = ("spike", "nonfinite")  # kinds of verdicts
-BEHIND = ("update", "promise")  # signals that are known behind the step
+AFTER_STEP = ("update", "promise")  # signals that are known after the step
+_NORMS = ("gradient", "update", "clipped", "weight")  # of parameters
 
-Numbers = dict[str, np.ndarray]  # by name; norms are (P,), 0 where a parameter has no gradient
-
-
-class Verdict(NamedTuple):
-    """How a detector has judged one value; see :class:`SpikeDetector`."""
-
-    value: float
-    kind: str
-    z: float = 0.0
-    threshold: float = math.inf
-    center: float = math.nan
-    scale: float = math.nan
-    raised: int = 0
-    name: str | None = None  # of a parameter or buffer
-
-    @classmethod
-    def of(cls, detector: SpikeDetector, value: float) -> "Verdict":
-        """Judge the next value of a signal."""
-        detector.update(value)
-        return cls(
-            value,
-            detector.kind,
-            detector.score,
-            detector.threshold,
-            detector.center,
-            detector.scale,
-            detector.raised,
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """What of it stands in a record."""
-        if self.kind == "overflow":
-            return {"value": self.value, "kind": self.kind}
-        facts = self._asdict()
-        if self.name is None:
-            del facts["name"]
-        return facts
+_Numbers = dict[str, np.ndarray]  # by name; norms are (P,), 0 where a parameter has no gradient
 
 
 @dataclass
@@ -81,7 +44,7 @@ class Observation:
     is_new: bool = False  # some of its parameters take part for the first time
     count: int = 0  # of all parameters (P)
     active: list[int] = field(default_factory=list)  # those with a gradient (A)
-    numbers: Numbers = field(default_factory=dict)  # what has been read
+    numbers: _Numbers = field(default_factory=dict)  # what has been read
     judged: dict[str, Verdict] = field(default_factory=dict)  # by signal
     scores: np.ndarray | None = None  # (P,) of the parameters
     reaction: str = "log"
@@ -96,15 +59,15 @@ class Observation:
 
     @property
     def is_coming(self) -> bool:
-        """Whether the step has been observed and not been taken yet."""
+        """True once the step has been observed, until it is taken."""
         return self.probe.is_armed and self.probe.update is self.update and not self.scaled
 
     def spiked(self, signal: str) -> bool:
-        """Whether this signal was judged to spike."""
+        """Tell if this signal was judged to spike."""
         return signal in self.judged and self.judged[signal].kind in SPIKES
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is there and not yet read, by name, one-dimensional."""
+        """All that is there and not yet read, by name, one-dimensional."""
         update = self.update
         found = {
             "gradient": self.gradient,
@@ -120,14 +83,14 @@ class Observation:
         }
         there = {k: t for k, t in found.items() if t is not None and k not in self.numbers}
         if self.parts is not None:
-            there |= {k: there[k] * self.parts for k in (*NORMS, "products") if k in there}
+            there |= {k: there[k] * self.parts for k in (*_NORMS, "products") if k in there}
         return {name: tensor.reshape(-1) for name, tensor in there.items()}
 
     def take(self, name: str, values: np.ndarray) -> None:
         """Keep what was read under this name."""
-        if name in NORMS:
+        if name in _NORMS:
             values = np.sqrt(values)
-        of_parameters = name in NORMS or name == "factor"
+        of_parameters = name in _NORMS or name == "factor"
         if of_parameters and len(self.active) < self.count:
             whole = np.full(self.count, 1.0 if name == "factor" else 0.0)
             whole[self.active] = values
@@ -137,12 +100,9 @@ class Observation:
     def unscale(self) -> None:
         """Divide by the scale which the optimizer itself takes off."""
         if "scale" in self.numbers:
-            # what is known behind the step is of gradients that were unscaled in place
+            # what is known after the step is of gradients that were unscaled in place
             self.numbers["gradient"] /= self.numbers.pop("scale")
             self.scale = None
-
-
-NORMS = ("gradient", "update", "clipped", "weight")  # of parameters
 
 
 def read(pending: Sequence[Observation], average: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What is usual for the steps of one optimizer, in plain numbers.
+"""Usual levels of the steps of one optimizer, in plain numbers.
 
 Dimensions: K steps, P parameters (tensors) of the optimizer.
 """
@@ -6,8 +6,9 @@ Dimensions: K steps, P parameters (tensors) of the optimizer.
 import json
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from functools import partial
 from operator import is_
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from ..detector import NORM_MIN_SCALE, DriftDetector, SpikeDetector
 from .history import NormHistory
-from .observation import BEHIND, SPIKES, Observation, Verdict
+from .observation import AFTER_STEP, Observation
 from .ratios import ParameterRatios
+from .records import SPIKES, EarlierStep, ParameterEvidence, SpikeRecord, Verdict
 
-PROMISE = 5.0  # times its loss that a step may promise to take off it,
-PROMISE_RATIO = 30.0  # or this multiple of what its steps usually promise
-BEFORE = 10  # optimizer steps in which the largest update is looked for
+_PROMISE = 5.0  # times its loss that a step may promise to take off it,
+_PROMISE_RATIO = 30.0  # or this multiple of what its steps usually promise
+TOP_K = 3  # parameters named in a record
+_BEFORE = 10  # optimizer steps in which the largest update is looked for
 
 
 class OptimizerMonitor:
@@ -51,7 +54,7 @@ class OptimizerMonitor:
         # one of many parameters goes further astray by chance than one signal
         self.ratios = ParameterRatios(window, limit=threshold * 4 / 3)
         self.history = NormHistory([])
-        self.before: deque[dict[str, Any]] = deque(maxlen=BEFORE)  # the last steps in brief
+        self.before: deque[EarlierStep] = deque(maxlen=_BEFORE)
         self.lr: float | None = None
         self.buffers: np.ndarray | None = None  # norms (Q,) in the last step
         self._last_buffers: np.ndarray | None = None  # and in the one before
@@ -69,7 +72,7 @@ class OptimizerMonitor:
         self.ratios.grow(len(names))
 
     def learned(self) -> Any:
-        """What is usual by now, for :meth:`unlearn`."""
+        """Copy of what is usual by now, for :meth:`unlearn`."""
         return deepcopy((self.names, self.detectors, self.ratios))
 
     def unlearn(self, learned: Any) -> None:
@@ -80,7 +83,7 @@ class OptimizerMonitor:
             ratios.grow(len(self.names))
 
     def is_new(self, active: list[int]) -> bool:
-        """Whether some parameters take part for the first time, as those of a layer just thawed."""
+        """Tell if some parameters take part for the first time, as those of a layer just thawed."""
         if active is self._active:
             return False
         new, begun = set(active) - self.used, self.begun
@@ -95,9 +98,9 @@ class OptimizerMonitor:
         for o in steps:
             taken = o.judged["gradient"].kind != "overflow" and not o.left_out
             if "update" not in o.judged:
-                self._expect(o, BEHIND)
+                self._expect(o, AFTER_STEP)
             if taken and "update" in o.numbers and "update" not in o.judged:
-                value = norm(o.numbers["update"])
+                value = _norm(o.numbers["update"])
                 o.judged["update"] = Verdict.of(self.detectors["update"], value)
                 if "products" in o.numbers and "loss" in o.numbers:
                     self._judge_promise(o)
@@ -107,20 +110,20 @@ class OptimizerMonitor:
         if (loss := float(o.numbers["loss"][0])) > 0:
             value = float(o.numbers["products"].sum()) / loss
             verdict = Verdict.of(self.detectors["promise"], value)
-            threshold = self.promise_limit()
-            kind = "spike" if value > threshold else "normal"  # a NaN is the gradient's
-            o.judged["promise"] = verdict._replace(kind=kind, threshold=threshold)
+            verdict.threshold = self._promise_limit()
+            verdict.kind = "spike" if value > verdict.threshold else "normal"  # NaN: the gradient's
+            o.judged["promise"] = verdict
 
     def limits(self) -> dict[str, float]:
         """The largest value of each signal that is no spike; what comes too often is none."""
         found = {n: math.inf if d.too_often else d.threshold for n, d in self.detectors.items()}
-        return found | {"promise": self.promise_limit()}
+        return found | {"promise": self._promise_limit()}
 
-    def promise_limit(self) -> float:
-        """What a step may promise; infinite until it is known what is usual."""
+    def _promise_limit(self) -> float:
+        """The most that a step may promise; infinite until it is known what is usual."""
         usual = self.detectors["promise"]
         warm = usual.threshold < math.inf
-        return max(PROMISE, PROMISE_RATIO * usual.center) if warm else math.inf
+        return max(_PROMISE, _PROMISE_RATIO * usual.center) if warm else math.inf
 
     def _judge_before(self, steps: Sequence[Observation], buffer_names: Sequence[str]) -> None:
         """Judge what is known before a step is taken."""
@@ -148,7 +151,7 @@ class OptimizerMonitor:
                 value = float(o.numbers["loss"][0])
                 verdict = Verdict.of(self.detectors["loss"], value)
                 if self.drift.update(value) and verdict.kind not in SPIKES:
-                    verdict = verdict._replace(kind="drift")
+                    verdict.kind = "drift"
                 o.judged["loss"] = verdict
             if "buffers" in o.numbers:
                 self._judge_buffers(o, buffer_names)
@@ -165,8 +168,8 @@ class OptimizerMonitor:
         growth = np.where(np.isfinite(norms), growth, np.inf)
         growth = np.where(np.isfinite(last), growth, 1.0)  # a mask may be infinite
         most = int(growth.argmax())
-        verdict = Verdict.of(self.detectors["buffer"], float(growth[most]))
-        o.judged["buffer"] = verdict._replace(name=names[most])
+        o.judged["buffer"] = Verdict.of(self.detectors["buffer"], float(growth[most]))
+        o.judged["buffer"].name = names[most]
 
     def forget_buffers(self) -> None:
         """The buffers are what they were before the last step."""
@@ -180,7 +183,7 @@ class OptimizerMonitor:
         for name in signals:
             if o.rate_jumps:
                 self.detectors[name].rate_changed()
-            if o.is_new and name in ("gradient", *BEHIND):
+            if o.is_new and name in ("gradient", *AFTER_STEP):
                 self.detectors[name] = self._norm_detector()
 
     def remember(self, steps: Sequence[Observation]) -> None:
@@ -188,26 +191,21 @@ class OptimizerMonitor:
         table = np.zeros((len(steps), len(NormHistory.KINDS), len(self.names)))
         for k, o in enumerate(steps):
             table[k, 0] = o.numbers["gradient"]
-            table[k, 1] = applied_update_norms(o)
+            table[k, 1] = _applied_update_norms(o)
             if "weight" in o.numbers:
                 table[k, 2] = o.numbers["weight"]
         self.history.add([o.step for o in steps], table)
 
     def remember_step(self, o: Observation) -> None:
         """Remember the step as the cause of what may come after it."""
-        self.before.append(
-            {
-                "step": o.step,
-                "batches": o.batches,
-                "grad_norm": o.judged["gradient"].value,
-                "update_norm": norm(applied_update_norms(o)),
-                "update_z": o.judged["update"].z if "update" in o.judged else 0.0,
-                "parameter": self.names[int(o.numbers["gradient"].argmax())],
-            }
-        )
+        gradient = o.judged["gradient"].value
+        update = o.judged["update"].z if "update" in o.judged else 0.0
+        largest = self.names[int(o.numbers["gradient"].argmax())]
+        applied = _norm(_applied_update_norms(o))
+        self.before.append(EarlierStep(o.step, o.batches, gradient, applied, update, largest))
 
-    def record(self, o: Observation, top_k: int) -> dict[str, Any]:
-        """The evidence about one step."""
+    def record(self, o: Observation) -> SpikeRecord:
+        """Collect the evidence about one step."""
         gradient, update = o.numbers["gradient"], o.numbers.get("update")
         finite = np.isfinite(gradient)
         squares = np.where(finite, np.square(gradient), np.inf)
@@ -216,36 +214,35 @@ class OptimizerMonitor:
         scores = np.where(finite, scores, np.inf)
         spiked = [signal for signal in o.judged if o.spiked(signal)]
 
-        def describe(i: int) -> dict[str, Any]:
-            share = squares[i] / whole if 0 < whole < math.inf else float(not finite[i])
-            facts = {"name": self.names[i], "grad_norm": float(gradient[i]), "share": float(share)}
-            facts["z"] = float(scores[i])
+        def describe(i: int) -> ParameterEvidence:
+            share = squares[i] / whole if 0 < whole < math.inf else not finite[i]
+            found = ParameterEvidence(
+                self.names[i], float(gradient[i]), float(share), float(scores[i])
+            )
             if update is not None:
-                facts["update_norm"] = float(update[i])
-                facts["update_rms"] = float(update[i]) / math.sqrt(max(1, self.params[i].numel()))
-            return facts
+                found.update_norm = float(update[i])
+                found.update_rms = found.update_norm / math.sqrt(max(1, self.params[i].numel()))
+            return found
 
-        def largest(by: np.ndarray) -> list[dict[str, Any]]:
-            return [describe(i) for i in np.argsort(-by, kind="stable")[:top_k].tolist()]
+        def largest(by: np.ndarray) -> list[ParameterEvidence]:
+            return [describe(i) for i in np.argsort(-by, kind="stable")[:TOP_K].tolist()]
 
-        return {
-            "step": o.step,
-            "epoch": o.epoch,
-            "batches": o.batches,
-            "optimizer": o.optimizer,
-            "lr": float(max(o.lrs)),
-            "spiked": spiked,
-            "signals": {signal: verdict.facts() for signal, verdict in o.judged.items()},
-            "clipped_grad_norm": norm(o.numbers["clipped"]) if "clipped" in o.numbers else None,
-            "update_factor": float(o.numbers["factor"].min()) if "factor" in o.numbers else None,
-            "by_share": largest(squares),
-            "by_z": largest(scores),
-            "before": max(self.before, key=update_severity, default=None),
-            "reaction": o.reaction,
-            "confirmed": "loss" in spiked,
-            "max_loss_after": None,
-            "steps_to_recover": None,
-        }
+        return SpikeRecord(
+            step=o.step,
+            epoch=o.epoch,
+            batches=o.batches,
+            optimizer=o.optimizer,
+            lr=float(max(o.lrs)),
+            spiked=spiked,
+            signals=o.judged,
+            clipped_grad_norm=_norm(o.numbers["clipped"]) if "clipped" in o.numbers else None,
+            update_factor=float(o.numbers["factor"].min()) if "factor" in o.numbers else None,
+            by_share=largest(squares),
+            by_z=largest(scores),
+            before=max(self.before, key=lambda step: step.severity, default=None),
+            reaction=o.reaction,
+            confirmed="loss" in spiked,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -253,39 +250,40 @@ class OptimizerMonitor:
             "drift": self.drift.state_dict(),
             "ratios": self.ratios.state_dict(),
             "history": self.history.state_dict(),
-            "before": json.dumps(list(self.before)),
+            "before": json.dumps([asdict(step) for step in self.before]),
             "lr": self.lr,
             "used": sorted(self.used),
             "buffers": None if self.buffers is None else self.buffers.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for signal, detector in self.detectors.items():
-            if signal in state["detectors"]:  # version 0.1 had fewer
-                detector.load_state_dict(state["detectors"][signal])
-        if "drift" in state:
-            self.drift.load_state_dict(state["drift"])
+        """Go on from a :meth:`state_dict`.
+
+        An earlier version knew less: of its states the norms alone are taken, the rest is learned
+        anew.
+        """
         self.history.load_state_dict(state["history"])
         self.names = self.history.names
-        if "ratios" in state:
-            self.ratios.load_state_dict(state["ratios"])
-        else:
-            self.ratios.grow(len(self.names))
-            self.ratios.load_rows(state["logs"])
-        self.before.extend(json.loads(state["before"]))
-        self.lr = state["lr"]
-        self.used = set(state.get("used", range(len(self.names))))
+        self.ratios.grow(len(self.names))
         self.begun = True
-        buffers = state.get("buffers")
-        self.buffers = None if buffers is None else np.array(buffers)
+        self.used = set(state.get("used", range(len(self.names))))
+        if not state.keys() >= self.state_dict().keys():
+            return
+        for signal, detector in self.detectors.items():
+            detector.load_state_dict(state["detectors"][signal])
+        self.drift.load_state_dict(state["drift"])
+        self.ratios.load_state_dict(state["ratios"])
+        self.before.extend(EarlierStep(**facts) for facts in json.loads(state["before"]))
+        self.lr = state["lr"]
+        self.buffers = None if state["buffers"] is None else np.array(state["buffers"])
 
 
-def norm(norms: np.ndarray) -> float:
+def _norm(norms: np.ndarray) -> float:
     """The norm of the whole from the norms of its parts."""
     return math.sqrt(np.square(norms).sum())
 
 
-def applied_update_norms(o: Observation) -> np.ndarray:
+def _applied_update_norms(o: Observation) -> np.ndarray:
     """Norms (P,) of the update as it was applied; zeros if the step was not taken."""
     if "update" not in o.numbers or was_skipped(o):
         return np.zeros_like(o.numbers["gradient"])
@@ -297,20 +295,15 @@ def was_skipped(o: Observation) -> bool:
     return "skipped" in o.numbers and bool(o.numbers["skipped"].any())
 
 
-def update_severity(step: Mapping[str, Any]) -> tuple[float, float]:
-    """How far the update of a step was out of the ordinary, then how large it was."""
-    return step["update_z"], step["update_norm"]
-
-
 def row_of(o: Observation, several: bool) -> dict[str, float]:
-    """What loggers are told of a judged step, named by its optimizer if there are several."""
+    """Values of a judged step for the loggers, named by its optimizer if there are several."""
     gradient, update = o.judged["gradient"], o.judged.get("update")
     row = {"grad_norm/total": gradient.value}
     # there is no threshold while a detector warms up
     if gradient.threshold < math.inf:
         row["grad_norm/threshold"] = gradient.threshold
     if "clipped" in o.numbers:
-        row["grad_norm/clipped"] = norm(o.numbers["clipped"])
+        row["grad_norm/clipped"] = _norm(o.numbers["clipped"])
     if update:
         row["update_norm/total"] = 0.0 if was_skipped(o) else update.value
         if update.threshold < math.inf:
@@ -318,5 +311,5 @@ def row_of(o: Observation, several: bool) -> dict[str, float]:
     if "promise" in o.judged:
         row["update_norm/promise"] = o.judged["promise"].value
     if "factor" in o.numbers:
-        row["update_norm/clipped"] = norm(applied_update_norms(o))
+        row["update_norm/clipped"] = _norm(_applied_update_norms(o))
     return {f"{name}/{o.optimizer}": value for name, value in row.items()} if several else row

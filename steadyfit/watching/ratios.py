@@ -1,4 +1,4 @@
-"""Whether the gradient of one parameter is out of proportion to those of the others.
+"""Gradients of single parameters that are out of proportion to those of the others.
 
 Dimensions: K steps, P parameters of one optimizer, W steps that are remembered of each.
 """
@@ -11,7 +11,8 @@ import torch
 
 from ..detector import NORMAL_Q90, SHIFT_AFTER, TAIL_SHARE
 
-FORGET = 1 / 128  # weight of one use in a parameter's rate of spikes
+_ARRAYS = ("logs", "median", "spread", "uses", "raised", "rate")
+_FORGET = 1 / 128  # weight of one use in a parameter's rate of spikes
 
 
 class ParameterRatios:
@@ -44,7 +45,7 @@ class ParameterRatios:
         self.rate = np.empty(0)  # (P,) moving share of uses beyond the limit
 
     def grow(self, count: int) -> None:
-        """Take in more parameters, behind the ones there are."""
+        """Take in more parameters, after the ones there are."""
         new = count - len(self.uses)
         self.logs = np.concatenate([self.logs, np.full((new, self.window), np.nan)])
         for name, empty in (("median", np.nan), ("spread", np.nan), ("rate", 0.0)):
@@ -75,8 +76,8 @@ class ParameterRatios:
         return scores, spikes
 
     def _judge(self, logs: np.ndarray, beyond: np.ndarray) -> np.ndarray:
-        """Which parameters (P,) spike in a step that has some beyond the limit."""
-        self.rate[beyond] += FORGET * (1 - self.rate[beyond])
+        """Find the parameters (P,) that spike in a step that has some beyond the limit."""
+        self.rate[beyond] += _FORGET * (1 - self.rate[beyond])
         spikes = beyond & (self.rate <= TAIL_SHARE)
         if not spikes.any():
             self._remember(logs[None])
@@ -96,7 +97,7 @@ class ParameterRatios:
         self.logs[np.nonzero(used)[1], places[used]] = logs[used]
         self.uses += counts
         self.raised[counts > 0] = 0
-        self.rate *= (1 - FORGET) ** counts
+        self.rate *= (1 - _FORGET) ** counts
         self.rows += len(logs)
         if self.rows < self.REFRESH:
             return
@@ -129,25 +130,13 @@ class ParameterRatios:
         return np.where(np.isnan(limits) | (self.rate > TAIL_SHARE), np.inf, limits)
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = ("logs", "median", "spread", "uses", "raised", "rate")
-        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in arrays}
+        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in _ARRAYS}
         return {"rows": self.rows, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; one of another window is left, and all learned anew."""
+        if state["logs"].shape[1] != self.window:
+            return
         self.rows = state["rows"]
-        for name in ("logs", "median", "spread", "uses", "raised", "rate"):
+        for name in _ARRAYS:
             setattr(self, name, state[name].numpy().copy())
-        if self.logs.shape[1] != self.window:  # an own window: the last uses, in their order
-            self._change_window()
-
-    def _change_window(self) -> None:
-        old, width = self.logs, self.logs.shape[1]
-        self.logs = np.full((len(old), self.window), np.nan)
-        for number, uses in enumerate(self.uses.tolist()):
-            kept = np.arange(max(0, uses - min(width, self.window)), uses)
-            self.logs[number, kept % self.window] = old[number, kept % width]
-
-    def load_rows(self, rows: list[list[float]]) -> None:
-        """Begin from the logarithms of ordinary steps, as checkpoints of version 0.1 hold them."""
-        for start in range(0, len(rows), self.REFRESH):
-            self._remember(np.array(rows[start : start + self.REFRESH]))

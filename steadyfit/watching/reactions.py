@@ -1,4 +1,4 @@
-"""What to do about a spike."""
+"""Reactions to a spike."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ ReactionName = Literal["log", "skip", "rollback", "stop"]
 
 
 class Reaction(ABC):
-    """What to do when a step spikes, before it is taken, or when the update before it did.
+    """Act when a step spikes, before it is taken, or when the update before it did.
 
     The monitor reads once a step for it. ``loop`` has ``optimizers``, ``global_step`` and
     ``should_stop``, as a Trainer of Lightning has; ``model`` is what is trained.

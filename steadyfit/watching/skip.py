@@ -18,8 +18,8 @@ from .kept import Choice, Kept
 from .observation import Observation
 from .optimizer_monitor import OptimizerMonitor
 
-LARGEST = torch.finfo(torch.float32).max  # of a value that no threshold is known for
-SIGNALS = ("gradient", "loss", "buffer", "update", "promise")
+_LARGEST = torch.finfo(torch.float32).max  # of a value that no threshold is known for
+_SIGNALS = ("gradient", "loss", "buffer", "update", "promise")
 
 
 class Skip:
@@ -40,7 +40,7 @@ class Skip:
     """
 
     def __init__(self) -> None:
-        self.signals = [LARGEST] * len(SIGNALS)
+        self.signals = [_LARGEST] * len(_SIGNALS)
         self.ratios: list[float] = []
         self.flag = torch.tensor(False)
         self._row = torch.tensor(0)  # () steps taken back one after another
@@ -53,8 +53,8 @@ class Skip:
     def refresh(self, monitor: OptimizerMonitor) -> None:
         """Take the thresholds that hold from now on."""
         limits = monitor.limits()
-        self.signals = [min(limits[name], LARGEST) for name in SIGNALS]
-        self.ratios = np.minimum(monitor.ratios.thresholds(), LARGEST).tolist()
+        self.signals = [min(limits[name], _LARGEST) for name in _SIGNALS]
+        self.ratios = np.minimum(monitor.ratios.thresholds(), _LARGEST).tolist()
         self._limits, self._open = {}, torch.tensor(False)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Skip:
         self._kept = []
 
     def _is_beyond(self, o: Observation, whole: Mapping[str, Tensor]) -> Tensor:
-        """Whether gradient, loss or buffers of a step are beyond a threshold () or not finite.
+        """Tell if gradient, loss or buffers of a step are beyond a threshold or not finite ().
 
         Ten steps in a row beyond one are a new level, not spikes: the next are taken.
         """

@@ -3,17 +3,17 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .observation import SPIKES, Observation, Verdict
+from .observation import Observation
 from .optimizer_monitor import OptimizerMonitor, was_skipped
-from .records import FOLLOW, RecordFile, format_spike, last_step, read_records
+from .records import FOLLOW, SPIKES, RecordFile, SpikeRecord, Verdict, format_spike, read_records
 
-SIGNALS = ("gradient", "parameter", "update", "promise", "loss", "buffer")
-COUNTED = (*SIGNALS, "drift")  # what loggers are told the number of
-RECORDED = (*SPIKES, "level_shift", "overflow", "drift")
+_SIGNALS = ("gradient", "parameter", "update", "promise", "loss", "buffer")
+COUNTED = (*_SIGNALS, "drift")  # number of these is logged
+_RECORDED = (*SPIKES, "level_shift", "overflow", "drift")
 CONFIRM = 5  # optimizer steps within which the loss must spike too, for a spike to be confirmed
 
 
@@ -26,11 +26,11 @@ class SpikeLog:
         samples_of: If set, names the samples of a record's batches, for its ``samples``.
     """
 
-    samples_of: Callable[[Mapping[str, Any]], list[Any]] | None = None
+    samples_of: Callable[[SpikeRecord], list[Any]] | None = None
 
     def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.counts = dict.fromkeys((*SIGNALS, "overflow", "level_shift", "drift", "skipped"), 0)
+        self.records: list[SpikeRecord] = []
+        self.counts = dict.fromkeys((*_SIGNALS, "overflow", "level_shift", "drift", "skipped"), 0)
         self.file = RecordFile(None)
         self._last: dict[int, int] = {}  # the last step of each optimizer
         self.begun = False
@@ -48,11 +48,11 @@ class SpikeLog:
 
     def resume(self, step: int) -> None:
         """Put the records before ``step`` that the file has in front; forget what comes again."""
-        since = self.records[0]["step"] if self.records else step
-        earlier = [r for r in read_records(self.file.path) if r["step"] < since]
+        since = self.records[0].step if self.records else step
+        earlier = [r for r in read_records(self.file.path) if r.step < since]
         self.records = [*earlier, *self.records]
 
-    def add(self, o: Observation, monitor: OptimizerMonitor, top_k: int) -> None:
+    def add(self, o: Observation, monitor: OptimizerMonitor) -> None:
         """Take in a judged step, and record it if it is notable."""
         if "loss" in o.judged:
             self._tell_once(o)
@@ -61,15 +61,15 @@ class SpikeLog:
         if skipped := was_skipped(o) and o.judged["gradient"].kind != "overflow":
             o.reaction = "skip"
             self.counts["skipped"] += 1
-        if skipped or any(verdict.kind in RECORDED for verdict in o.judged.values()):
+        if skipped or any(verdict.kind in _RECORDED for verdict in o.judged.values()):
             self._count(o)
-            self._record(monitor.record(o, top_k))
+            self._record(monitor.record(o))
         self._last[o.optimizer] = o.step
         monitor.remember_step(o)
 
     def write(self, since: int, until: int) -> None:
         """Bring the file up to date with the records of these steps and of what they followed."""
-        if self.records and last_step(self.records[-1]) >= since - FOLLOW:
+        if self.records and self.records[-1].last_step >= since - FOLLOW:
             self.file.write(self.records, until - FOLLOW)
 
     def _tell_once(self, o: Observation) -> None:
@@ -77,48 +77,46 @@ class SpikeLog:
         loss = o.judged["loss"]
         if loss.kind == "nonpositive" and not self._told:
             self._told = True
-            said = (
-                f"the loss of step {o.step} is {loss.value:.3g}; only positive ones are compared."
-            )
+            said = f"the loss of step {o.step} is {loss.value:.3g}; only positive are compared."
             warnings.warn(said, stacklevel=2)
 
-    def _record(self, record: dict[str, Any]) -> None:
+    def _record(self, record: SpikeRecord) -> None:
         """Keep a record; steps in a row without a finite value are one."""
-        same = ("optimizer", "spiked", "reaction")
         for last in self.records[-1:]:
-            goes_on = last_step(last) == self._last.get(record["optimizer"])
-            goes_on = goes_on and broken(last) and broken(record)
-            if goes_on and all(last[key] == record[key] for key in same):
-                last["until"] = record["step"]
+            goes_on = last.last_step == self._last.get(record.optimizer)
+            goes_on = goes_on and last.is_nonfinite and record.is_nonfinite
+            one, other = ((r.optimizer, r.spiked, r.reaction) for r in (last, record))
+            if goes_on and one == other:
+                last.until = record.step
                 return
-        if self.samples_of and (samples := self.samples_of(record)):
-            record["samples"] = samples
+        if self.samples_of:
+            record.samples = self.samples_of(record) or None
         self.records.append(record)
 
     def _count(self, o: Observation) -> None:
         for signal, verdict in o.judged.items():
             kind = verdict.kind
-            if kind in RECORDED:
+            if kind in _RECORDED:
                 self.counts[signal if kind in SPIKES else kind] += 1
             if kind == "level_shift" and signal != "loss":  # a loss that stays high did spike
                 self._relabel(o, signal, verdict)
 
-    def _recent(self, o: Observation) -> Iterator[dict[str, Any]]:
+    def _recent(self, o: Observation) -> Iterator[SpikeRecord]:
         """Records of the same optimizer's last steps, latest first."""
         for record in reversed(self.records):
-            if o.step - last_step(record) > FOLLOW:
+            if o.step - record.last_step > FOLLOW:
                 return
-            if record["optimizer"] == o.optimizer and record["spiked"]:
+            if record.optimizer == o.optimizer and record.spiked:
                 yield record
 
     def _relabel(self, o: Observation, signal: str, shift: Verdict) -> None:
-        """What looked like spikes were the first steps at a new level."""
+        """Take back spikes that were the first steps at a new level."""
         for record in self._recent(o):
-            if signal in record["spiked"] and o.step - record["step"] < shift.raised:
-                verdict = record["signals"][signal]
-                if verdict["value"] <= shift.threshold:  # else it stands out of that one, too
-                    record["spiked"].remove(signal)
-                    verdict["kind"] = "level_shift"
+            if signal in record.spiked and o.step - record.step < shift.raised:
+                verdict = record.signals[signal]
+                if verdict.value <= shift.threshold:  # else it stands out of that one, too
+                    record.spiked.remove(signal)
+                    verdict.kind = "level_shift"
                     self.counts[signal] -= 1
 
     def _follow(self, o: Observation) -> None:
@@ -126,27 +124,27 @@ class SpikeLog:
         loss = o.judged["loss"]
         value = loss.value if math.isfinite(loss.value) else math.inf  # NaN has no order
         for record in self._recent(o):
-            passed = o.step - record["step"]
+            passed = o.step - record.step
             if passed > FOLLOW:
                 continue
-            worst = record["max_loss_after"]
-            record["max_loss_after"] = value if worst is None else max(worst, value)
+            worst = record.max_loss_after
+            record.max_loss_after = value if worst is None else max(worst, value)
             if loss.kind in SPIKES and passed <= CONFIRM:
-                record["confirmed"] = True
-            ordinary = record["signals"].get("loss", {}).get("threshold", math.inf)
-            if record["steps_to_recover"] is None and loss.value <= ordinary:
-                record["steps_to_recover"] = passed
+                record.confirmed = True
+            ordinary = record.signals["loss"].threshold if "loss" in record.signals else math.inf
+            if record.steps_to_recover is None and loss.value <= ordinary:
+                record.steps_to_recover = passed
 
     def summary(self, steps: int) -> str:
-        """What was seen in so many optimizer steps, in words."""
-        spikes = [record for record in self.records if record["spiked"]]
-        drifts = [r["step"] for r in self.records if "drift" in kinds_of(r)]
+        """Say what was seen in so many optimizer steps."""
+        spikes = [record for record in self.records if record.spiked]
+        drifts = [record.step for record in self.records if "drift" in record.kinds]
         grew = f" The loss grew slowly up to step {drifts[0]}." if drifts else ""
         skipped = f", {self.counts['skipped']} steps taken back" if self.counts["skipped"] else ""
         if not spikes:
             return f"No spike in {steps:,} optimizer steps{skipped}.{grew}"
-        confirmed = sum(record["confirmed"] for record in spikes)
-        worst = max(spikes, key=lambda record: record["max_loss_after"] or 0.0)
+        confirmed = sum(record.confirmed for record in spikes)
+        worst = max(spikes, key=lambda record: record.max_loss_after or 0.0)
         where = f", in {self.file.path}" if self.file.path else ""
         return (
             f"{len(spikes)} spike{'s' * (len(spikes) > 1)} in {steps:,} optimizer steps, "
@@ -156,20 +154,9 @@ class SpikeLog:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The counts, and the records that may still change after ``step`` steps."""
-        open_since = step - FOLLOW - 1
-        records = [r for r in self.records if last_step(r) >= open_since]
-        return {"counts": self.counts, "open": json.dumps(records)}
+        facts = [r.facts() for r in self.records if r.last_step >= step - FOLLOW - 1]
+        return {"counts": self.counts, "open": json.dumps(facts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts |= state["counts"]
-        self.records = json.loads(state["open"])
-
-
-def broken(record: Mapping[str, Any]) -> bool:
-    """Whether nothing but values that are not finite makes this a spike."""
-    return {record["signals"][signal]["kind"] for signal in record["spiked"]} == {"nonfinite"}
-
-
-def kinds_of(record: Mapping[str, Any]) -> set[str]:
-    """How the signals of a step were judged."""
-    return {verdict["kind"] for verdict in record["signals"].values()}
+        self.records = [SpikeRecord.of(facts) for facts in json.loads(state["open"])]

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
+def prefetch(
     function: Callable[[Item], Result], items: Iterable[Item], count: int, threads: int = 1
 ) -> Iterator[Result]:
     """Yield ``function(item)`` of all items in order, each begun up to ``count`` results early.
@@ -18,7 +18,7 @@ def ahead(
     raised where its result would come. The threads end with the last item, or when the iterator is
     dropped.
     """
-    pool = ThreadPoolExecutor(threads, "ahead")
+    pool = ThreadPoolExecutor(threads, "prefetch")
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:

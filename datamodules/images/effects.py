@@ -1,106 +1,15 @@
-"""Augmentation of whole batches, each image by parameters of its own.
+"""Changes of whole batches of images, each image by parameters of its own.
 
-Dimensions: B batch, C channels, H height, W width, P control points along a side, N images. Images
-are float (B, C, H, W) with pixels in [0, 1]. Nothing is drawn here: parameters are made from
-uniform numbers that somebody else drew, so the same numbers give the same images on any device.
+Dimensions: B batch, C channels, H height, W width, P control points along a side. Images are float
+(B, C, H, W) with pixels in [0, 1]. Nothing is drawn here, so the same parameters give the same
+images on any device.
 """
-
-import math
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.errors import UserError
-
-POINTS = 4  # P of elastic distortion: nine pixels of MNIST apart
-SMALLEST_SIGMA = 0.1  # of blur, in pixels, as in torchvision's GaussianBlur
-GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), as in torchvision
-LARGEST = {
-    "rotate": 180.0,
-    "scale": 0.9,
-    "shear": 60.0,
-    "brightness": 1.0,
-    "contrast": 1.0,
-    "saturation": 1.0,
-    "hue": 0.5,
-}
-
-
-@dataclass(frozen=True)
-class Effects:
-    """How strongly images are changed at random; :class:`ImageDataModule` says what each means.
-
-    Effects that are switched on leave the parameters of the others as they were.
-
-    Raises:
-        UserError: A strength is out of range.
-    """
-
-    rotate: float = 0.0
-    scale: float = 0.0
-    shear: float = 0.0
-    elastic: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    blur: float = 0.0
-
-    draws = 8 + 2 * POINTS**2  # uniform numbers that an image needs
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            largest = LARGEST.get(name, math.inf)
-            if not 0 <= value <= largest or value == math.inf:
-                limit = f" and at most {largest:g}" if name in LARGEST else ""
-                raise UserError(f"{name} must not be negative{limit}, got {value}; 0 is without.")
-        if 0 < self.blur < SMALLEST_SIGMA:
-            raise UserError(
-                f"blur must be at least {SMALLEST_SIGMA} pixels, got {self.blur}; 0 is without."
-            )
-
-    def __bool__(self) -> bool:
-        return any(asdict(self).values())
-
-    def parameters(self, draws: Tensor) -> Tensor:
-        """Parameters of images from uniform numbers (N, ``draws``) in [0, 1).
-
-        Returns:
-            Columns (N, 8) of rotate, scale, shear, brightness, contrast, saturation, hue and blur,
-            in the units of the functions below, then the displacements (N, 2 * P * P), if any.
-        """
-        sigma = (SMALLEST_SIGMA + self.blur) / 2
-        middle = torch.tensor([0, 1, 0, 1, 1, 1, 0, sigma])
-        geometry = [self.rotate, self.scale, self.shear]
-        colour = [self.brightness, self.contrast, self.saturation, self.hue]
-        spread = torch.tensor([*geometry, *colour, sigma - SMALLEST_SIGMA])
-        parameters = middle + spread * (2 * draws[:, :8] - 1)
-        if not self.elastic:
-            return parameters
-        normal = torch.special.ndtri(draws[:, 8:].clamp(min=2**-25))  # of 0 it is infinite
-        return torch.cat([parameters, self.elastic * normal], 1)
-
-    def __call__(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Change images (B, C, H, W) by their rows of ``parameters``."""
-        images = images.contiguous()  # channel by channel; colours are twice as fast then
-        rotate, scale, shear, *colour, sigma = parameters[:, :8].unbind(1)
-        brightness, contrast, saturation, hue = colour
-        if self.rotate or self.scale or self.shear or self.elastic:
-            bend = parameters[:, 8:].unflatten(1, (2, POINTS, POINTS)) if self.elastic else None
-            images = distort(images, rotate, scale, shear, bend)
-        if self.brightness:
-            images = adjust_brightness(images, brightness)
-        if self.contrast:
-            images = adjust_contrast(images, contrast)
-        if self.saturation:
-            images = adjust_saturation(images, saturation)
-        if self.hue:
-            images = adjust_hue(images, hue)
-        if self.blur:
-            images = gaussian_blur(images, sigma, math.ceil(3 * self.blur))
-        return images
+_GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), as in torchvision
 
 
 def distort(
@@ -149,20 +58,21 @@ def bicubic(points: int, size: int, device: torch.device) -> Tensor:
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply each image by its factor (B,)."""
-    return blend(images, torch.zeros_like(images), factor)
+    return blend(torch.zeros_like(images), images, factor)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Move each image away from its mean grey, for factors (B,) above 1, or towards it."""
-    return blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
+    return blend(grey(images).mean((1, 2, 3), keepdim=True).expand_as(images), images, factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Move each image away from its grey version, for factors (B,) above 1, or towards it."""
-    return blend(images, grey(images), factor)
+    return blend(grey(images).expand_as(images), images, factor)
 
 
-def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    """Move each image away from another, for factors (B,) above 1, or towards it."""
     return other.lerp(images, factor.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -171,7 +81,7 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, 1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
