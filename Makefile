@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/python train.py fit --config configs/demo.yaml --run $(NAME)
 	$(BIN)/python train.py test --run $(RUN)
 	@$(BIN)/python -c "from datamodules import DemoDataModule; \
-	  from datamodules.images.baseline import svm_baseline; \
+	  from benchmarks.results import svm_baseline; \
 	  print(f'test accuracy of an SVM on the same pixels: {svm_baseline(DemoDataModule()):.4f}')"
 	$(BIN)/python predict.py $(RUN)
 	$(BIN)/python submit.py $(RUN) --dry_run
