@@ -203,6 +203,7 @@ def test_what_is_trusted_is_imported(
     options = read_config((stranger / "config.yaml").read_text(), "x")
     own = {"class_path": "own_nets.OwnNet"}
     network = options["model"]["init_args"]["network"] | own
+    del network["init_args"]["padded_size"]  # LeNet5 has it no more
     rewrite(stranger, "model.init_args.network", network)
     with pytest.raises(SystemExit):
         predict.main([str(stranger), "--data=DigitsDataModule"])
