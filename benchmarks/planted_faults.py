@@ -168,8 +168,8 @@ FAULTS = (
         "c7e4991",
         "A resumed run overwrites metrics.csv, and the curves lose all that was before.",
         "callbacks/run/run_folder.py",
-        "            if self.path.exists():\n",
-        "            if False:\n",
+        "        if self.path.exists():\n",
+        "        if False:\n",
         ("test_run_folder.py::test_metrics_go_on_behind_the_checkpoint",),
     ),
     Fault(
@@ -187,9 +187,8 @@ FAULTS = (
         "8b00b74",
         "After a killed prediction the next one fails: an id was predicted twice.",
         "pipeline/prediction.py",
-        "        assemble([folder / part_name(number, rank) for rank in range(trainer.world_size)],"
-        " names)\n",
-        '        assemble(sorted(folder.glob(f"member{number}-rank*")), names)\n',
+        "[folder / _shard_name(number, rank) for rank in range(trainer.world_size)], names\n",
+        'sorted(folder.glob(f"member{number}-rank*")), names\n',
         ("test_predict.py::test_what_a_killed_prediction_left_behind_is_not_read",),
     ),
     Fault(
