@@ -5,8 +5,8 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from lit_models.networks._checks import check_choice
 from lit_models.networks.lenet import Init
-from lit_models.networks.recurrent import check_choice
 from lit_models.networks.unrolled import State
 
 

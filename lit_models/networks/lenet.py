@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_models.networks.recurrent import check_choice
+from lit_models.networks._checks import check_choice
 
 Pooling = Literal["max", "average", "none"]
 Init = Literal["torch", "kaiming"]

@@ -5,8 +5,8 @@ Dimensions: B batch, T tokens, D embedding, V vocabulary.
 
 from torch import Tensor, nn
 
+from lit_models.networks._checks import checked_dropout
 from lit_models.networks.attention import check_heads
-from lit_models.networks.recurrent import checked_dropout
 from lit_models.networks.transformer import Encoder, EncoderLayer, sinusoidal_positions
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_models.networks._checks import check_lengths, checked_dropout
 from lit_models.networks.attention import Attention, KeysValues, check_heads, of_one_source
-from lit_models.networks.recurrent import check_lengths, checked_dropout
 
 
 class Source(NamedTuple):

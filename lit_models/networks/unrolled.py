@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_models.networks.recurrent import check_choice
+from lit_models.networks._checks import check_choice
 
 Nonlinearity = Literal["identity", "relu", "tanh"]
 Init = Literal["torch", "orthogonal", "identity"]
