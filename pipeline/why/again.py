@@ -12,12 +12,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 
 from callbacks.run.run_folder import RunRecord
 from callbacks.run.termination import Termination
@@ -85,8 +85,9 @@ class Course(Callback):
         rates = [float(group["lr"]) for o in trainer.optimizers for group in o.param_groups]
         self.rates[step] = max(rates)
         if step in self.keep and step not in self.weights:
-            weights = parameters_to_vector(module.parameters())
-            self.weights[step] = weights.detach().float().cpu()
+            # not parameters_to_vector, which cannot read kernels in channels_last
+            flat = [p.detach().float().flatten().cpu() for p in module.parameters()]
+            self.weights[step] = torch.cat(flat)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.save == 0 and self.path:
