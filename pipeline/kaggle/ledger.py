@@ -6,6 +6,7 @@ made, one when its reference is known, one with its score; of each, the last row
 """
 
 import csv
+import errno
 import io
 import json
 import math
@@ -121,18 +122,30 @@ def append(record: Record) -> None:
         UserError: The list cannot be written.
     """
     busy = f"another program writes {LEDGER} for a minute already; end it."
-    with locked(ROOT / ".submissions.lock", LEDGER, busy, _LOCK_SECONDS):
-        try:
-            known = LEDGER.read_bytes() if LEDGER.exists() else b""
-        except OSError as error:
-            raise UserError(f"{LEDGER} cannot be read ({error.strerror}); mend it.") from None
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([astuple(record)] if known else [FIELDS, astuple(record)])
-        if known and not known.endswith(b"\n"):  # an editor may leave out the last line's end
-            known += b"\n"
-        with atomic_write(LEDGER.resolve()) as file:  # it may be a link
-            file.write(known + text.getvalue().encode(errors="surrogateescape"))
+    try:
+        with (
+            locked(ROOT / ".submissions.lock", LEDGER, busy, _LOCK_SECONDS),
+            LEDGER.open("a+b", buffering=0) as file,
+        ):
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            whole = file.read() in (b"", b"\n")  # an editor may have left out the last line's end
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerows([astuple(record)] if size else [FIELDS, astuple(record)])
+            content = ("\n" * (not whole) + text.getvalue()).encode(errors="surrogateescape")
+            try:  # one write at the end loses no row of others, even where there are no locks
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{LEDGER} could not be written ({error.strerror or error}); free space or make it "
+            "writable."
+        ) from error
 
 
 def save(record: Record) -> None:
