@@ -141,5 +141,6 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it takes the jobs along, as Ctrl-C
+    if sys.argv[1:2] == ["run"]:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it takes the jobs along
     main()

@@ -174,6 +174,15 @@ def grid_of(**parameters: Any) -> dict[str, Any]:
     return sweep(parameters=parameters)
 
 
+@pytest.mark.usefixtures("folder")
+def test_groups_in_a_file_of_their_own_are_asked_for() -> None:
+    Path("small_groups.yaml").write_text("variant: {plain: []}\n")
+    with pytest.raises(
+        UserError, match=r"^the groups of small_groups.yaml now stand in small.yaml"
+    ):
+        load(sweep())
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -185,6 +194,9 @@ def grid_of(**parameters: Any) -> dict[str, Any]:
         (grid_of(a={"values": [1, 2, 1]}), "the point a=1"),
         (grid_of(a={"values": ["x", "x --y=1"]}), "the point a=x"),
         (grid_of(a={"values": ["x", "y --z"]}), "a: write --z as --NAME=VALUE"),
+        (grid_of(a={"values": ["", "y --z=1"]}), "a: write a name before the flags of ''"),
+        (grid_of(a={"values": ["x", "--y=1 --z=1"]}), "before the flags of '--y=1 --z=1'"),
+        (sweep(command=["torchrun", *sweep()["command"][2:]]), "'torchrun' before fit"),
         (sweep(parameters=["a"]), "parameters must hold keys and values, got ['a']"),
         (sweep(metric="val/accuracy"), "'val/accuracy'"),
         (sweep(method="bayes"), "method must be grid, got 'bayes'"),

@@ -94,6 +94,11 @@ class Study:
                 raise UserError(f"{path}: {key} must hold keys and values, got {mapping!r}.")
         if not parameters:
             raise UserError(f"{path} has an empty grid; give it parameters with values.")
+        if (former := path.with_name(f"{path.stem}_groups.yaml")).exists():
+            raise UserError(
+                f"the groups of {former} now stand in {path}, each value a name and its flags "
+                "(`momentum --model.optimizer.momentum=0.9`); move them and remove that file."
+            )
         grid, groups = _read_grid(path, parameters)
         environment, template = _read_command(path, sweep.get("command") or [])
         study = cls(path, grid, groups, environment, template, metric.get("name"))
@@ -272,6 +277,8 @@ def _read_grid(path: Path, parameters: dict[str, Any]) -> tuple[dict[str, list[A
         grid[name] = [_number(value) for value in values]
         if any(" --" in str(value) for value in values):
             words = [str(value).split() for value in values]
+            if unnamed := [v for v in values if not str(v).strip() or str(v).startswith("--")]:
+                raise UserError(f"{path}: {name}: write a name before the flags of {unnamed[0]!r}.")
             grid[name], groups[name] = [w[0] for w in words], {w[0]: w[1:] for w in words}
             for flag in itertools.chain.from_iterable(groups[name].values()):
                 if not re.match(r"--\S+=", flag):
@@ -291,7 +298,14 @@ def _read_command(path: Path, command: list[Any]) -> tuple[dict[str, str], list[
             f"{path}: command must hold fit, directly after it --config=..., then --study= with "
             f"the path of this file, and once ${{args}}, for the point; got {' '.join(words)!r}."
         )
-    return dict(word.split("=", 1) for word in words[:place] if "=" in word), template
+    variables = [word for word in words[:place] if re.match(r"[A-Za-z_]\w*=", word)]
+    known = {*variables, "${env}", "${interpreter}", "${program}"}
+    if unknown := [word for word in words[:place] if word not in known]:
+        raise UserError(
+            f"{path}: command holds {unknown[0]!r} before fit, which study.py would not run; it "
+            "knows NAME=VALUE, ${env}, ${interpreter} and ${program}."
+        )
+    return dict(variable.split("=", 1) for variable in variables), template
 
 
 def _number(value: Any) -> Any:
