@@ -5,6 +5,7 @@ Whatever is removed or renamed gets a line here, with the version in which it wa
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
@@ -62,7 +63,8 @@ GONE = {
     for package in ("", "callbacks.", "callbacks.clipping.")
     for name in ("GradientNormClipping", "AdaptiveGradientClipping")
 } | {
-    f"lit_models.networks.{name}": "put them into a network of your own, see benchmarks/edges.py."
+    f"{package}{name}": "put them into a network of your own, see benchmarks/edges.py."
+    for package in ("", "networks.", "lit_models.networks.")
     for name in ("Filtered", "FixedFilters")
 }
 _MONITOR = "callbacks.GradientSpikeMonitor"
@@ -162,6 +164,12 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
     if not isinstance(recorded, dict):
         return recorded
     updated = {key: update(value, settings) for key, value in recorded.items()}
+    data = updated.get("data")
+    if isinstance(data, dict) and "class_path" not in data:  # it changes the data of another file
+        options = data.get("init_args", data)
+        for option in AUGMENTATION:
+            if isinstance(options, dict) and option in options:
+                _apply(Renamed("data", option, f"augmentation.{option}", "0.1.0"), options)
     options = updated.get("init_args")
     if isinstance(options, dict):
         for setting in settings:
@@ -186,11 +194,12 @@ def current_path(path: str) -> str:
     if path in SAME or path in FLAGS:
         return SAME.get(path) or FLAGS[path]
     package, _, rest = path.partition(".")
-    _, _, name = rest.partition(".")
+    module, _, name = rest.partition(".")
     current = f"{package}.{name}"
     # its module went into a room; the package names it as before
     moved = package in ("callbacks", "datamodules") and own_classes().get(name) == current
-    return current if moved else path
+    there = Path(__file__).parents[1] / package / f"{module}.py"  # of a user, with a class so named
+    return current if moved and not there.is_file() else path
 
 
 def _apply(setting: Setting, options: dict[str, Any]) -> None:
@@ -198,7 +207,12 @@ def _apply(setting: Setting, options: dict[str, Any]) -> None:
     if isinstance(setting, Renamed):
         *groups, name = setting.name.split(".")
         for group in groups:
-            options = options.setdefault(group, {})
+            nested = options.get(group)
+            if not isinstance(nested, dict | None):
+                raise UserError(
+                    f"{setting.class_path}: {group} needs names and values, got {nested}."
+                )
+            options[group] = options = {} if nested is None else nested
         options[name] = value
     elif isinstance(setting, Removed) and value != setting.default:
         raise UserError(

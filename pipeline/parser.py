@@ -61,12 +61,18 @@ class Parser(LightningArgumentParser):
             for name, _, value in pairs:
                 if in_full(value, name) != value:
                     report_ambiguous_class(value)
+            foreign = any(name == "--data" and _is_foreign(value) for name, _, value in pairs)
             args = [
-                f"{update(name)}{equals}{in_full(update(value), name)}"
+                f"{name if foreign else update(name)}{equals}{in_full(update(value), name)}"
                 for name, equals, value in pairs
             ]
             args = [part for argument in args for part in _with_folder(argument)]
         return super().parse_args(args, *others, **options)
+
+
+def _is_foreign(data: str) -> bool:
+    """Tell whether this is the path of a class of somebody else, whose options are its own."""
+    return "." in data and in_full(update(data), "data") not in own_classes().values()
 
 
 def _with_folder(argument: str) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from core.errors import UserError
+from pipeline import history
 from pipeline.history import Removed, Renamed, update
 from pipeline.loading import LoadedRun
 from pipeline.parser import Parser
@@ -81,6 +82,32 @@ def test_augmentation_is_one_setting(name: str) -> None:
     assert update({"init_args": {"crop": 2}}) == {"init_args": {"crop": 2}}  # of whatever class
     assert update("--data.trivial") == "--data.augmentation.trivial"
     assert update("--data.init_args.crop") == "--data.init_args.augmentation.crop"
+    for group in ({"crop": 2}, {"init_args": {"crop": 2}}):  # of a file for the data of another one
+        options = update({"data": group})["data"]
+        assert options.get("init_args", options) == {"augmentation": {"crop": 2}}
+    unset = {"class_path": name, "init_args": {"crop": 2, "augmentation": None}}
+    assert update(unset)["init_args"] == {"augmentation": {"crop": 2}}
+    with pytest.raises(UserError, match="augmentation needs names and values, got 3"):
+        update({"class_path": name, "init_args": {"crop": 2, "augmentation": 3}})
+
+
+def test_options_of_somebody_else_s_data_keep_their_names() -> None:
+    """``--data=mine.Data --data.scale=2`` was told that there is no augmentation."""
+    parser = Parser()
+    for name in ("data", "data.scale", "data.augmentation.scale"):
+        parser.add_argument(f"--{name}")
+    assert parser.parse_args(["--data=mine.Data", "--data.scale=2"])["data.scale"] == "2"
+    assert parser.parse_args(["--data.scale=2"])["data.augmentation.scale"] == "2"
+
+
+def test_a_module_of_somebody_in_a_room_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "__file__", str(tmp_path / "pipeline" / "history.py"))
+    assert update("callbacks.mine.Timing") == "callbacks.Timing"
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "mine.py").touch()
+    assert update("callbacks.mine.Timing") == "callbacks.mine.Timing"
 
 
 def test_paths_and_texts_that_only_look_alike_stay() -> None:
