@@ -156,7 +156,7 @@ def main(args: list[str] | None = None) -> None:
         if options.speller:
             spell(options)
             return
-        errors.setting_up = True  # until the first batch
+        errors.setting_up = True  # until the prediction starts
         run(options, overrides, errors)
 
 

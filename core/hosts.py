@@ -136,7 +136,7 @@ class Hosts:
         return message
 
     def _wait_for_readers(self) -> None:
-        """Stay until all have message what this process said: the store may end with it."""
+        """Stay until all have heard what this process said: the store may end with it."""
         assert self.store is not None
         self.store.add("leaving", 1)
         end = time.monotonic() + PATIENCE

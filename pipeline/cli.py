@@ -358,7 +358,7 @@ def _print_metrics(metrics: Mapping[str, Tensor]) -> None:
 def run(args: list[str]) -> None:
     """Run the subcommand that the arguments name."""
     with exit_on_user_error(debug="--debug" in args) as errors, ExitStack() as exit_stack:
-        errors.setting_up = True  # until the first batch
+        errors.setting_up = True  # until training starts
         if os.getcwd() not in sys.path:  # where an own network may be, which a flag names
             sys.path.append(os.getcwd())
         agent = "WANDB_SWEEP_ID" in os.environ  # which finds its runs on the server
