@@ -22,7 +22,13 @@ from core import kaggle_client
 from core.errors import UserError
 from datamodules import KaggleCIFAR10DataModule
 from datamodules.image_files import decode_images, image_cache
-from datamodules.image_files.image_cache import decode_chunk, load_cache, read_record, write_record
+from datamodules.image_files.image_cache import (
+    decode_chunk,
+    decode_once,
+    load_cache,
+    read_record,
+    write_record,
+)
 
 pytestmark = pytest.mark.usefixtures("decoders_in_process")
 
@@ -164,6 +170,7 @@ def test_a_stale_cache_is_made_again(
     change: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(image_cache, "_MANY", 0)
     monkeypatch.setattr(image_cache, "PROBES", 1)  # the first file alone is asked for its time
     data(root).read_predict()
     change(folder)
@@ -430,10 +437,23 @@ def test_an_archive_with_any_other_member_is_refused(
     assert (files(folder), files(root)) == before
 
 
-def test_a_link_in_an_archive_is_refused(root: Path, folder: Path) -> None:
-    (folder / "test" / "31.png").symlink_to(folder / "trainLabels.csv")
+def test_a_cache_of_photos_with_a_broken_one_serves_no_competition(tmp_path: Path) -> None:
+    """Its black image would have been trained on, or handed in."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "0.png")
+    (folder / "1.png").write_bytes(b"no image")
+    source = folder, ["0.png", "1.png"], (4, 4), tmp_path
+    assert decode_once(*source).unreadable.keys() == {1}
+    with pytest.raises(UserError, match=r"1\.png"):
+        decode_once(*source, strict=True)
+
+
+@pytest.mark.parametrize("target", ["../trainLabels.csv", "1.png"])
+def test_a_link_in_an_archive_is_refused(root: Path, folder: Path, target: str) -> None:
+    (folder / "test" / "31.png").symlink_to(target)
     pack(folder, "test")
-    with pytest.raises(UserError, match=r"test.7z could not be unpacked"):
+    with pytest.raises(UserError, match=r"test.7z holds the link 'test/31.png'"):
         data(root).read_predict()
     assert "test" not in files(folder)
 

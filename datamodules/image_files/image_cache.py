@@ -28,6 +28,7 @@ from datamodules.loaders.prefetch import prefetch
 
 # files of a set that was handed out as a whole which are asked for their size and time whenever its
 # cache is used: asking each of very many small ones would make a later start four times as long
+_MANY = 50_000  # files, from which on some of a competition's stand for all
 PROBES = 100
 
 Size = tuple[int, int]  # height and width of the pixels
@@ -74,7 +75,11 @@ def decode_once(
     path = _cache_path(folder, size, beside, cache_dir)
     name = f"{glob.escape(folder.resolve().name)}*.npy"  # of whatever size, made here or elsewhere
     caches = [found for place in (path.parent, beside) for found in place.glob(name)]
-    records = [(found, record) for found in caches if (record := read_record(found))]
+    records = [
+        (found, record)
+        for found in caches
+        if (record := read_record(found)) and not (strict and record["unreadable"])
+    ]
     for found, record in records:
         if record["key"] == key and (decoded := load_cache(found, shape, record)):
             return decoded
@@ -131,8 +136,11 @@ def tell(message: str) -> None:
 
 
 def _quick_key(folder: Path, files: Sequence[str], size: Size, strict: bool) -> str:
-    """A digest that changes when files come, go, are renamed or, if not ``strict``, overwritten."""
-    step = len(files) // PROBES + 1 if strict else 1
+    """A digest that changes when files come, go, are renamed or overwritten.
+
+    Of a competition's many files a few are asked: 300,000 questions take longer than the images.
+    """
+    step = len(files) // PROBES + 1 if strict and len(files) >= _MANY else 1
     probes = [folder / file for file in files[::step]]
     states = [state(path) for path in (probes if step == 1 else [folder, *probes])]
     return hashlib.sha256(repr((size, list(files), states)).encode()).hexdigest()
@@ -149,7 +157,7 @@ def state(path: Path) -> tuple[int, int] | None:
 
 def _content_digest(folder: Path, files: Sequence[str]) -> str:
     """SHA-256 of the bytes of all files; one that cannot be read counts as empty."""
-    digest = hashlib.sha256(b"fit")  # as in the records of earlier versions
+    digest = hashlib.sha256(b"whole")  # how they are decoded; before, broken ones in part
     for file in files:
         try:
             content = (folder / file).read_bytes()

@@ -113,7 +113,7 @@ def image_files(folder: Path) -> tuple[list[str], list[str]]:
     others: list[str] = []
     entered: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
         if (real := os.path.realpath(path)) in entered:
             folders.clear()
             continue

@@ -110,6 +110,8 @@ def _opened(archive: Path, file: IO[bytes]) -> Iterator[Any]:
     py7zr = needed("py7zr", f"unpacking {archive}")
     try:
         with py7zr.SevenZipFile(file) as bundle:
+            if link := next((m.filename for m in bundle.list() if m.is_symlink), None):
+                raise UserError(f"{archive} holds the link {link!r}; nothing was unpacked.")
             yield bundle
     except py7zr.exceptions.ArchiveError as error:
         raise zipfile.BadZipFile(str(error)) from error
