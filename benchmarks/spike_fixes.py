@@ -111,8 +111,8 @@ def train(run: Setting, output: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = output or Path(scratch)
         typed = run["flags"]
-        for former, name in FORMER.items():
-            typed = typed.replace(f"{ADD}{former}", f"{ADD}{name}")
+        for former, now in FORMER.items():
+            typed = typed.replace(f"{ADD}{former}", f"{ADD}{now}")
         config, *flags = shlex.split(typed)
         arguments = [config, "--trainer.logger=callbacks.MetricsCSV", monitor(), *flags]
         arguments += [f"--seed_everything={run['seed']}", f"--run={name}"]

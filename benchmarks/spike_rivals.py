@@ -99,6 +99,8 @@ class ZClip(GradientClipping):
 
     def clip(self, params: Sequence[Tensor]) -> None:
         norm = total_norm(params)
+        if not math.isfinite(norm):  # neither clipped nor remembered
+            return
         limit = norm
         if len(self.first) == self.warm_up:
             deviation = math.sqrt(max(self.variance, 1e-12))
@@ -130,6 +132,8 @@ class AutoClip(GradientClipping):
 
     def clip(self, params: Sequence[Tensor]) -> None:
         norm = total_norm(params)
+        if not math.isfinite(norm):  # neither clipped nor remembered
+            return
         self.norms.append(norm)
         limit = min(norm, float(np.percentile(self.norms, self.percentile)))
         nn.utils.clip_grads_with_norm_(params, limit, torch.tensor(norm))
