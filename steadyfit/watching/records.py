@@ -76,6 +76,13 @@ class EarlierStep:
         return self.update_z, self.update_norm
 
 
+def _facts_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    facts = dict(pairs)
+    if facts.get("kind") == "overflow":  # nothing else was measured
+        return {name: facts[name] for name in ("value", "kind")}
+    return {k: value for k, value in pairs if value is not None or k not in _OPTIONAL}
+
+
 @dataclass
 class SpikeRecord:
     """The evidence about one optimizer step, and what followed: a line of ``spikes.jsonl``."""
@@ -112,12 +119,7 @@ class SpikeRecord:
 
     def facts(self) -> dict[str, Any]:
         """Dictionaries, lists, numbers and texts that say the same."""
-        return asdict(
-            self,
-            dict_factory=lambda pairs: {
-                key: value for key, value in pairs if value is not None or key not in _OPTIONAL
-            },
-        )
+        return asdict(self, dict_factory=_facts_of)
 
     @property
     def last_step(self) -> int:

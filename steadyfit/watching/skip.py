@@ -34,7 +34,7 @@ class Skip:
     torch's Adam, unless it is fused or capturable.
 
     Attributes:
-        signals: Largest ordinary value of each of ``SIGNALS``.
+        signals: Largest ordinary value of each signal that it looks at.
         ratios: Largest ordinary ratio of each parameter's gradient norm to that of the others (P,).
         flag: Whether the last step was taken back ().
     """
