@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from pipeline.names import own_classes
+from pipeline.names import CLASS_KEYS, own_classes
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
         return [update(value, settings) for value in recorded]
     if not isinstance(recorded, dict):
         return recorded
+    for key, value in recorded.items():
+        refuse_gone(key, value)
     updated = {key: update(value, settings) for key, value in recorded.items()}
     data = updated.get("data")
     if isinstance(data, dict) and "class_path" not in data:  # it changes the data of another file
@@ -183,14 +185,20 @@ def update(recorded: Any, settings: tuple[Setting, ...] = SETTINGS) -> Any:
     return updated
 
 
-def current_path(path: str) -> str:
-    """Return the import path of a class, which may have been in another module, or a flag.
+def refuse_gone(key: str, value: Any) -> None:
+    """Say what to do where a setting, ``network`` or ``--model.network``, names a class of before.
 
     Raises:
         UserError: The class is gone.
     """
-    if path in GONE:
-        raise UserError(f"{path} is gone since version 0.1.0; {GONE[path]}")
+    if key.rpartition(".")[2].rstrip("+") in CLASS_KEYS:
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and path in GONE:
+                raise UserError(f"{path} is gone since version 0.1.0; {GONE[path]}")
+
+
+def current_path(path: str) -> str:
+    """Return the import path of a class, which may have been in another module, or a flag."""
     if path in SAME or path in FLAGS:
         return SAME.get(path) or FLAGS[path]
     package, _, rest = path.partition(".")

@@ -16,7 +16,7 @@ from lit_models import networks, optimizers, schedules
 
 _OURS = (callbacks, datamodules, lit_models, networks, optimizers, schedules)
 _OTHERS = (torch.nn, torch.optim, torch.optim.lr_scheduler, torchvision.models)
-_CLASSES = ("class_path", "model", "data", "network", "optimizer", "lr_scheduler", "callbacks")
+CLASS_KEYS = ("class_path", "model", "data", "network", "optimizer", "lr_scheduler", "callbacks")
 
 
 @cache
@@ -42,7 +42,7 @@ def in_full(value: Any, key: str = "") -> Any:
         return [in_full(part, key) for part in value]
     if (
         isinstance(value, str)
-        and key.rstrip("+").removesuffix(".help").rpartition(".")[2] in _CLASSES
+        and key.rstrip("+").removesuffix(".help").rpartition(".")[2] in CLASS_KEYS
     ):
         return own_classes().get(value, value)
     return value

@@ -13,7 +13,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from core.errors import UserError, is_constructor_error
-from pipeline.history import update
+from pipeline.history import refuse_gone, update
 from pipeline.names import in_full, nearest, own_classes, report_ambiguous_class
 
 _SEE_HELP = "; see --help for what is known."
@@ -59,6 +59,7 @@ class Parser(LightningArgumentParser):
         if args is not None:  # classes by their former paths, which the YAML loader does not see
             pairs = [argument.partition("=") for argument in args]
             for name, _, value in pairs:
+                refuse_gone(name, value)
                 if in_full(value, name) != value:
                     report_ambiguous_class(value)
             foreign = any(name == "--data" and _is_foreign(value) for name, _, value in pairs)

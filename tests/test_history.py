@@ -64,6 +64,9 @@ def test_a_setting_that_has_become_a_class() -> None:
 def test_a_class_that_is_gone_is_answered_with_what_to_do(name: str) -> None:
     with pytest.raises(UserError, match=rf"^{name} .*UpdateClipping.*spike_rivals"):
         update({"trainer": {"callbacks": [{"class_path": name}]}})
+    assert update({"class_names": ["Raw", name]}) == {"class_names": ["Raw", name]}
+    with pytest.raises(UserError, match="UpdateClipping"):
+        Parser().parse_args([f"--trainer.callbacks+={name}"])
 
 
 def test_renamed_settings_go_on_by_their_new_name() -> None:
