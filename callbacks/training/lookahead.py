@@ -12,7 +12,7 @@ from torch import Tensor
 class Lookahead(Callback):
     """Every few steps, move a slow copy of the weights towards them and go on from there.
 
-    Zhang et al., arXiv:1907.08610, on all that has a _floating-point value, running averages of
+    Zhang et al., arXiv:1907.08610, on all that has a floating-point value, running averages of
     normalisation too, with the schedule of arXiv:2404.00498, section 3.4: the share of the slow
     weights that is kept grows with the cube of the training done, and the last step ends on the
     slow weights alone. Unlike an average that only looks on, it changes the training itself.

@@ -196,7 +196,17 @@ class TrainingCost(FolderCallback):
             )
         precision = trainer.precision_plugin
         batch = precision.convert_input(data.training_batch(0, 0))
-        cost = training_cost(pl_module, trainer.optimizers[0], batch, precision.train_step_context)
+        optimizer, context = trainer.optimizers[0], precision.train_step_context
+        try:
+            cost = training_cost(pl_module, optimizer, batch, context)
+        except torch.OutOfMemoryError:
+            print(
+                "TrainingCost measured nothing: there is no memory for a second copy of the model."
+            )
+            return
+        finally:
+            if pl_module.device.type == "cuda":  # the run's own peak begins now
+                torch.cuda.reset_peak_memory_stats(pl_module.device)
         if self.folder is not None:
             with atomic_write(self.folder / "training_cost.json", "w") as file:
                 json.dump(asdict(cost), file, indent=2)
