@@ -28,8 +28,8 @@ from datamodules.loaders.prefetch import prefetch
 
 # files of a set that was handed out as a whole which are asked for their size and time whenever its
 # cache is used: asking each of very many small ones would make a later start four times as long
-_MANY = 50_000  # files, from which on some of a competition's stand for all
 PROBES = 100
+_MANY = 50_000  # files, from which on the probes stand for all
 
 Size = tuple[int, int]  # height and width of the pixels
 Chunk = tuple[bytes, dict[int, str]]  # pixels, and why images cannot be read, by position
